@@ -1,0 +1,1 @@
+"""Hyperparameter search for a small MNIST conv net with Ray Tune, Optuna and ASHA."""

@@ -1,0 +1,59 @@
+"""Every error that tune_mnist raises on purpose.
+
+    TuneMnistError              exit code 1
+    ├── DataUnavailableError    MNIST could be had from no source
+    ├── SearchFailedError       the search could not go on (disk full, every trial failed, ...)
+    └── InvalidInputError       exit code 2: what the user asked for cannot be done
+        ├── ConfigError         a training configuration or argument
+        ├── SearchSpaceError    a search-space file
+        ├── RunFolderError      a run's folder: exists, is missing, is damaged, is in use
+        └── ClusterError        a Ray cluster: unreachable, or without the asked resources
+
+A front door catches the base class once, prints the message on one line and exits with
+`exit_code`. Anything else is a bug and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TuneMnistError(Exception):
+    """Base of all errors raised on purpose; its message says what, where and what to do."""
+
+    exit_code = 1
+
+
+class DataUnavailableError(TuneMnistError):
+    """MNIST could not be had from any source."""
+
+
+class SearchFailedError(TuneMnistError):
+    """The search could not go on; what it had finished is in the run's folder."""
+
+
+class InvalidInputError(TuneMnistError, ValueError):
+    """What the user asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class ConfigError(InvalidInputError):
+    """A training configuration or a command's argument is not usable."""
+
+
+class SearchSpaceError(InvalidInputError):
+    """A search-space file is not usable."""
+
+
+class RunFolderError(InvalidInputError):
+    """A run's folder exists already, is missing, is damaged or is in use."""
+
+
+class ClusterError(InvalidInputError):
+    """A Ray cluster cannot be reached or lacks the asked resources."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `" (did you mean 'momentum'?)"` for a near miss, else an empty string."""
+    matches = get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

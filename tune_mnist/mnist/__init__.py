@@ -1,0 +1,1 @@
+"""The workload: MNIST, the net and its training; torch, no Ray."""

@@ -1,0 +1,1 @@
+"""The search: Ray and Optuna around the workload."""
