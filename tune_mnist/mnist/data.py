@@ -1,0 +1,152 @@
+"""MNIST as NumPy arrays, and the split that every training run sees.
+
+Reading needs neither torch nor torchvision: with the four files in place the whole set is there
+in a fraction of a second. Getting the files in the first place is `fetch.py`'s work.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.fetch import (
+    TEST_IMAGES,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    TRAIN_LABELS,
+    DamagedError,
+    fetch,
+    read_checked,
+)
+
+Uint8s = npt.NDArray[np.uint8]
+Indices = npt.NDArray[np.int64]
+
+HOLDOUT_SHARE = 12  # one in twelve training images is held out: 5,000 of the 60,000
+SPLIT_SEED = 1998  # never changes: every val_* ever written was measured on this split
+
+
+@dataclass(frozen=True)
+class Mnist:
+    """The data set as it was published, in its own order."""
+
+    train_images: Uint8s  # [60000, 28, 28]
+    train_labels: Uint8s  # [60000]
+    test_images: Uint8s  # [10000, 28, 28]
+    test_labels: Uint8s  # [10000]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What one training run sees."""
+
+    train_images: Uint8s  # [N, 28, 28]
+    train_labels: Uint8s  # [N]
+    val_images: Uint8s  # [5000, 28, 28], or [0, 28, 28] without a holdout
+    val_labels: Uint8s  # [5000], or [0]
+    test_images: Uint8s  # [10000, 28, 28]
+    test_labels: Uint8s  # [10000]
+
+
+def default_data_dir() -> Path:
+    """Return the folder that MNIST lives in unless told otherwise: one per user, not per project.
+
+    `TUNE_MNIST_DATA` where it is set, else `tune_mnist` in the user's cache folder.
+    """
+    if chosen := os.environ.get("TUNE_MNIST_DATA"):
+        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (Path's raises without a home)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # unset, empty, or to be ignored as the XDG standard says
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:
+            raise ConfigError(
+                "no home folder to keep MNIST in: name a folder with --data-dir or TUNE_MNIST_DATA"
+            ) from None
+    return cache / "tune_mnist"
+
+
+def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None = None) -> Mnist:
+    """Read MNIST from `data_dir`, fetching whatever is missing or damaged there.
+
+    Args:
+        data_dir: the folder that holds `MNIST/raw`, as torchvision lays it out;
+            `default_data_dir()` unless given.
+        say: takes each line of progress while fetching; standard error unless given.
+
+    Raises:
+        ConfigError: the folder would have to be written and cannot be.
+        DataUnavailableError: every source failed; the message tells how to go on by hand.
+    """
+    folder = default_data_dir() if data_dir is None else data_dir
+    try:
+        return _read_mnist(folder)
+    except DamagedError as damage:
+        fetch(folder, str(damage), say)
+    return _read_mnist(folder)
+
+
+def _read_mnist(data_dir: Path) -> Mnist:
+    raw = data_dir / "MNIST" / "raw"
+    return Mnist(
+        train_images=read_checked(raw, TRAIN_IMAGES),
+        train_labels=read_checked(raw, TRAIN_LABELS),
+        test_images=read_checked(raw, TEST_IMAGES),
+        test_labels=read_checked(raw, TEST_LABELS),
+    )
+
+
+def split(mnist: Mnist, *, holdout: bool, images: int | None = None) -> Split:
+    """Divide `mnist` into what one run trains on, selects by and is judged on.
+
+    With `holdout`, a stratified 5,000 of the 60,000 training images becomes the validation set:
+    the same ones for every trial, seed and call, whatever `images` says. Without it all 60,000 are
+    trained on and the validation set is empty.
+
+    Args:
+        mnist: the whole data set.
+        holdout: whether to hold out a validation set.
+        images: train on only this many images, a fixed stratified choice, for a quick look.
+
+    Raises:
+        ConfigError: `images` is less than one or more than there are to train on.
+    """
+    labels = mnist.train_labels
+    val_count = len(labels) // HOLDOUT_SHARE if holdout else 0
+    val = choose_stratified(labels, val_count)
+    is_train = np.ones(len(labels), dtype=bool)
+    is_train[val] = False
+    train = np.flatnonzero(is_train)
+    if images is not None:
+        if not 1 <= images <= len(train):
+            left = f" ({len(val):,} of {len(labels):,} are held out)" if holdout else ""
+            raise ConfigError(f"images must be from 1 to {len(train):,}{left}, but got {images:,}")
+        train = train[choose_stratified(labels[train], images)]
+    return Split(
+        train_images=mnist.train_images[train],
+        train_labels=labels[train],
+        val_images=mnist.train_images[val],
+        val_labels=labels[val],
+        test_images=mnist.test_images,
+        test_labels=mnist.test_labels,
+    )
+
+
+def choose_stratified(labels: Uint8s, count: int) -> Indices:
+    """Return `count` indices into `labels` [N], ascending, with the classes in proportion.
+
+    A class gets its exact share rounded down, and the largest remainders get what is left over.
+    """
+    sizes = np.bincount(labels, minlength=10)
+    quotas = sizes * count // len(labels)
+    remainders = sizes * count % len(labels)
+    largest_first = np.argsort(-remainders, kind="stable")
+    quotas[largest_first[: count - quotas.sum()]] += 1
+    # RandomState, not default_rng: NumPy promises its stream for good (NEP 19).
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(labels))
+    chosen = [order[labels[order] == digit][:quota] for digit, quota in enumerate(quotas)]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
