@@ -1,0 +1,146 @@
+"""One training configuration: its hyperparameters, their defaults and their limits.
+
+The defaults are the reference baseline: constant-rate SGD without augmentation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from tune_mnist.errors import ConfigError, did_you_mean
+
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "step", "cosine", "onecycle"]
+
+Value = str | bool | int | float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The closed interval in which a number must lie; `open_low` / `open_high` exclude an end."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def hold(self, value: float) -> bool:
+        """Say whether `value` lies within the limits (NaN never does)."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        return f"{'>' if self.open_low else '>='} {self.low:g} and " + (
+            f"{'<' if self.open_high else '<='} {self.high:g}"
+        )
+
+
+def _number(default: float, low: float, high: float, **ends: bool) -> Any:
+    return field(default=default, metadata={"limits": Limits(low, high, **ends)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of one training run; the defaults are the reference baseline.
+
+    Raises:
+        ConfigError: a value has the wrong type or lies outside its limits.
+    """
+
+    optimizer: Optimizer = "sgd"
+    lr: float = _number(0.01, 0, 10, open_low=True)  # peak rate of the schedule
+    momentum: float = _number(0.9, 0, 1, open_high=True)  # sgd
+    nesterov: bool = False  # sgd; needs momentum > 0
+    beta1: float = _number(0.9, 0, 1, open_high=True)  # adamw: decay of the first moment
+    beta2: float = _number(0.999, 0, 1, open_high=True)  # adamw: decay of the second moment
+    weight_decay: float = _number(0.0, 0, 1)  # sgd: L2 term; adamw: decoupled
+    batch_size: int = _number(128, 2, 10_000)  # images; batch norm needs 2
+    schedule: Schedule = "constant"
+    step_every: int = _number(8, 1, 1000)  # step: epochs between two cuts of the rate
+    step_factor: float = _number(0.1, 0, 1, open_low=True)  # step: what a cut multiplies by
+    peak_position: float = _number(
+        0.3, 0, 1, open_low=True, open_high=True
+    )  # onecycle: of the run
+    dropout: float = _number(0.1, 0, 1, open_high=True)  # probability of a zero
+    label_smoothing: float = _number(0.0, 0, 1, open_high=True)
+    rotation: float = _number(0.0, 0, 180)  # degrees, uniform in +-rotation
+    shift: float = _number(0.0, 0, 0.5)  # fraction of the width, uniform in +-shift, each axis
+    scale: float = _number(0.0, 0, 0.9)  # fraction, factor uniform in 1 +- scale
+    ema_decay: float = _number(0.0, 0, 1, open_high=True)  # a step; 0: raw weights are evaluated
+
+    def __post_init__(self) -> None:
+        for name in CONFIG_FIELDS:
+            object.__setattr__(self, name, check_value(name, getattr(self, name)))
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov: true needs momentum > 0, but got momentum: 0")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Build a configuration from names and values; what is not named keeps its default."""
+        for name in values:
+            check_name(name)
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Value]:
+        """Return all hyperparameters by name."""
+        return asdict(self)
+
+
+CONFIG_FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
+_TYPES = get_type_hints(TrainConfig)
+
+
+def choices_of(name: str) -> tuple[Value, ...]:
+    """Return the values that the hyperparameter may take, or `()` where it is a number."""
+    if _TYPES[name] is bool:
+        return (True, False)
+    return get_args(_TYPES[name])
+
+
+def is_integer(name: str) -> bool:
+    """Say whether the hyperparameter is a whole number."""
+    return _TYPES[name] is int
+
+
+def limits_of(name: str) -> Limits:
+    """Return the limits of a hyperparameter that is a number."""
+    limits: Limits = CONFIG_FIELDS[name].metadata["limits"]
+    return limits
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` is a hyperparameter."""
+    if name not in CONFIG_FIELDS:
+        raise ConfigError(
+            f"unknown hyperparameter '{name}'{did_you_mean(str(name), CONFIG_FIELDS)}; "
+            f"known are {', '.join(CONFIG_FIELDS)}"
+        )
+
+
+def check_value(name: str, value: Any) -> Value:
+    """Return `value` in the hyperparameter's type, or raise ConfigError with what would do."""
+    choices = choices_of(name)
+    if choices:
+        for choice in choices:
+            if type(value) is type(choice) and value == choice:
+                return choice
+        shown = ", ".join(str(choice).lower() for choice in choices)
+        hint = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
+        raise ConfigError(f"{name}: must be one of {shown}, but got {value!r}{hint}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        # PyYAML reads 1e-4 (no dot, no sign) as text, as YAML 1.1 says.
+        hint = ""
+        if isinstance(value, str):
+            try:
+                hint = f" (text; write it with a dot and a sign: {float(value):.1e})"
+            except ValueError:
+                hint = ""
+        raise ConfigError(f"{name}: must be a number, but got {value!r}{hint}")
+    if is_integer(name):
+        if value % 1 != 0:  # true of NaN and infinities as well
+            raise ConfigError(f"{name}: must be a whole number, but got {value!r}")
+    number = int(value) if is_integer(name) else float(value)
+    if not limits_of(name).hold(number):
+        raise ConfigError(f"{name}: must be {limits_of(name)}, but got {value!r}")
+    return number
