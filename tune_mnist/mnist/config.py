@@ -5,6 +5,7 @@ The defaults are the reference baseline: constant-rate SGD without augmentation.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from tune_mnist.errors import ConfigError, did_you_mean
@@ -125,22 +126,37 @@ def check_value(name: str, value: Any) -> Value:
         for choice in choices:
             if type(value) is type(choice) and value == choice:
                 return choice
-        shown = ", ".join(str(choice).lower() for choice in choices)
-        hint = did_you_mean(value, map(str, choices)) if isinstance(value, str) else ""
-        raise ConfigError(f"{name}: must be one of {shown}, but got {value!r}{hint}")
+        shown = [str(choice).lower() for choice in choices]
+        raise ConfigError(
+            f"{name}: must be one of {', '.join(shown)}, but got {value!r}"
+            f"{_hint_for_choice(value, shown)}"
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
-        # PyYAML reads 1e-4 (no dot, no sign) as text, as YAML 1.1 says.
-        hint = ""
-        if isinstance(value, str):
-            try:
-                hint = f" (text; write it with a dot and a sign: {float(value):.1e})"
-            except ValueError:
-                hint = ""
-        raise ConfigError(f"{name}: must be a number, but got {value!r}{hint}")
-    if is_integer(name):
-        if value % 1 != 0:  # true of NaN and infinities as well
-            raise ConfigError(f"{name}: must be a whole number, but got {value!r}")
-    number = int(value) if is_integer(name) else float(value)
-    if not limits_of(name).hold(number):
+        raise ConfigError(f"{name}: must be a number, but got {value!r}{_hint_for_number(value)}")
+    if is_integer(name) and value % 1 != 0:  # true of NaN and infinities as well
+        raise ConfigError(f"{name}: must be a whole number, but got {value!r}")
+    if not limits_of(name).hold(value):  # before float(), which overflows on huge whole numbers
         raise ConfigError(f"{name}: must be {limits_of(name)}, but got {value!r}")
-    return number
+    return int(value) if is_integer(name) else float(value)
+
+
+def _hint_for_choice(value: Any, shown: list[str]) -> str:
+    if isinstance(value, bool):
+        return " (bare yes, no, on and off are booleans in YAML: quote what is text)"
+    if value in ("true", "false") and value in shown:
+        return f" (text: write {value} without quotes)"
+    return did_you_mean(value, shown) if isinstance(value, str) else ""
+
+
+def _hint_for_number(value: Any) -> str:
+    """Say how to write a number that arrived as text: YAML 1.1 reads 1e-4 so, for one."""
+    try:
+        number = float(value) if isinstance(value, str) else float("nan")
+    except ValueError:
+        return ""
+    if not isfinite(number):
+        return ""
+    # YAML 1.1 wants a dot in a number with an exponent, which Python leaves out of 1e-05.
+    mantissa, *exponent = repr(number).split("e")
+    dotted = mantissa if "." in mantissa else f"{mantissa}.0"
+    return f" (text; write it with a dot and a sign: {'e'.join((dotted, *exponent))})"
