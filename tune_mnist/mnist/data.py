@@ -5,6 +5,7 @@ in a fraction of a second. Getting the files in the first place is `fetch.py`'s 
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,11 @@ def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None =
         ConfigError: the folder would have to be written and cannot be.
         DataUnavailableError: every source failed; the message tells how to go on by hand.
     """
-    folder = default_data_dir() if data_dir is None else data_dir
+    folder = (default_data_dir() if data_dir is None else data_dir).absolute()
     try:
         return _read_mnist(folder)
-    except DamagedError as damage:
-        fetch(folder, str(damage), say)
+    except DamagedError:
+        fetch(folder, say or _say_to_stderr)
     return _read_mnist(folder)
 
 
@@ -98,6 +99,10 @@ def _read_mnist(data_dir: Path) -> Mnist:
         test_images=read_checked(raw, TEST_IMAGES),
         test_labels=read_checked(raw, TEST_LABELS),
     )
+
+
+def _say_to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def split(mnist: Mnist, *, holdout: bool, images: int | None = None) -> Split:

