@@ -1,0 +1,116 @@
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.config import (
+    TrainConfig,
+    check_value,
+    choices_of,
+    is_integer,
+    limits_of,
+)
+
+
+def test_the_defaults_are_the_reference_baseline() -> None:
+    config = TrainConfig()
+    assert (config.optimizer, config.lr, config.momentum) == ("sgd", 0.01, 0.9)
+    assert (config.dropout, config.schedule, config.batch_size) == (0.1, "constant", 128)
+    assert not config.nesterov
+    extras = (config.weight_decay, config.label_smoothing, config.ema_decay)
+    assert (*extras, config.rotation, config.shift, config.scale) == (0, 0, 0, 0, 0, 0)
+
+
+def test_a_configuration_survives_plain_data() -> None:
+    config = TrainConfig(optimizer="adamw", lr=0.003, schedule="step", step_every=4)
+    assert TrainConfig.from_mapping(config.as_dict()) == config
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        TrainConfig().lr = 1.0  # type: ignore[misc]
+
+
+def test_values_take_the_type_of_their_hyperparameter() -> None:
+    config = TrainConfig.from_mapping({"rotation": 8, "batch_size": 64.0})
+    assert type(config.rotation) is float
+    assert type(config.batch_size) is int
+
+
+def test_every_hyperparameter_has_choices_or_limits_that_hold_its_default() -> None:
+    for name, default in TrainConfig().as_dict().items():
+        if choices_of(name):
+            assert default in choices_of(name)
+        else:
+            assert isinstance(default, int if is_integer(name) else float)
+            assert limits_of(name).hold(default)
+
+
+@pytest.mark.parametrize(
+    ("name", "just_inside", "just_outside"),
+    [
+        ("lr", [1e-12, 10], [0, -1, 10.1]),
+        ("momentum", [0, 0.999], [-0.1, 1]),
+        ("beta2", [0, 0.9999], [1]),
+        ("weight_decay", [0, 1], [-1e-9, 1.1]),
+        ("batch_size", [2, 10_000], [1, 10_001]),
+        ("step_every", [1, 1000], [0, 1001]),
+        ("step_factor", [1e-9, 1], [0, 1.1]),
+        ("peak_position", [0.01, 0.99], [0, 1]),
+        ("dropout", [0, 0.99], [1, -0.1]),
+        ("rotation", [0, 180], [181]),
+        ("shift", [0, 0.5], [0.51]),
+        ("scale", [0, 0.9], [0.91]),
+        ("ema_decay", [0, 0.9999], [1]),
+        ("lr", [], [math.nan, math.inf, 10**400]),
+    ],
+)
+def test_limits_are_closed_or_open_as_they_should_be(
+    name: str, just_inside: list[float], just_outside: list[float]
+) -> None:
+    for value in just_inside:
+        assert check_value(name, value) == value
+    for value in just_outside:
+        with pytest.raises(ConfigError, match=rf"^{name}: must be >=? 0?.* and <=? "):
+            check_value(name, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"momentom": 0.9}, ["'momentom'", "did you mean 'momentum'?", "known are optimizer, lr"]),
+        ({3: 0.9}, ["unknown hyperparameter '3'"]),
+        ({"optimizer": "adam"}, ["one of sgd, adamw", "'adam'", "did you mean 'adamw'?"]),
+        ({"optimizer": True}, ["one of sgd, adamw", "True", "quote"]),
+        ({"optimizer": ["sgd"]}, ["one of sgd, adamw", "['sgd']"]),
+        ({"nesterov": 1}, ["one of true, false", "got 1"]),
+        ({"nesterov": "true"}, ["one of true, false", "'true'", "without quotes"]),
+        ({"lr": None}, ["must be a number", "None"]),
+        ({"lr": True}, ["must be a number", "True"]),
+        ({"lr": "fast"}, ["must be a number", "'fast'"]),
+        ({"lr": "1e-4"}, ["must be a number", "'1e-4'", "sign: 0.0001)"]),
+        ({"lr": "1e-5"}, ["sign: 1.0e-05)"]),
+        ({"lr": "1.25e-7"}, ["sign: 1.25e-07)"]),
+        ({"lr": "1e22"}, ["sign: 1.0e+22)"]),
+        ({"batch_size": 64.5}, ["must be a whole number", "64.5"]),
+        ({"batch_size": math.nan}, ["must be a whole number", "nan"]),
+        ({"batch_size": math.inf}, ["must be a whole number", "inf"]),
+        ({"nesterov": True, "momentum": 0}, ["nesterov", "needs momentum > 0", "momentum: 0"]),
+    ],
+)
+def test_a_bad_value_is_named_with_rule_value_and_way_out(
+    values: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_mapping(values)
+    message = str(caught.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["nan", "inf"])
+def test_text_that_is_no_usable_number_gets_no_advice_on_spelling(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^lr: must be a number, but got '{text}'$"):
+        check_value("lr", text)

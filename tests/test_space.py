@@ -1,0 +1,513 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from tune_mnist.errors import SearchSpaceError
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.tuning import space_file
+from tune_mnist.tuning.space import SearchSpace, available_spaces, load_space
+
+NAMES = ["default", "quick", "sgd"]
+
+# Every kind of parameter at once: grids, whole numbers, conditions on text, booleans, numbers and
+# constants, several at a time and one below the other.
+THOROUGH = """
+epochs: 3
+batch_size: 64
+parameters:
+  label_smoothing: 0.1
+  optimizer: {choices: [sgd, adamw]}
+  lr: {low: 1.0e-3, high: 0.1, log: true, when: {label_smoothing: 0.1}}
+  momentum: {low: 0.5, high: 0.9, step: 0.1, when: {optimizer: sgd}}
+  nesterov: {choices: [false, true], when: {optimizer: sgd}}
+  beta1: {low: 0.8, high: 0.95, when: {optimizer: [adamw]}}
+  schedule: {choices: [constant, step, cosine, onecycle]}
+  step_every: {low: 2, high: 10, step: 2, when: {schedule: step}}
+  step_factor: {choices: [0.1, 0.5], when: {schedule: step}}
+  peak_position: {low: 0.1, high: 0.5, when: {schedule: [onecycle], nesterov: true}}
+  dropout: {low: 0.0, high: 0.5, when: {step_factor: [0.5]}}
+  weight_decay: {low: 0.0, high: 0.001, when: {schedule: [cosine, onecycle]}}
+start:
+  - {optimizer: sgd, momentum: 0.8, lr: 0.05}
+  - {schedule: step, step_every: 8, dropout: 0}
+"""
+
+# (what follows `parameters:` in a file, what the message must hold)
+BAD_PARAMETERS = [
+    (
+        "momentom: {low: 0.5, high: 0.9}",
+        ["parameters", "unknown hyperparameter 'momentom'", "did you mean 'momentum'?"],
+    ),
+    ("1: {low: 0.5, high: 0.9}", ["parameters", "unknown hyperparameter '1'"]),
+    ('"a\\nb": 1', ["parameters", "unknown hyperparameter 'a b'"]),
+    ("lr: [0.1, 0.2]", ["parameters.lr", "constant", "searched", "[0.1, 0.2]", "choices: ["]),
+    ("lr:", ["parameters.lr", "constant", "searched", "got None"]),
+    ("lr: {}", ["parameters.lr", "needs low and high, or choices", "add low"]),
+    ("lr: {low: 0.1}", ["parameters.lr", "needs low and high", "add high"]),
+    (
+        "lr: {low: 0.1, hihg: 0.2}",
+        ["parameters.lr", "unknown key 'hihg'", "did you mean 'high'?", "choices, low, high"],
+    ),
+    ("lr: {low: 0.2, high: 0.1}", ["parameters.lr", "low must not exceed high", "0.2", "0.1"]),
+    ("lr: {low: 0, high: 0.1}", ["parameters.lr.low", "must be > 0", "got 0"]),
+    ("momentum: {low: 0.5, high: 1}", ["parameters.momentum.high", "< 1", "got 1"]),
+    ("shift: {low: 0.1, high: 0.6}", ["parameters.shift.high", "<= 0.5", "got 0.6"]),
+    ("lr: {low: .nan, high: 1}", ["parameters.lr.low", "must be > 0", "nan"]),
+    ("lr: {low: 0.1, high: .inf}", ["parameters.lr.high", "<= 10", "inf"]),
+    (f"lr: {{low: 0.1, high: 1{'0' * 400}}}", ["parameters.lr.high", "<= 10"]),
+    (
+        "lr: {low: 1e-4, high: 0.1}",
+        ["parameters.lr.low", "must be a number", "'1e-4'", "with a dot and a sign: 0.0001"],
+    ),
+    ("lr: 1e-5", ["parameters.lr", "must be a number", "'1e-5'", "1.0e-05"]),
+    ("lr: {low: low, high: 0.1}", ["parameters.lr.low", "must be a number", "'low'"]),
+    ("lr: {low: true, high: 2}", ["parameters.lr.low", "must be a number", "True"]),
+    ("lr: {low: [0.1], high: 2}", ["parameters.lr.low", "must be a number", "[0.1]"]),
+    (
+        "dropout: {low: 0.0, high: 0.5, log: true}",
+        ["parameters.dropout.low", "must be > 0 where log is true", "0.0", "drop log"],
+    ),
+    ("lr: {low: 0.1, high: 0.2, log: 1}", ["parameters.lr.log", "true or false", "got 1"]),
+    ("lr: {low: 0.1, high: 0.5, step: 0}", ["parameters.lr.step", "> 0", "got 0"]),
+    ("lr: {low: 0.1, high: 0.5, step: .nan}", ["parameters.lr.step", "> 0", "nan"]),
+    ("lr: {low: 0.1, high: 0.5, step: 0.3}", ["parameters.lr.step", "multiple", "0.3", "change"]),
+    (
+        "lr: {low: 0.1, high: 0.5, step: 0.1, log: true}",
+        ["parameters.lr.step", "log: true", "0.1", "remove one"],
+    ),
+    ("step_every: {low: 1.5, high: 4}", ["parameters.step_every.low", "whole number", "1.5"]),
+    (
+        "step_every: {low: 1, high: 4, step: 0.5}",
+        ["parameters.step_every.step", "whole number", "0.5"],
+    ),
+    ("step_every: {choices: [2, 2.5]}", ["parameters.step_every.choices", "whole number", "2.5"]),
+    (
+        "lr: {choices: [0.1], low: 0.1, high: 0.2}",
+        ["parameters.lr", "either choices or low and high", "choices and low, high", "remove"],
+    ),
+    ("lr: {choices: []}", ["parameters.lr.choices", "at least one value", "[]"]),
+    ("lr: {choices: 0.1}", ["parameters.lr.choices", "list", "0.1"]),
+    ("lr: {choices: [0.1, 0.10]}", ["parameters.lr.choices", "once", "0.1", "remove"]),
+    ("lr: {choices: [0.1, 1e-3]}", ["parameters.lr.choices", "'1e-3'", "0.001"]),
+    (
+        "optimizer: {choices: [sgd, adam]}",
+        ["parameters.optimizer.choices", "one of sgd, adamw", "'adam'", "did you mean 'adamw'?"],
+    ),
+    (
+        "optimizer: {choices: [sgd, on]}",
+        ["parameters.optimizer.choices", "one of sgd, adamw", "True", "bare yes, no, on and off"],
+    ),
+    (
+        "nesterov: {choices: ['true', false]}",
+        ["parameters.nesterov.choices", "one of true, false", "'true'", "without quotes"],
+    ),
+    (
+        "optimizer: {low: sgd, high: adamw}",
+        ["parameters.optimizer", "needs choices", "{choices: [sgd, adamw]}"],
+    ),
+    ("optimizer: adam", ["parameters.optimizer", "one of sgd, adamw", "did you mean 'adamw'?"]),
+    ("lr: 0.1", ["parameters", "nothing to search", "low: 0.0"]),
+]
+
+# (the condition on momentum, after optimizer, nesterov and dropout and before schedule; message)
+BAD_CONDITIONS = [
+    ("sgd", ["must be a mapping", "{optimizer: sgd}", "'sgd'"]),
+    ("[optimizer]", ["must be a mapping", "['optimizer']"]),
+    ("", ["must be a mapping", "None"]),
+    ("{optimiser: sgd}", ["unknown hyperparameter 'optimiser'", "did you mean 'optimizer'?"]),
+    ("{on: sgd}", ["unknown hyperparameter 'True'"]),
+    ("{optimizer: sdg}", [".optimizer: must be one of sgd, adamw", "did you mean 'sgd'?"]),
+    ("{optimizer: []}", [".optimizer: must be a value or a list", "empty"]),
+    ("{optimizer: {choices: [sgd]}}", [".optimizer: must be one of sgd, adamw"]),
+    ("{schedule: cosine}", [".schedule:", "earlier", "schedule comes later", "put it before"]),
+    ("{rotation: 1}", [".rotation:", "earlier", "rotation is not in this space"]),
+    ("{momentum: 0.9}", [".momentum:", "cannot depend on itself"]),
+    ("{dropout: 0.1}", [".dropout:", "choices or a constant", "dropout has low and high"]),
+    ("{scale: 0.3}", [".scale:", "scale can take", "got 0.3", "scale takes 0.1"]),
+    ("{ema_decay: [0.0, 0.9]}", [".ema_decay:", "can take", "got 0.9", "takes 0.0, 0.99"]),
+    ("{batch_size: 64}", [".batch_size:", "can take", "got 64", "takes 128"]),
+    ("{optimizer: adamw, nesterov: true}", ["can never hold", "optimizer, nesterov", "change"]),
+]
+CONDITIONS = """
+parameters:
+  scale: 0.1
+  ema_decay: {choices: [0.0, 0.99]}
+  optimizer: {choices: [sgd, adamw]}
+  nesterov: {choices: [true, false], when: {optimizer: sgd}}
+  dropout: {low: 0.0, high: 0.1}
+  momentum:
+    low: 0.5
+    high: 0.9
+    when: %s
+  schedule: {choices: [cosine, constant]}
+"""
+
+# (a start list for THOROUGH, what the message must hold)
+BAD_STARTS = [
+    ("{lr: 0.1}", ["start:", "must be a list", "{'lr': 0.1}"]),
+    ("", ["start:", "must be a list", "None"]),
+    ("[0.1]", ["start[1]:", "must be a mapping", "0.1"]),
+    ("[{}]", ["start[1]:", "must be a mapping", "{}"]),
+    (
+        "[{lr: 0.1}, {momentom: 0.9}]",
+        ["start[2]:", "unknown hyperparameter 'momentom'", "did you mean 'momentum'?"],
+    ),
+    ("[{rotation: 8}]", ["start[1].rotation", "rotation is not in this space", "searched are"]),
+    ("[{label_smoothing: 0.1}]", ["start[1].label_smoothing", "is a constant", "leave it out"]),
+    ("[{lr: 0.5}]", ["start[1].lr", "from low 0.001 to high 0.1", "got 0.5", "parameters.lr"]),
+    ("[{lr: 1e-2}]", ["start[1].lr", "must be a number", "'1e-2'", "0.01"]),
+    ("[{momentum: 0.75}]", ["start[1].momentum", "0.5 plus a multiple of step 0.1", "0.75"]),
+    ("[{step_every: 3}]", ["start[1].step_every", "2 plus a multiple of step 2", "got 3"]),
+    ("[{step_factor: 0.2}]", ["start[1].step_factor", "one of 0.1, 0.5", "got 0.2"]),
+    ("[{optimizer: adam}]", ["start[1].optimizer", "one of sgd, adamw", "did you mean 'adamw'?"]),
+    (
+        "[{optimizer: adamw, momentum: 0.9}]",
+        ["start[1].momentum", "only active when optimizer is sgd", "optimizer: adamw", "leave"],
+    ),
+    (  # a parent's parent
+        "[{peak_position: 0.2, optimizer: adamw}]",
+        ["start[1].peak_position", "only active when optimizer is sgd", "optimizer: adamw"],
+    ),
+]
+
+# (a whole file, what the message must hold)
+BAD_FILES = [
+    ("", ["must be a mapping", "None"]),
+    ("- lr", ["must be a mapping", "['lr']"]),
+    ("epochs: 20", ["parameters", "must be a mapping", "None"]),
+    ("parameters: [lr]", ["parameters", "must be a mapping", "['lr']"]),
+    ("parameters: {}", ["parameters", "must be a mapping", "{}"]),
+    ("epoch: 3", ["top level", "unknown key 'epoch'", "did you mean 'epochs'?", "batch_size"]),
+    ("on: 3", ["top level", "unknown key True"]),
+    ("batch_size: 1\nparameters: {lr: 0.1}", ["batch_size", ">= 2", "got 1"]),
+    (
+        "batch_size: 128\nparameters: {batch_size: {choices: [64]}}",
+        ["batch_size", "top level and in parameters", "remove"],
+    ),
+    *[
+        (
+            f"epochs: {text}\nparameters: {{dropout: {{low: 0, high: 0.5}}}}",
+            ["epochs", "from 1 to 1000", f"got {shown}"],
+        )
+        for text, shown in [("0", "0"), ("1001", "1001"), ("2.5", "2.5"), ("yes", "True")]
+    ],
+    ("parameters: {lr: 0.1\n", ["line 2, column 1", "YAML", "correct"]),
+    ("parameters:\n\tlr: 0.1", ["line 2, column 1", "YAML", "\\t"]),
+    ("a: 1\n---\nb: 1", ["line 2", "YAML", "another document"]),
+    ("parameters:\n  lr: 1\n  lr: 2", ["line 3, column 3", "'lr'", "given twice"]),
+    ("epochs: 1\nepochs: 2", ["line 2, column 1", "'epochs'", "given twice"]),
+    ("lr: !!python/name:os.system", ["line 1", "YAML", "could not determine a constructor"]),
+    ("lr: !!bool maybe", ["YAML", "maybe"]),
+    ("lr: 2024-99-99", ["YAML", "month"]),
+    ("? [a]\n: b", ["line 1", "YAML", "unhashable"]),
+    ("\x00", ["YAML", "UTF-8"]),
+    ("[" * 10_000, ["YAML", "recursion"]),
+]
+
+
+def message_of(text: str, folder: Path) -> str:
+    """Load a file with this text, which must fail in one line that begins with its path."""
+    path = folder / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(SearchSpaceError) as caught:
+        load_space(str(path))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+def space_of(text: str) -> SearchSpace:
+    return SearchSpace.from_dict(yaml.safe_load(text), name="test", source="test.yaml")
+
+
+@pytest.mark.parametrize(("text", "parts"), BAD_PARAMETERS)
+def test_a_bad_parameter_is_named_with_rule_value_and_way_out(
+    text: str, parts: list[str], tmp_path: Path
+) -> None:
+    message = message_of(f"parameters:\n  {text}\n", tmp_path)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(("condition", "parts"), BAD_CONDITIONS)
+def test_a_bad_condition_is_named_with_rule_value_and_way_out(
+    condition: str, parts: list[str], tmp_path: Path
+) -> None:
+    message = message_of(CONDITIONS % condition, tmp_path)
+    parts = ["parameters.momentum.when", *parts]
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(("start", "parts"), BAD_STARTS)
+def test_a_bad_start_point_is_named_with_rule_value_and_way_out(
+    start: str, parts: list[str], tmp_path: Path
+) -> None:
+    text = re.sub(r"start:.*", f"start: {start}", THOROUGH, flags=re.DOTALL)
+    message = message_of(text, tmp_path)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(("text", "parts"), BAD_FILES)
+def test_a_file_that_is_no_space_is_refused_with_the_place(
+    text: str, parts: list[str], tmp_path: Path
+) -> None:
+    message = message_of(text, tmp_path)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize("content", [b"lr: \xff\xfe\xfa", b"lr: \xc3"])
+def test_a_binary_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SearchSpaceError, match=r"not YAML: .*save it as UTF-8 text"):
+        load_space(str(path))
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SearchSpaceError, match="cannot be read: Is a directory"):
+        load_space(str(tmp_path))
+
+
+def test_a_path_too_long_is_refused() -> None:
+    with pytest.raises(SearchSpaceError, match="cannot be read: File name too long"):
+        load_space("a" * 5000)
+
+
+@pytest.mark.parametrize("name", ["defualt", "defualt.yaml", "folder/default.yaml"])
+def test_an_unknown_space_gets_a_suggestion_and_the_list(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SearchSpaceError) as caught:
+        load_space(name)
+    message = str(caught.value)
+    assert f"'{name}'" in message
+    assert "did you mean 'default'?" in message
+    assert "known are default, quick, sgd" in message
+    assert "\n" not in message
+
+
+def test_an_empty_name_is_unknown() -> None:
+    with pytest.raises(SearchSpaceError, match="no space has this name"):
+        load_space("")
+
+
+@pytest.mark.parametrize(
+    ("nesterov", "momentum"),
+    [
+        ("true", "0.0"),
+        ("true", "{low: 0.0, high: 0.9}"),
+        ("{choices: [true, false]}", "{choices: [0.9, 0.0]}"),
+        ("{choices: [true, false]}", "0"),
+        ("{choices: [true, false]}", "{low: 0.0, high: 0.9, when: {nesterov: [false, true]}}"),
+        ("{choices: [true, false]}", "{low: 0.0, high: 0.9, when: {optimizer: sgd}}"),
+    ],
+)
+def test_nesterov_with_momentum_0_is_refused(nesterov: str, momentum: str, tmp_path: Path) -> None:
+    message = message_of(
+        "parameters:\n  optimizer: {choices: [sgd, adamw]}\n"
+        f"  nesterov: {nesterov}\n  momentum: {momentum}\n",
+        tmp_path,
+    )
+    assert "parameters.momentum: must be > 0 wherever nesterov can be true" in message
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "{nesterov: true, momentum: {low: 0.1, high: 0.9}}",
+        "{nesterov: {choices: [true, false]}}",
+        "{nesterov: false, momentum: {low: 0.0, high: 0.9}}",
+        "{nesterov: {choices: [true, false]}, "
+        "momentum: {low: 0.0, high: 0.9, when: {nesterov: false}}}",
+        "{momentum: {choices: [0.0, 0.9]}, "
+        "nesterov: {choices: [true, false], when: {momentum: 0.9}}}",
+    ],
+)
+def test_nesterov_is_allowed_where_momentum_cannot_be_0(parameters: str) -> None:
+    space = space_of(f"parameters: {parameters}")
+    for trial in sample_trials(space, optuna.samplers.RandomSampler(seed=0), 20):
+        space.config(trial.params)
+
+
+def test_a_constant_may_be_a_parent() -> None:
+    space = space_of(
+        "parameters: {schedule: step, step_every: {low: 1, high: 3, when: {schedule: step}}}"
+    )
+    values = space.sample(optuna.trial.FixedTrial({"step_every": 3}))
+    assert values == {"batch_size": 128, "schedule": "step", "step_every": 3}
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "parameters:\n"
+        "  dropout: &fraction {low: 0.0, high: 0.3}\n"
+        "  shift: {<<: *fraction, high: 0.2}\n"
+    )
+    shift = load_space(str(path)).parameters["shift"]
+    assert shift.distribution == optuna.distributions.FloatDistribution(0.0, 0.2)
+
+
+def test_what_a_file_leaves_out_has_a_default() -> None:
+    space = space_of("parameters: {dropout: {low: 0.0, high: 0.3}}")
+    assert (space.epochs, space.constants, space.start) == (20, {"batch_size": 128}, [])
+
+
+def test_the_batch_size_can_be_searched() -> None:
+    space = space_of("parameters: {batch_size: {choices: [64, 256]}}")
+    assert space.constants == {}
+    assert space.baseline() == TrainConfig()
+    assert space.frozen_params(space.baseline()) is None
+    assert SearchSpace.from_dict(space.as_dict(), "test", "test.yaml") == space
+
+
+def test_the_project_has_the_three_spaces() -> None:
+    assert available_spaces() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_space_of_the_project_holds_to_its_promises(name: str) -> None:
+    space = load_space(name)
+    assert space.name == name
+    assert Path(space.source).read_text().startswith("# ")
+    assert space.constants["batch_size"] == 128
+    assert space.epochs <= 20
+    # The baseline's result teaches the sampler only where the space can express it.
+    assert space.baseline() == TrainConfig()
+    assert space.frozen_params(space.baseline()) is not None
+
+
+def test_default_searches_everything_but_the_fixed_and_the_betas() -> None:
+    space = load_space("default")
+    left_out = set(TrainConfig().as_dict()) - set(space.parameters)
+    assert left_out == {"batch_size", "beta1", "beta2"}
+    conditional = {name for name, parameter in space.parameters.items() if parameter.when}
+    assert conditional == {"momentum", "nesterov", "step_every", "step_factor", "peak_position"}
+    for point in space.start:  # complete: nothing of a known good point is left to chance
+        assert space.frozen_params(space.config(point)) == (
+            {name: point[name] for name in space.parameters if name in point},
+            {
+                name: space.parameters[name].distribution
+                for name in space.parameters
+                if name in point
+            },
+        )
+
+
+def test_sgd_searches_three_parameters() -> None:
+    assert set(load_space("sgd").parameters) == {"lr", "momentum", "dropout"}
+
+
+def test_a_path_and_a_name_find_the_same_space() -> None:
+    by_name = load_space("sgd")
+    assert load_space(by_name.source) == by_name
+
+
+def test_an_installed_package_holds_the_spaces_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tune_mnist"
+    monkeypatch.setattr(space_file, "_PACKAGE", package)
+    assert space_file.spaces_folder() == tmp_path / "search_spaces"
+    (package / "search_spaces").mkdir(parents=True)
+    assert space_file.spaces_folder() == package / "search_spaces"
+
+
+def all_spaces() -> dict[str, SearchSpace]:
+    return {**{name: load_space(name) for name in NAMES}, "thorough": space_of(THOROUGH)}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "thorough"])
+def test_a_space_survives_plain_data_and_yaml(name: str) -> None:
+    space = all_spaces()[name]
+    data = yaml.safe_load(yaml.safe_dump(space.as_dict(), sort_keys=False))
+    assert SearchSpace.from_dict(data, space.name, space.source) == space
+    assert list(SearchSpace.from_dict(data, "", "").parameters) == list(space.parameters)
+
+
+def random_sampler() -> optuna.samplers.BaseSampler:
+    return optuna.samplers.RandomSampler(seed=1)
+
+
+def tpe_sampler() -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(
+        multivariate=True, group=True, constant_liar=True, n_startup_trials=5, seed=1
+    )
+
+
+def sample_trials(
+    space: SearchSpace, sampler: optuna.samplers.BaseSampler, count: int
+) -> list[optuna.trial.FrozenTrial]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=sampler)
+    for point in space.start:
+        study.enqueue_trial(dict(point))
+    for number in range(count):
+        trial = study.ask()
+        values = space.sample(trial)
+        assert TrainConfig.from_mapping(values) == space.config(trial.params)
+        assert values == {**space.constants, **trial.params}
+        study.tell(trial, number % 7)
+    return study.trials
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("name", [*NAMES, "thorough"])
+@pytest.mark.parametrize(("make_sampler", "count"), [(random_sampler, 200), (tpe_sampler, 25)])
+def test_samples_respect_conditions_and_can_be_turned_back_into_trials(
+    name: str, make_sampler: Callable[[], optuna.samplers.BaseSampler], count: int
+) -> None:
+    space = all_spaces()[name]
+    trials = sample_trials(space, make_sampler(), count)
+    for trial in trials:
+        values = {**space.constants, **trial.params}
+        for parameter in space.parameters.values():
+            holds = all(values.get(parent) in ok for parent, ok in parameter.when.items())
+            assert (parameter.name in trial.params) == holds
+        assert space.frozen_params(space.config(trial.params)) == (
+            trial.params,
+            trial.distributions,
+        )
+    for trial, point in zip(trials, space.start, strict=False):
+        named = {key: value for key, value in point.items() if key in trial.params}
+        assert {key: trial.params[key] for key in named} == named
+
+
+THOROUGH_CONFIG: dict[str, Any] = {
+    "batch_size": 64,
+    "label_smoothing": 0.1,
+    "lr": 0.05,
+    "momentum": 0.7,
+    "schedule": "step",
+    "step_every": 6,
+    "step_factor": 0.5,
+    "dropout": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 0.5},  # outside the bounds
+        {"momentum": 0.75},  # off the grid
+        {"step_every": 5},
+        {"step_factor": 0.2},  # no choice
+        {"step_factor": 0.1},  # makes dropout inactive, which is not at its default
+        {"batch_size": 128},  # another constant
+        {"label_smoothing": 0.0},
+        {"weight_decay": 0.0005},  # inactive, not at its default
+        {"rotation": 5.0},  # not in the space
+    ],
+)
+def test_frozen_params_say_what_the_space_cannot_express(change: dict[str, Any]) -> None:
+    space = space_of(THOROUGH)
+    params, distributions = space.frozen_params(TrainConfig(**THOROUGH_CONFIG)) or ({}, {})
+    assert params["dropout"] == 0.2
+    assert set(params) == set(distributions)
+    assert space.frozen_params(TrainConfig(**{**THOROUGH_CONFIG, **change})) is None
