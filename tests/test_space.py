@@ -62,7 +62,12 @@ BAD_PARAMETERS = [
     (f"lr: {{low: 0.1, high: 1{'0' * 400}}}", ["parameters.lr.high", "<= 10"]),
     (
         "lr: {low: 1e-4, high: 0.1}",
-        ["parameters.lr.low", "must be a number", "'1e-4'", "with a dot and a sign: 0.0001"],
+        [
+            "parameters.lr.low",
+            "must be a number",
+            "'1e-4'",
+            "needs a dot and a signed exponent; write 0.0001",
+        ],
     ),
     ("lr: 1e-5", ["parameters.lr", "must be a number", "'1e-5'", "1.0e-05"]),
     ("lr: {low: low, high: 0.1}", ["parameters.lr.low", "must be a number", "'low'"]),

@@ -159,4 +159,6 @@ def _hint_for_number(value: Any) -> str:
     # YAML 1.1 wants a dot in a number with an exponent, which Python leaves out of 1e-05.
     mantissa, *exponent = repr(number).split("e")
     dotted = mantissa if "." in mantissa else f"{mantissa}.0"
-    return f" (text; write it with a dot and a sign: {'e'.join((dotted, *exponent))})"
+    return (
+        f" (text: YAML needs a dot and a signed exponent; write {'e'.join((dotted, *exponent))})"
+    )
