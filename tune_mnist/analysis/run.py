@@ -1,0 +1,170 @@
+"""A run's folder: where each of its files lies, and who may write there."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tune_mnist.analysis.files import replace_file
+from tune_mnist.errors import RunFolderError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run's files."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.name
+
+    @property
+    def search(self) -> Path:
+        """What was asked, resolved: settings, space, versions, machine."""
+        return self.path / "search.yaml"
+
+    @property
+    def events(self) -> Path:
+        """What happened to trials and sessions, a JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def epochs(self) -> Path:
+        """One row per trial and epoch."""
+        return self.path / "epochs.csv"
+
+    @property
+    def trials(self) -> Path:
+        """One row per trial."""
+        return self.path / "trials.csv"
+
+    @property
+    def best(self) -> Path:
+        """The best configurations."""
+        return self.path / "best.csv"
+
+    @property
+    def best_model(self) -> Path:
+        """The best trial's weights with its configuration; torch's weights-only loader reads it."""
+        return self.path / "best.pt"
+
+    @property
+    def study(self) -> Path:
+        """The Optuna study, SQLite."""
+        return self.path / "study.db"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The last states of unfinished trials."""
+        return self.path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make a new run's folder; of two that try at once, one succeeds.
+
+        Raises:
+            RunFolderError: it exists, or cannot be made.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+            (path / "checkpoints").mkdir()
+        except FileExistsError:
+            raise _exists(path) from None
+        except OSError as error:
+            raise RunFolderError(_cannot_write(path, error)) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an existing run's folder.
+
+        Raises:
+            RunFolderError: it is none.
+        """
+        if not (path / "search.yaml").is_file():
+            siblings = [p.name for p in path.parent.glob("*/search.yaml") for p in [p.parent]]
+            what = "has no search.yaml" if path.is_dir() else "does not exist"
+            raise RunFolderError(
+                f"{path} is no run's folder: it {what}{did_you_mean(path.name, siblings)}"
+            )
+        return cls(path)
+
+    def read_search(self) -> dict[str, Any]:
+        """Read search.yaml.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
+        try:
+            data = yaml.safe_load(self.search.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(
+                f"{self.search} cannot be read: {' '.join(str(error).split())}"
+            ) from error
+        if not isinstance(data, dict):
+            raise RunFolderError(f"{self.search} is damaged: a mapping was expected")
+        return data
+
+    def write_search(self, data: dict[str, Any]) -> None:
+        """Write search.yaml."""
+        replace_file(self.search, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+    @contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Hold the right to write to the run; it ends with the process, however that ends.
+
+        Raises:
+            RunFolderError: another process holds it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(
+                f"{self.path} is in use: another search is writing to it; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise RunFolderError(_cannot_write(self.path, error)) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def check_new_run(path: Path) -> None:
+    """Refuse early, before anything is started, what `RunFolder.create` would refuse.
+
+    Raises:
+        RunFolderError: the folder exists, or its parent cannot be written to.
+    """
+    if path.exists():
+        raise _exists(path)
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(20, os.strerror(20), str(parent))
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise RunFolderError(_cannot_write(path.parent, error)) from error
+
+
+def _exists(path: Path) -> RunFolderError:
+    return RunFolderError(
+        f"the run {path} exists and is never overwritten: "
+        f"choose another name with --run, or go on with it: --resume {path}"
+    )
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"

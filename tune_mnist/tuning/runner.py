@@ -1,0 +1,221 @@
+"""One search from its settings to its files: the wiring of Ray Tune, Optuna and the run's folder."""
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.analysis.tables import write_tables
+from tune_mnist.errors import SearchFailedError
+from tune_mnist.mnist.data import Split
+from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.tuning.cluster import Share
+from tune_mnist.tuning.experiment import Experiment, Rules
+from tune_mnist.tuning.mirror import Mirror
+from tune_mnist.tuning.progress import Progress
+from tune_mnist.tuning.scheduler import ExperimentScheduler
+from tune_mnist.tuning.searcher import ExperimentSearcher
+from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.supervisor import Supervisor
+from tune_mnist.tuning.trial import EpochSource, run_trial, train_assignment
+
+# Tune's own bookkeeping would write every result a second time, and snapshot what the run's
+# folder already holds.
+_TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher says when there is no room
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What a search runs with, beside its rules."""
+
+    share: Share
+    max_concurrent: int | None
+    retries: int
+    hang_timeout: float
+    epochs_of: EpochSource = train_assignment
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a session of a search ended."""
+
+    why: str  # "finished", "out of time" or the name of the signal
+    signal: int | None
+    study_note: str | None  # why study.db could not be brought up to date
+
+
+def run_session(
+    folder: RunFolder,
+    history: History,
+    rules: Rules,
+    machinery: Machinery,
+    split: Split,
+    progress: Progress,
+) -> Ending:
+    """Run or go on with a search on the connected Ray until it ends or is told to.
+
+    Raises:
+        SearchFailedError: it could not go on; what it had finished is in the folder.
+    """
+    experiment = Experiment(
+        rules,
+        history,
+        Study(
+            SamplerSettings(rules.seed, rules.startup_trials),
+            rules.metric,
+            Mirror(folder.study, rules.metric),
+        ),
+        Checkpoints(folder),
+    )
+    supervisor = Supervisor(
+        experiment, retries=machinery.retries, hang_timeout=machinery.hang_timeout
+    )
+    progress.watch(experiment, folder)
+    with _heeding_signals(supervisor) as received:
+        try:
+            _fit(experiment, supervisor, machinery, split, progress)
+        except Exception as error:
+            supervisor.broken = supervisor.broken or error
+    return _close(experiment, supervisor, folder, received)
+
+
+def _fit(
+    experiment: Experiment,
+    supervisor: Supervisor,
+    machinery: Machinery,
+    split: Split,
+    progress: Progress,
+) -> None:
+    share = machinery.share
+
+    def room() -> int:
+        return min(share.slots(), machinery.max_concurrent or share.slots())
+
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, epochs_of=machinery.epochs_of, split=split),
+        {"cpu": share.cpus, "gpu": share.gpus},
+    )
+    with tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch, _quiet():
+        # Not tune.Tuner: it pickles searcher and callbacks for its own way to restore.
+        tune.run(
+            trainable,
+            name="tune",
+            storage_path=scratch,
+            search_alg=ExperimentSearcher(experiment, room),
+            scheduler=ExperimentScheduler(experiment),
+            num_samples=-1,
+            stop=supervisor,
+            callbacks=[supervisor, progress],
+            max_failures=machinery.retries,
+            reuse_actors=True,
+            raise_on_failed_trial=False,
+            trial_name_creator=_ray_id,
+            trial_dirname_creator=_ray_id,
+            verbose=0,
+        )
+
+
+def _ray_id(trial: Trial) -> str:
+    return str(trial.trial_id)
+
+
+def _close(
+    experiment: Experiment,
+    supervisor: Supervisor,
+    folder: RunFolder,
+    received: list[int],
+) -> Ending:
+    """Write the tables and the last word, or say why the search could not go on."""
+    if supervisor.broken is None:
+        why = "finished"
+        if received:
+            why = signal.Signals(received[0]).name
+        elif experiment.has_next or experiment.live:
+            why = "out of time"
+        try:
+            note = experiment.close(why)
+            write_tables(folder, experiment.history, experiment.rules.metric)
+            return Ending(why, received[0] if received else None, note)
+        except OSError as error:
+            supervisor.broken = error
+    error = supervisor.broken
+    with contextlib.suppress(OSError):  # the folder may be what is broken
+        experiment.close("failed")
+        write_tables(folder, experiment.history, experiment.rules.metric)
+    if isinstance(error, OSError):
+        raise SearchFailedError(
+            f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or "
+            f"make it writable, then go on with --resume {folder.path}; finished trials are safe"
+        ) from error
+    raise error
+
+
+@contextlib.contextmanager
+def _heeding_signals(supervisor: Supervisor) -> Iterator[list[int]]:
+    """End the search in order at the first SIGINT or SIGTERM, at once at the second."""
+    received: list[int] = []
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        supervisor.interrupted = True
+
+    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Tune's log and its warnings off the terminal; the search has its own display."""
+    os.environ.update(_TUNE_ENVIRONMENT)
+    logger = logging.getLogger("ray")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+def rules_to_dict(rules: Rules) -> dict[str, Any]:
+    """Return rules as plain data, for search.yaml."""
+    return {
+        **{name: value for name, value in vars(rules).items() if name != "space"},
+        "time_budget": rules.time_budget if math.isfinite(rules.time_budget) else None,
+        "space": rules.space.as_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the results may depend on."""
+    packages = ("tune_mnist", "torch", "torchvision", "ray", "optuna", "pandas", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

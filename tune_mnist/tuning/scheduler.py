@@ -1,0 +1,36 @@
+"""Tune's way to tell the experiment of results, and to learn which trials stop."""
+
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from tune_mnist.analysis.history import METRICS
+from tune_mnist.tuning.experiment import Experiment
+
+
+def number_of(trial: Trial) -> int:
+    """Return the number by which a Tune trial is known in every file."""
+    return int(trial.config["assignment"].number)
+
+
+class ExperimentScheduler(FIFOScheduler):  # type: ignore[misc]
+    """Passes every report on and answers with the experiment's decision.
+
+    Of Tune's parts the scheduler is the first to see a report and the only one to see them all.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__()
+        self._experiment = experiment
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Take in a report; the answer is to stop or to continue."""
+        stop = self._experiment.report(
+            number_of(trial),
+            {name: result[name] for name in METRICS},
+            result["state"],
+            result["model"],
+        )
+        decision: str = TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        return decision

@@ -1,0 +1,155 @@
+"""What a user can ask of a search; the command line and `search.yaml` are made from it."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from tune_mnist.analysis.history import Metric
+from tune_mnist.errors import ConfigError
+
+_WHAT = Group.create_ordered("What to search")
+_HOW = Group.create_ordered("How to search")
+_WHERE = Group.create_ordered("What to run on")
+_RUN = Group.create_ordered("The run")
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds in `90`, `90s`, `10m`, `1.5h`, `1h30m` or `2d`.
+
+    Raises:
+        ConfigError: the text is no duration.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(
+            f"a time is written like 90s, 10m, 1.5h or 1h30m, but got '{text}'"
+        ) from None
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds in words a person reads: `42 s`, `3 min 20 s`, `1 h 05 min`."""
+    if not math.isfinite(seconds):
+        return "no limit"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _duration(type_: Any, tokens: Any) -> float:
+    return parse_duration(tokens[0].value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Everything that one search was asked to do.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    space: Annotated[str, Parameter(group=_WHAT)] = "default"
+    """Search space: a name (default, sgd, quick) or the path of a YAML file."""
+
+    trials: Annotated[int, Parameter(group=_WHAT)] = 50
+    """Configurations to try in all."""
+
+    epochs: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
+    """Budget of a trial in epochs; the space's own (20) unless given."""
+
+    time_budget: Annotated[
+        float, Parameter(group=_WHAT, converter=_duration, n_tokens=1, show_default=False)
+    ] = math.inf
+    """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
+
+    images: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
+    """Train on this many images only, for a quick look; all of them unless given."""
+
+    metric: Annotated[Metric, Parameter(group=_HOW)] = "val_accuracy"
+    """What steers the search. val_accuracy holds out 5,000 training images; test_accuracy trains
+    on all 60,000 and picks its winner on the test set."""
+
+    grace_epochs: Annotated[int, Parameter(group=_HOW)] = 1
+    """ASHA stops no trial before this many epochs."""
+
+    reduction_factor: Annotated[float, Parameter(group=_HOW)] = 3.0
+    """ASHA lets about one trial in so many go on from a rung."""
+
+    startup_trials: Annotated[int, Parameter(group=_HOW)] = 10
+    """Random configurations before Optuna's model proposes."""
+
+    seed: Annotated[int, Parameter(group=_HOW)] = 0
+    """Fixes what is proposed and every trial's training."""
+
+    max_concurrent: Annotated[int | None, Parameter(group=_WHERE, show_default=False)] = None
+    """Trials at once; as many as fit unless given."""
+
+    cpus_per_trial: Annotated[float, Parameter(group=_WHERE)] = 1.0
+    """CPU cores that a trial takes."""
+
+    gpus_per_trial: Annotated[float | None, Parameter(group=_WHERE, show_default=False)] = None
+    """GPUs that a trial takes, such as 0.25; a quarter where there is a GPU, else none."""
+
+    address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
+    """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
+
+    retries: Annotated[int, Parameter(group=_WHERE)] = 3
+    """Times that a trial whose worker died is gone on with, without an epoch in between."""
+
+    hang_timeout: Annotated[
+        float, Parameter(group=_WHERE, converter=_duration, n_tokens=1, show_default=False)
+    ] = 1800.0
+    """Give up a trial that has not finished an epoch for this long; 30m unless given."""
+
+    run: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
+    """Name of the run's folder; the space and the time unless given."""
+
+    results_dir: Annotated[Path, Parameter(group=_RUN)] = Path("results")
+    """Folder in which the run's folder is made."""
+
+    data_dir: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
+    """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("trials", "epochs", "images", "grace_epochs", "max_concurrent")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, but got {value}")
+        for name in ("startup_trials", "seed", "retries", "cpus_per_trial", "gpus_per_trial"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{flag(name)} must be at least 0, but got {value:g}")
+        for name in ("time_budget", "hang_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"{flag(name)} must be above 0 seconds, but got {getattr(self, name):g}"
+                )
+        if not (self.reduction_factor > 1 and math.isfinite(self.reduction_factor)):
+            raise ConfigError(
+                f"--reduction-factor must be above 1, but got {self.reduction_factor:g}"
+            )
+        if self.gpus_per_trial and self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
+            raise ConfigError(
+                f"--gpus-per-trial must be a fraction of one GPU or a whole number, "
+                f"but got {self.gpus_per_trial:g}"
+            )
+        if self.run is not None and (not self.run or Path(self.run).name != self.run):
+            raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
+
+
+def flag(name: str) -> str:
+    """Return a setting's name on the command line."""
+    return "--" + name.replace("_", "-")

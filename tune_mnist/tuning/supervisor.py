@@ -1,0 +1,112 @@
+"""Tune's way to tell the experiment of ends and failures, and to end a search in order."""
+
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.tune import Callback, Stopper
+from ray.tune.experiment import Trial
+
+from tune_mnist.tuning.experiment import Experiment
+from tune_mnist.tuning.scheduler import number_of
+
+
+class Supervisor(Callback, Stopper):  # type: ignore[misc]
+    """Watches over a search's trials.
+
+    A trial that fails goes on from its last epoch until it has failed `retries` times without an
+    epoch in between. One that has not reported for `hang_timeout` seconds is given up.
+    """
+
+    def __init__(self, experiment: Experiment, *, retries: int, hang_timeout: float) -> None:
+        self._experiment, self._retries, self._hang_timeout = experiment, retries, hang_timeout
+        self._last_sign: dict[Trial, float] = {}
+        self._hung: set[str] = set()
+        self.broken: Exception | None = None  # what keeps the search from going on
+        self.interrupted = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its stopper into snapshots of its own; nothing is ever read from there."""
+        return {}
+
+    def stop_all(self) -> bool:
+        """Say whether the search is to end now, its running trials to be gone on with later."""
+        return self.interrupted or self.broken is not None or self._experiment.out_of_time
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No single trial is stopped here: that is the scheduler's to decide."""
+        return False
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Note that a trial's worker has begun."""
+        self._last_sign[trial] = time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    ) -> None:
+        """Let go of the states, which Tune would keep, and forgive earlier failures."""
+        result.pop("state")
+        result.pop("model")
+        trial.run_metadata.num_failures = 0
+        self._last_sign[trial] = time.monotonic()
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        """Record the end of a trial that was told to stop."""
+        self._last_sign.pop(trial, None)
+        self._record(lambda: self._experiment.finish(number_of(trial)))
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        """Send a trial whose worker failed on from its last epoch."""
+        self._last_sign.pop(trial, None)
+        number, error = number_of(trial), self._error_of(trial)
+
+        def retry() -> None:
+            assignment = self._experiment.retry(number, error)
+            trial.set_config({**trial.config, "assignment": assignment})
+
+        self._record(retry)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Record a trial that is given up."""
+        self._last_sign.pop(trial, None)
+        number, error = number_of(trial), self._error_of(trial)
+        self._record(lambda: self._experiment.fail(number, error))
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        """End workers that have hung."""
+        now = time.monotonic()
+        for trial, last in list(self._last_sign.items()):
+            if now - last > self._hang_timeout:
+                self._hung.add(trial.trial_id)
+                del self._last_sign[trial]
+                trial.max_failures = 0  # a second try would hang as well
+                ray.kill(trial.temporary_state.ray_actor)
+
+    def _record(self, write: Any) -> None:
+        """Write something down; Tune would take a failure in here for the trial's own."""
+        try:
+            write()
+        except Exception as error:
+            self.broken = error
+
+    def _error_of(self, trial: Trial) -> str:
+        if trial.trial_id in self._hung:
+            return f"no report for {self._hang_timeout:g} s: taken to hang and ended"
+        return describe(trial.get_pickled_error() or trial.get_error())
+
+
+def describe(error: BaseException | None) -> str:
+    """Say in one line what befell a worker."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+    if isinstance(error, OutOfMemoryError):
+        return "out of memory: Ray ended the worker; fewer trials at a time need less"
+    if isinstance(error, RayActorError):
+        return "the worker died: " + " ".join(str(error).split())[:400]
+    return " ".join(str(error).split())[:500]
