@@ -1,0 +1,273 @@
+"""Train one configuration of the net, without a search.
+
+    python -m tune_mnist.train                                  the reference baseline
+    python -m tune_mnist.train --set lr=0.05 --epochs 5         another rate, a quarter as long
+    python -m tune_mnist.train --config mine.yaml --save model.pt
+
+All 60,000 training images are trained on, and the test set is measured after every epoch.
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from tune_mnist.analysis.files import replace_file
+from tune_mnist.cli import Interrupted, run, tell
+from tune_mnist.errors import ConfigError, TuneMnistError
+from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
+from tune_mnist.mnist.config_file import override, read_config
+
+# torch takes more than a second to import. Functions that need it import it themselves, so that
+# --help and a misspelt option are answered at once.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tune_mnist.mnist.training import EpochResult
+
+DRAW_EVERY = 0.1  # seconds
+
+AtLeast0 = Parameter(validator=Number(gte=0))
+AtLeast1 = Parameter(validator=Number(gte=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Train one configuration of the net and test it after every epoch.
+
+    Without options this is the reference baseline: SGD at a constant rate, 20 epochs on all
+    60,000 training images. MNIST is fetched when it is not there yet.
+    """
+
+    config: Path | None = None
+    """YAML file of hyperparameters, one `name: value` a line; the others keep their defaults."""
+
+    overrides: Annotated[
+        tuple[str, ...], Parameter(name="--set", negative="", show_default=False)
+    ] = ()
+    """One hyperparameter as NAME=VALUE, over the file's; may be given several times."""
+
+    epochs: Annotated[int, AtLeast1] = 20
+    """Passes over the training images; schedules stretch over all of them."""
+
+    images: Annotated[int | None, AtLeast1] = None
+    """Train on only so many images, all digits in proportion, for a quick look."""
+
+    seed: Annotated[int, AtLeast0] = 0
+    """Fixes initial weights, order, distortions and dropout."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto is a GPU where there is one."""
+
+    threads: Annotated[int | None, AtLeast1] = None
+    """CPU threads to compute with; all cores unless given."""
+
+    save: Path | None = None
+    """Keep the weights in this file, written anew after every epoch."""
+
+    data_dir: Path | None = None
+    """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
+
+
+def train_by(settings: TrainSettings) -> None:
+    """Train as the settings say and print each epoch."""
+    config = chosen_config(settings)
+    if settings.save is not None:
+        check_writable(settings.save)
+
+    import torch
+
+    from tune_mnist.mnist.data import load_mnist, split
+    from tune_mnist.mnist.layers import layer_table
+    from tune_mnist.mnist.net import Net
+    from tune_mnist.mnist.training import train
+
+    device = chosen_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    data = split(load_mnist(settings.data_dir), holdout=False, images=settings.images)
+
+    tell(layer_table(Net(config.dropout)))
+    tell(describe(config))
+    bar = StepBar(-(-len(data.train_labels) // config.batch_size))
+    results = train(
+        config, data, epochs=settings.epochs, seed=settings.seed, device=device, on_step=bar.step
+    )
+    done: list[EpochResult] = []
+    try:
+        for epoch in range(1, settings.epochs + 1):
+            tell(f"Epoch : {epoch}")
+            with bar:
+                result = next(results)
+            check_converging(result, config)
+            done.append(result)
+            tell(test_line(result, images=len(data.test_labels)))
+            if settings.save is not None:
+                save(settings.save, config, settings, result)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted in epoch {epoch}. {summary(done)}") from None
+    tell(summary(done))
+
+
+def chosen_config(settings: TrainSettings) -> TrainConfig:
+    """Return the configuration to train: the file's or the baseline, the --set values over it.
+
+    Raises:
+        ConfigError: a file cannot be read, or a name or value is not usable.
+    """
+    config = TrainConfig() if settings.config is None else read_config(settings.config)
+    try:
+        return override(config, settings.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"--set: {error}") from error
+
+
+def chosen_device(device: str) -> str:
+    """Turn "auto" into what there is.
+
+    Raises:
+        ConfigError: "cuda" without a GPU that torch can use.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU it can use here; try --device cpu")
+    return device
+
+
+def describe(config: TrainConfig) -> str:
+    """Say on one line in what a configuration differs from the baseline."""
+    changed = {
+        name: value
+        for name, value in config.as_dict().items()
+        if value != CONFIG_FIELDS[name].default
+    }
+    shown = " ".join(f"{name}={value}" for name, value in changed.items())
+    return f"Configuration: baseline{' with ' if shown else ''}{shown}"
+
+
+class StepBar:
+    """The progress of an epoch: a live bar on a terminal, elsewhere one line when it has ended."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __enter__(self) -> None:
+        self.done = 0
+        self.prefix = ""
+        self.began = self.drawn = time.perf_counter()
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=self.steps, file=sys.stdout, dynamic_ncols=True)
+
+    def step(self, number: int, loss: "Tensor") -> None:
+        """Take note of a step (1-based) and its loss."""
+        self.done = number
+        now = time.perf_counter()
+        last = number == self.steps
+        # Looking at the loss waits for a GPU: only as often as an eye can follow.
+        if last or now - self.drawn >= DRAW_EVERY:
+            self.drawn = now
+            self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
+            if self.bar is not None:
+                self.bar.n = number
+                self.bar.set_description(self.prefix)
+        if last:
+            self._finish()  # now and not after the evaluation, which is none of the epoch's steps
+
+    def _finish(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.prefix:
+            elapsed = time.perf_counter() - self.began
+            tell(
+                tqdm.format_meter(
+                    self.done, self.steps, elapsed, prefix=self.prefix, ncols=100, ascii=True
+                )
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        if self.done < self.steps:  # diverged or interrupted
+            self._finish()
+
+
+def check_converging(result: "EpochResult", config: TrainConfig) -> None:
+    """Raise TuneMnistError if the epoch diverged."""
+    if result.diverged_step is not None:
+        raise TuneMnistError(
+            f"training diverged in epoch {result.epoch} at step {result.diverged_step}: "
+            f"the loss is no longer finite; a lower lr may help (it is {config.lr:g})"
+        )
+
+
+def test_line(result: "EpochResult", images: int) -> str:
+    """Say how the epoch did on so many test images."""
+    return (
+        f"Test set: Average loss: {result.test_loss:.4f}, "
+        f"Accuracy: {result.test_correct}/{images} ({result.test_accuracy:.2%})"
+    )
+
+
+def summary(done: "list[EpochResult]") -> str:
+    """Say how the best and the last epoch did."""
+    if not done:
+        return "No epoch was finished."
+    best = max(done, key=lambda result: result.test_accuracy)
+    return (
+        f"Last test accuracy: {done[-1].test_accuracy:.2%}, after epoch {done[-1].epoch}. "
+        f"Best: {best.test_accuracy:.2%}, after epoch {best.epoch}, an epoch picked on the test "
+        "set itself."
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raise ConfigError unless a file can be written there; leaves nothing behind."""
+    if path.is_dir():
+        raise ConfigError(f"--save {path}: is a folder; name a file in it")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from error
+
+
+def save(path: Path, config: TrainConfig, settings: TrainSettings, result: "EpochResult") -> None:
+    """Write the weights and where they come from, for `torch.load(path, weights_only=True)`.
+
+    Raises:
+        TuneMnistError: the file cannot be written; an earlier one stays as it was.
+    """
+    from tune_mnist.mnist.model_file import pack_model
+
+    content = pack_model(
+        config,
+        result.weights,
+        seed=settings.seed,
+        images=settings.images,  # None: all 60,000
+        epochs=settings.epochs,
+        epoch=result.epoch,  # finished; fewer than `epochs` if training was broken off
+        test_accuracy=result.test_accuracy,
+        test_loss=result.test_loss,
+    )
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise TuneMnistError(f"--save {path}: cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    """Run the command."""
+    run("train", TrainSettings, train_by)
+
+
+if __name__ == "__main__":
+    main()
