@@ -53,7 +53,7 @@ class RunFolder:
 
     @property
     def best_model(self) -> Path:
-        """The best trial's weights with its configuration; torch's weights-only loader reads it."""
+        """The best trial's weights with its configuration, for torch's weights-only loader."""
         return self.path / "best.pt"
 
     @property

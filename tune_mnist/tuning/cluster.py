@@ -33,7 +33,7 @@ class Share:
 
     def slots(self) -> int:
         """Return how many trials fit on the cluster as it is now."""
-        return sum(self.slots_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return sum(map(self.slots_of, node_resources()))
 
     def slots_of(self, resources: dict[str, float]) -> int:
         """Return how many trials fit on one node; a trial uses a part of one GPU or whole ones."""
@@ -45,6 +45,11 @@ class Share:
             by_gpu = gpus // self.gpus if self.gpus >= 1 else gpus * (1 // self.gpus)
             fits = min(fits, by_gpu)
         return int(fits)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Return what each living node of the connected cluster offers, such as CPU and GPU."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.tuning.checkpoints import Checkpoints
 from tune_mnist.tuning.rungs import Rungs
 from tune_mnist.tuning.space import SearchSpace
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study import Study
 
 OPTUNA_STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,

@@ -129,17 +129,19 @@ class Mirror:
                 return
             self._start_anew()
             return
+        self._update(storage, old, trial)
+
+    def _update(self, storage: RDBStorage, old: FrozenTrial, trial: FrozenTrial) -> None:
+        """Add to an unfinished trial what has come since it was written."""
         key = storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
-        for name, distribution in trial.distributions.items():
-            if name not in old.params:
-                internal = distribution.to_internal_repr(trial.params[name])
-                storage.set_trial_param(key, name, internal, distribution)
-        for name, value in trial.user_attrs.items():
-            if old.user_attrs.get(name) != value:
-                storage.set_trial_user_attr(key, name, value)
-        for step, report in trial.intermediate_values.items():
-            if old.intermediate_values.get(step) != report:
-                storage.set_trial_intermediate_value(key, step, report)
+        for name in trial.params.keys() - old.params.keys():
+            distribution = trial.distributions[name]
+            internal = distribution.to_internal_repr(trial.params[name])
+            storage.set_trial_param(key, name, internal, distribution)
+        for name, value in trial.user_attrs.items() - old.user_attrs.items():
+            storage.set_trial_user_attr(key, name, value)
+        for step in trial.intermediate_values.keys() - old.intermediate_values.keys():
+            storage.set_trial_intermediate_value(key, step, trial.intermediate_values[step])
         if trial.state != old.state:
             storage.set_trial_state_values(key, trial.state, trial.values)
 

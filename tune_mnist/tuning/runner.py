@@ -1,19 +1,14 @@
-"""One search from its settings to its files: the wiring of Ray Tune, Optuna and the run's folder."""
+"""One session of a search: the wiring of Ray Tune, Optuna and the run's folder."""
 
 import contextlib
 import logging
-import math
 import os
-import platform
 import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -61,9 +56,8 @@ class Machinery:
 class Ending:
     """How a session of a search ended."""
 
-    why: str  # "finished", "out of time" or the name of the signal
-    signal: int | None
-    study_note: str | None  # why study.db could not be brought up to date
+    signal: int | None  # that ended it in order before its time
+    study_failure: str | None  # why study.db could not be brought up to date
 
 
 def run_session(
@@ -149,27 +143,31 @@ def _close(
 ) -> Ending:
     """Write the tables and the last word, or say why the search could not go on."""
     if supervisor.broken is None:
-        why = "finished"
-        if received:
-            why = signal.Signals(received[0]).name
-        elif experiment.has_next or experiment.live:
-            why = "out of time"
         try:
-            note = experiment.close(why)
+            note = experiment.close(_why(experiment, received))
             write_tables(folder, experiment.history, experiment.rules.metric)
-            return Ending(why, received[0] if received else None, note)
+            return Ending(received[0] if received else None, note)
         except OSError as error:
             supervisor.broken = error
-    error = supervisor.broken
     with contextlib.suppress(OSError):  # the folder may be what is broken
         experiment.close("failed")
         write_tables(folder, experiment.history, experiment.rules.metric)
-    if isinstance(error, OSError):
-        raise SearchFailedError(
-            f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or "
-            f"make it writable, then go on with --resume {folder.path}; finished trials are safe"
-        ) from error
-    raise error
+    if isinstance(supervisor.broken, OSError):
+        raise SearchFailedError(_cannot_write(folder, supervisor.broken)) from supervisor.broken
+    raise supervisor.broken
+
+
+def _why(experiment: Experiment, received: list[int]) -> str:
+    if received:
+        return signal.Signals(received[0]).name
+    return "out of time" if experiment.has_next or experiment.live else "finished"
+
+
+def _cannot_write(folder: RunFolder, error: OSError) -> str:
+    return (
+        f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or make "
+        f"it writable, then go on with --resume {folder.path}; what was finished is safe"
+    )
 
 
 @contextlib.contextmanager
@@ -204,18 +202,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(before)
-
-
-def rules_to_dict(rules: Rules) -> dict[str, Any]:
-    """Return rules as plain data, for search.yaml."""
-    return {
-        **{name: value for name, value in vars(rules).items() if name != "space"},
-        "time_budget": rules.time_budget if math.isfinite(rules.time_budget) else None,
-        "space": rules.space.as_dict(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that the results may depend on."""
-    packages = ("tune_mnist", "torch", "torchvision", "ray", "optuna", "pandas", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

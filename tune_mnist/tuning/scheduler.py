@@ -14,14 +14,14 @@ def number_of(trial: Trial) -> int:
     return int(trial.config["assignment"].number)
 
 
-class ExperimentScheduler(FIFOScheduler):  # type: ignore[misc]
+class ExperimentScheduler(FIFOScheduler):
     """Passes every report on and answers with the experiment's decision.
 
     Of Tune's parts the scheduler is the first to see a report and the only one to see them all.
     """
 
     def __init__(self, experiment: Experiment) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._experiment = experiment
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:

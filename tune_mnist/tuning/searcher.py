@@ -19,11 +19,10 @@ class ExperimentSearcher(Searcher):
         super().__init__(metric=experiment.rules.metric, mode="max")
         self._experiment, self._room = experiment, room
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """Return the next trial's assignment, FINISHED, or None while there is no room."""
         if not self._experiment.has_next or self._experiment.out_of_time:
-            finished: str = Searcher.FINISHED
-            return finished
+            return Searcher.FINISHED
         if self._experiment.live >= self._room():
             return None
         return {"assignment": self._experiment.next_trial(trial_id)}

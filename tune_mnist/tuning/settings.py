@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,18 @@ _HOW = Group.create_ordered("How to search")
 _WHERE = Group.create_ordered("What to run on")
 _RUN = Group.create_ordered("The run")
 
+_MAY_CHANGE_ON_RESUME = (
+    "resume",
+    "trials",
+    "time_budget",
+    "max_concurrent",
+    "cpus_per_trial",
+    "gpus_per_trial",
+    "address",
+    "retries",
+    "hang_timeout",
+    "data_dir",
+)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -54,24 +67,25 @@ def _duration(type_: Any, tokens: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """Everything that one search was asked to do.
+    """Search for good hyperparameters of the MNIST net.
 
-    Raises:
-        ConfigError: a value is out of its range.
+    Optuna proposes configurations, Ray Tune trains several at a time, ASHA stops the poor ones
+    early. The reference baseline is always the first trial. Ctrl-C ends a search in order;
+    --resume goes on with it, as it does after a crash.
     """
 
     space: Annotated[str, Parameter(group=_WHAT)] = "default"
     """Search space: a name (default, sgd, quick) or the path of a YAML file."""
 
-    trials: Annotated[int, Parameter(group=_WHAT)] = 50
-    """Configurations to try in all."""
+    trials: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
+    """Configurations to try in all; 50 unless given."""
 
     epochs: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
     """Budget of a trial in epochs; the space's own (20) unless given."""
 
     time_budget: Annotated[
-        float, Parameter(group=_WHAT, converter=_duration, n_tokens=1, show_default=False)
-    ] = math.inf
+        float | None, Parameter(group=_WHAT, converter=_duration, n_tokens=1, show_default=False)
+    ] = None
     """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
 
     images: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
@@ -119,35 +133,44 @@ class SearchSettings:
     results_dir: Annotated[Path, Parameter(group=_RUN)] = Path("results")
     """Folder in which the run's folder is made."""
 
+    resume: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
+    """Go on with the run in this folder: all it was asked is taken from there. --trials and
+    --time-budget may be raised, and what it runs on may change."""
+
     data_dir: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
     """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("trials", "epochs", "images", "grace_epochs", "max_concurrent")
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} must be at least 1, but got {value}")
+        for name in ("trials", "epochs", "images", "grace_epochs", "max_concurrent"):
+            self._check(name, lambda value: value >= 1, "at least 1")
         for name in ("startup_trials", "seed", "retries", "cpus_per_trial", "gpus_per_trial"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ConfigError(f"{flag(name)} must be at least 0, but got {value:g}")
+            self._check(name, lambda value: 0 <= value < math.inf, "at least 0")
         for name in ("time_budget", "hang_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"{flag(name)} must be above 0 seconds, but got {getattr(self, name):g}"
-                )
-        if not (self.reduction_factor > 1 and math.isfinite(self.reduction_factor)):
-            raise ConfigError(
-                f"--reduction-factor must be above 1, but got {self.reduction_factor:g}"
-            )
-        if self.gpus_per_trial and self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
-            raise ConfigError(
-                f"--gpus-per-trial must be a fraction of one GPU or a whole number, "
-                f"but got {self.gpus_per_trial:g}"
-            )
+            self._check(name, lambda value: value > 0, "above 0 seconds")
+        self._check("reduction_factor", lambda value: 1 < value < math.inf, "above 1")
+        self._check(
+            "gpus_per_trial",
+            lambda value: value <= 1 or value % 1 == 0,
+            "a fraction of one GPU or a whole number",
+        )
         if self.run is not None and (not self.run or Path(self.run).name != self.run):
             raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
+        if self.resume is not None:
+            self._check_resume()
+
+    def _check(self, name: str, holds: Callable[[float], bool], rule: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise ConfigError(f"{flag(name)} must be {rule}, but got {value:g}")
+
+    def _check_resume(self) -> None:
+        for entry in fields(self):
+            fixed = entry.name not in _MAY_CHANGE_ON_RESUME
+            if fixed and getattr(self, entry.name) != entry.default:
+                raise ConfigError(
+                    f"{flag(entry.name)} cannot be changed with --resume, which takes it from "
+                    "the run's search.yaml: leave it out, or start a new run"
+                )
 
 
 def flag(name: str) -> str:

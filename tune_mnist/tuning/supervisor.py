@@ -12,7 +12,7 @@ from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.scheduler import number_of
 
 
-class Supervisor(Callback, Stopper):  # type: ignore[misc]
+class Supervisor(Callback, Stopper):
     """Watches over a search's trials.
 
     A trial that fails goes on from its last epoch until it has failed `retries` times without an
@@ -67,7 +67,7 @@ class Supervisor(Callback, Stopper):  # type: ignore[misc]
 
         def retry() -> None:
             assignment = self._experiment.retry(number, error)
-            trial.set_config({**trial.config, "assignment": assignment})
+            trial.config = {**trial.config, "assignment": assignment}
 
         self._record(retry)
 
@@ -85,7 +85,9 @@ class Supervisor(Callback, Stopper):  # type: ignore[misc]
                 self._hung.add(trial.trial_id)
                 del self._last_sign[trial]
                 trial.max_failures = 0  # a second try would hang as well
-                ray.kill(trial.temporary_state.ray_actor)
+                actor = trial.temporary_state.ray_actor
+                if actor is not None:
+                    ray.kill(actor)
 
     def _record(self, write: Any) -> None:
         """Write something down; Tune would take a failure in here for the trial's own."""

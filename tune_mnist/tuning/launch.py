@@ -1,0 +1,130 @@
+"""Starting a search, or going on with one: everything from the settings to the exit code."""
+
+import time
+from pathlib import Path
+
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.run import RunFolder, check_new_run
+from tune_mnist.cli import tell
+from tune_mnist.errors import ClusterError
+from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.tuning.cluster import Share, connected, node_resources
+from tune_mnist.tuning.plan import Plan
+from tune_mnist.tuning.progress import Progress
+from tune_mnist.tuning.runner import Machinery, run_session
+from tune_mnist.tuning.settings import SearchSettings, format_duration
+from tune_mnist.tuning.trial import EpochSource, train_assignment
+
+DEFAULT_GPU_SHARE = 0.25
+
+
+def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) -> int:
+    """Run or resume a search and return the exit code.
+
+    Args:
+        settings: what was asked.
+        epochs_of: what a trial does; the tests and benchmarks have scripted ones.
+
+    Raises:
+        TuneMnistError: the search could not be started, or could not go on.
+    """
+    if settings.resume is not None:
+        return _resume(settings, settings.resume, epochs_of)
+    return _start(settings, epochs_of)
+
+
+def _start(settings: SearchSettings, epochs_of: EpochSource) -> int:
+    plan = Plan.of(settings)
+    name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = settings.results_dir / name
+    check_new_run(path)
+    data = _load(settings, plan)
+    with connected(settings.address):
+        share = _share(settings)
+        folder = RunFolder.create(path)
+        with folder.only_writer():
+            plan.save(folder)
+            return _run(folder, History(folder), plan, settings, share, data, epochs_of)
+
+
+def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int:
+    folder = RunFolder.open(path)
+    with folder.only_writer():
+        before = Plan.load(folder)
+        plan = before.raised(settings)
+        history = History.load(folder)
+        if over := _why_nothing_is_left(plan, history):
+            tell(f"{folder.path}: {over}")
+            return 0
+        for difference in before.differences(folder):
+            tell(f"warning: since {folder.path} was last worked on, {difference}")
+        data = _load(settings, plan)
+        with connected(settings.address):
+            share = _share(settings)
+            plan.save(folder)
+            return _run(folder, history, plan, settings, share, data, epochs_of)
+
+
+def _run(
+    folder: RunFolder,
+    history: History,
+    plan: Plan,
+    settings: SearchSettings,
+    share: Share,
+    data: Split,
+    epochs_of: EpochSource,
+) -> int:
+    history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
+    machinery = Machinery(
+        share, settings.max_concurrent, settings.retries, settings.hang_timeout, epochs_of
+    )
+    ending = run_session(folder, history, plan.rules, machinery, data, Progress())
+    if ending.study_failure:
+        tell(
+            f"warning: {folder.study} is behind ({ending.study_failure}); nothing is lost: "
+            f"--resume {folder.path} brings it up to date"
+        )
+    if ending.signal:
+        tell(f"interrupted; go on with: python -m tune_mnist.search --resume {folder.path}")
+        return 128 + ending.signal
+    return 0
+
+
+def _load(settings: SearchSettings, plan: Plan) -> Split:
+    holdout = plan.rules.metric == "val_accuracy"
+    return split(load_mnist(settings.data_dir), holdout=holdout, images=plan.images)
+
+
+def _share(settings: SearchSettings) -> Share:
+    """Settle what one trial takes, and see that at least one fits.
+
+    Raises:
+        ClusterError: no node has that much.
+    """
+    nodes = node_resources()
+    gpus = settings.gpus_per_trial
+    if gpus is None:
+        gpus = DEFAULT_GPU_SHARE if any(node.get("GPU") for node in nodes) else 0.0
+    share = Share(cpus=settings.cpus_per_trial, gpus=gpus)
+    if share.slots() == 0:
+        offers = "; ".join(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
+        )
+        raise ClusterError(
+            f"no machine can run a trial of {share.cpus:g} CPUs and {share.gpus:g} GPUs: there "
+            f"is {offers}; ask for less with --cpus-per-trial or --gpus-per-trial"
+        )
+    return share
+
+
+def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
+    """Say why there is nothing to resume, or return None."""
+    done = len(history.trials) >= plan.rules.trials and not history.unfinished()
+    if done and history.closed_as is not None:
+        return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
+    if history.elapsed >= plan.rules.time_budget:
+        return (
+            f"the time budget of {format_duration(plan.rules.time_budget)} is used up; "
+            "--time-budget with a longer time goes on"
+        )
+    return None

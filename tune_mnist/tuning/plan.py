@@ -1,0 +1,166 @@
+"""What a search was asked, resolved: the contents of `search.yaml`."""
+
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import tune_mnist
+from tune_mnist.analysis.history import Metric
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.errors import RunFolderError, TuneMnistError
+from tune_mnist.tuning.experiment import Rules
+from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.space import SearchSpace, load_space
+
+DEFAULT_TRIALS = 50
+_PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rules of a search and the data it trains on."""
+
+    rules: Rules
+    images: int | None  # training images; None: all there are
+
+    @classmethod
+    def of(cls, settings: SearchSettings) -> Self:
+        """Resolve a new search's settings.
+
+        Raises:
+            SearchSpaceError: its space cannot be used.
+        """
+        space = load_space(settings.space)
+        return cls(
+            rules=Rules(
+                space=space,
+                metric=settings.metric,
+                trials=settings.trials or DEFAULT_TRIALS,
+                epochs=settings.epochs or space.epochs,
+                time_budget=settings.time_budget or math.inf,
+                grace_epochs=settings.grace_epochs,
+                reduction_factor=settings.reduction_factor,
+                startup_trials=settings.startup_trials,
+                seed=settings.seed,
+            ),
+            images=settings.images,
+        )
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> Self:
+        """Read the plan of a run.
+
+        Raises:
+            RunFolderError: search.yaml is damaged.
+        """
+        data = folder.read_search()
+        try:
+            asked = data["asked"]
+            metric: Metric = asked["metric"]
+            return cls(
+                rules=Rules(
+                    space=SearchSpace.from_dict(
+                        data["space"], data["space_name"], data["space_source"]
+                    ),
+                    metric=metric,
+                    trials=int(asked["trials"]),
+                    epochs=int(asked["epochs"]),
+                    time_budget=float(asked["time_budget"] or math.inf),
+                    grace_epochs=int(asked["grace_epochs"]),
+                    reduction_factor=float(asked["reduction_factor"]),
+                    startup_trials=int(asked["startup_trials"]),
+                    seed=int(asked["seed"]),
+                ),
+                images=asked["images"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(
+                f"{folder.search} is damaged ({type(error).__name__}: {error}): put back a copy"
+            ) from error
+
+    def raised(self, settings: SearchSettings) -> Self:
+        """Return the plan with another number of trials or time budget, where given."""
+        rules = replace(
+            self.rules,
+            trials=settings.trials or self.rules.trials,
+            time_budget=settings.time_budget or self.rules.time_budget,
+        )
+        return replace(self, rules=rules)
+
+    def save(self, folder: RunFolder) -> None:
+        """Write search.yaml."""
+        rules = self.rules
+        folder.write_search(
+            {
+                "asked": {
+                    "metric": rules.metric,
+                    "trials": rules.trials,
+                    "epochs": rules.epochs,
+                    "time_budget": rules.time_budget if math.isfinite(rules.time_budget) else None,
+                    "images": self.images,
+                    "grace_epochs": rules.grace_epochs,
+                    "reduction_factor": rules.reduction_factor,
+                    "startup_trials": rules.startup_trials,
+                    "seed": rules.seed,
+                },
+                "space_name": rules.space.name,
+                "space_source": rules.space.source,
+                "space": rules.space.as_dict(),
+                "versions": versions(),
+                "machine": machine(),
+            }
+        )
+
+    def differences(self, folder: RunFolder) -> list[str]:
+        """Say what has changed since the run was last worked on: versions, code, space file."""
+        found = compare(folder.read_search().get("versions", {}), versions())
+        source = Path(self.rules.space.source)
+        if source.is_file():
+            try:
+                now = load_space(str(source)).as_dict()
+                then = self.rules.space.as_dict()
+                found += [f"{source}: {change}" for change in compare(then, now)]
+            except TuneMnistError as error:
+                found.append(f"{source} can no longer be used: {error}")
+        return found
+
+
+def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name every entry that differs between two nested mappings."""
+    found = []
+    for key in sorted(then.keys() | now.keys(), key=str):
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += compare(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is now {new}")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on; `code` is a digest of this package's source."""
+    return {
+        "tune_mnist": version("tune_mnist"),
+        "code": _code_digest(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe the driver's machine."""
+    return {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()}
+
+
+def _code_digest() -> str:
+    root = Path(tune_mnist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
