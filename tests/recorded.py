@@ -1,0 +1,81 @@
+"""Searches that never ran: histories written down epoch by epoch through their real interface."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tune_mnist.analysis.history import History, Origin, Row, State, TrialRecord
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.mnist.config import TrainConfig
+
+
+class RecordedSearch:
+    """A run's folder with a history that a test fills, trial by trial."""
+
+    def __init__(self, path: Path, name: str = "search") -> None:
+        self.folder = RunFolder.create(path / name)
+        self.history = History(self.folder)
+        self.history.open_session({})
+        self.clock = 0.0
+
+    def start(self, origin: Origin | None = None, **config: Any) -> int:
+        """Start a trial, the first one as the baseline, and return its number."""
+        number = len(self.history.trials)
+        record = TrialRecord(
+            number=number,
+            config=TrainConfig.from_mapping(config).as_dict(),
+            seed=1000 + number,
+            origin=origin or ("sampled" if number else "baseline"),
+            ray_id=f"{number:08d}",
+        )
+        self.clock += 1
+        self.history.start_trial(record, self.clock)
+        return number
+
+    def epoch(self, trial: int, val: float, test: float | None = None, **values: Any) -> None:
+        """Add a trial's next epoch; 2 s of training and 0.5 s of evaluation unless told."""
+        test = val if test is None else test
+        self.clock += 2.5
+        row: Row = {
+            "trial": trial,
+            "epoch": self.history.trials[trial].epochs + 1,
+            "train_loss": 0.5,
+            "val_loss": 1 - val,
+            "val_accuracy": val,
+            "test_loss": 1 - test,
+            "test_accuracy": test,
+            "test_correct": round(test * 10_000),
+            "seconds": 2.0,
+            "evaluation_seconds": 0.5,
+            "diverged_step": None,
+            "elapsed": self.clock,
+        }
+        self.history.add_epoch(row | values)
+
+    def diverged_epoch(self, trial: int, step: int = 33) -> None:
+        """Add an epoch whose loss was not finite: it was not evaluated."""
+        names = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
+        unknown: Row = dict.fromkeys(names, math.nan)
+        values: Row = {"test_correct": 0, "evaluation_seconds": 0.0, "diverged_step": step}
+        self.epoch(trial, 0.0, **(unknown | values))
+
+    def end(self, trial: int, state: State, reason: str = "") -> None:
+        """Give a trial its final state."""
+        self.clock += 0.5
+        self.history.end_trial(trial, self.clock, state, reason)
+
+    def trial(
+        self,
+        val: Sequence[float],
+        test: Sequence[float] | None = None,
+        state: State = "complete",
+        reason: str = "",
+        **config: Any,
+    ) -> int:
+        """Add a whole trial with these accuracies and return its number."""
+        number = self.start(**config)
+        for position, accuracy in enumerate(val):
+            self.epoch(number, accuracy, test[position] if test else None)
+        self.end(number, state, reason)
+        return number

@@ -1,0 +1,234 @@
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from recorded import RecordedSearch
+
+from tune_mnist.analysis.history import History, TrialRecord
+from tune_mnist.analysis.tables import best_table, read_table, trials_table, write_tables
+from tune_mnist.mnist.config import TrainConfig
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> RecordedSearch:
+    return RecordedSearch(tmp_path)
+
+
+def _written(search: RecordedSearch) -> tuple[pd.DataFrame, pd.DataFrame]:
+    write_tables(search.folder, search.history, "val_accuracy")
+    return read_table(search.folder.trials), read_table(search.folder.best)
+
+
+def _cells(table: pd.DataFrame, row: int, *names: str) -> list[Any]:
+    return [table[name].iloc[row] for name in names]
+
+
+def test_a_trial_is_judged_by_its_best_and_its_last_epoch(search: RecordedSearch) -> None:
+    search.trial([0.97, 0.99, 0.98], [0.96, 0.985, 0.987])
+    trials, _ = _written(search)
+    assert _cells(trials, 0, "best_epoch", "best_val_accuracy", "test_accuracy_at_best") == [
+        *(2, 0.99, 0.985)
+    ]
+    assert _cells(trials, 0, "last_epoch", "last_val_accuracy", "last_test_accuracy") == [
+        *(3, 0.98, 0.987)
+    ]
+    assert _cells(trials, 0, "epochs", "state", "seconds") == [3, "complete", 7.5]
+
+
+def test_of_epochs_with_equal_accuracy_the_lower_loss_is_best(search: RecordedSearch) -> None:
+    trial = search.start()
+    for loss in (0.3, 0.2, 0.2, 0.4):
+        search.epoch(trial, 0.99, val_loss=loss)
+    assert trials_table(search.history, "val_accuracy")["best_epoch"].tolist() == [2]
+
+
+def test_a_trial_without_an_end_is_running_and_ranks(search: RecordedSearch) -> None:
+    search.trial([0.98])
+    running = search.start()
+    search.epoch(running, 0.99)
+    trials, best = _written(search)
+    assert _cells(trials, 1, "state", "epochs") == ["running", 1]
+    assert math.isnan(trials["ended"].iloc[1])
+    assert best["trial"].tolist() == [1, 0]
+
+
+def test_a_diverged_epoch_ranks_nowhere(search: RecordedSearch) -> None:
+    search.trial([0.98])
+    trial = search.start()
+    search.epoch(trial, 0.99)
+    search.diverged_epoch(trial, step=33)
+    search.end(trial, "diverged", "the loss was not finite")
+    at_once = search.start()
+    search.diverged_epoch(at_once)
+    search.end(at_once, "diverged", "the loss was not finite")
+    trials, best = _written(search)
+    cells = _cells(trials, 1, "epochs", "best_epoch", "last_epoch", "diverged_step")
+    assert cells == [2, 1, 1, 33]
+    assert trials["best_epoch"].isna().tolist() == [False, False, True]
+    assert trials["seconds"].tolist() == [2.5, 4.5, 2.0]
+    assert best["trial"].tolist() == [1, 0]
+    assert best["last_val_accuracy"].tolist() == [0.99, 0.98]
+
+
+def test_an_epoch_without_a_number_to_compare_ranks_nowhere(search: RecordedSearch) -> None:
+    search.trial([math.nan, 0.5], [0.99, 0.6])
+    assert trials_table(search.history, "val_accuracy")["best_epoch"].tolist() == [2]
+
+
+def test_a_failed_trial_keeps_its_reason_its_retries_and_its_epochs(
+    search: RecordedSearch,
+) -> None:
+    trial = search.start()
+    search.epoch(trial, 0.9)
+    reason = 'the worker died: "killed",\nby signal 9'
+    search.history.rerun_trial(trial, 5.0, ray_id="12345678", error=reason)
+    search.end(trial, "failed", reason)
+    trials, _ = _written(search)
+    assert _cells(trials, 0, "state", "reason", "retries", "ray_id", "best_epoch") == [
+        *("failed", reason, 1, "12345678", 1)
+    ]
+
+
+def test_best_ranks_by_the_best_epoch_and_says_the_rank_by_the_last(
+    search: RecordedSearch,
+) -> None:
+    search.trial([0.97, 0.97])
+    search.trial([0.99, 0.95])
+    search.trial([0.98, 0.98])
+    _, best = _written(search)
+    assert best["trial"].tolist() == [1, 2, 0]
+    assert best["rank"].tolist() == [1, 2, 3]
+    assert best["rank_by_last"].tolist() == [3, 1, 2]
+
+
+def test_equal_accuracies_rank_by_loss_then_by_epochs_used(search: RecordedSearch) -> None:
+    for loss, epochs in ((0.2, 2), (0.1, 2), (0.1, 1)):
+        trial = search.start()
+        for _ in range(epochs):
+            search.epoch(trial, 0.99, val_loss=loss)
+    assert best_table(search.history, "val_accuracy")["trial"].tolist() == [2, 1, 0]
+
+
+def test_the_test_set_ranks_only_where_it_was_asked_to(search: RecordedSearch) -> None:
+    search.trial([0.98, 0.97], [0.90, 0.95])
+    search.trial([0.97, 0.96], [0.99, 0.98])
+    by_val = best_table(search.history, "val_accuracy")
+    by_test = best_table(search.history, "test_accuracy")
+    assert by_val["trial"].tolist() == [0, 1]
+    assert by_test["trial"].tolist() == [1, 0]
+    assert by_test["best_test_accuracy"].tolist() == [0.99, 0.95]
+    assert by_test["test_loss_at_best"].tolist() == [0.01, 0.05]
+    assert not by_test.columns.duplicated().any()
+
+
+def test_the_ten_best_by_either_ranking_are_kept(search: RecordedSearch) -> None:
+    for number in range(30):
+        search.trial([0.5 + number / 100, 0.9 - number / 100])
+    best = best_table(search.history, "val_accuracy")
+    by_best = best[best["rank"] <= 10]
+    by_last = best[best["rank_by_last"] <= 10]
+    assert len(by_best) == len(by_last) == 10
+    assert len(best) == len(by_best.index.union(by_last.index))
+
+
+def test_the_gain_is_in_test_accuracy_over_the_baseline(search: RecordedSearch) -> None:
+    search.trial([0.97, 0.96], [0.971, 0.972])
+    search.trial([0.98, 0.99], [0.980, 0.985])
+    _, best = _written(search)
+    assert best["gain_at_best"].tolist() == [0.014, 0.0]
+    assert best["gain_at_last"].tolist() == [0.013, 0.0]
+
+
+def test_without_a_baseline_epoch_the_gain_is_empty(search: RecordedSearch) -> None:
+    search.start()
+    search.trial([0.98])
+    _, best = _written(search)
+    assert best["gain_at_best"].isna().tolist() == [True]
+    assert best["gain_at_last"].isna().tolist() == [True]
+
+
+def test_the_first_epoch_at_the_reference_accuracy_is_found(search: RecordedSearch) -> None:
+    search.trial([0.97, 0.98, 0.99], [0.9882, 0.9883, 0.9890])
+    search.trial([0.9], [0.9882])
+    single_precision = 0.98829999
+    search.trial([0.8], [single_precision])
+    _, best = _written(search)
+    first = best.set_index("trial")["first_epoch_at_98.83%"]
+    assert (first[0], first[2]) == (2, 1)
+    assert first.isna()[1]
+
+
+def test_an_empty_search_has_tables_with_all_columns(search: RecordedSearch) -> None:
+    empty_trials, empty_best = _written(search)
+    search.trial([0.98])
+    trials, best = _written(search)
+    assert len(empty_trials) == len(empty_best) == 0
+    assert empty_trials.columns.tolist() == trials.columns.tolist()
+    assert empty_best.columns.tolist() == best.columns.tolist()
+
+
+def test_every_hyperparameter_is_read_back_exactly(search: RecordedSearch) -> None:
+    values = {"lr": 0.1 + 0.2, "dropout": 1 / 7, "nesterov": True, "weight_decay": 1.1e-5}
+    config = TrainConfig.from_mapping(values)
+    search.epoch(search.start(**values), 0.98)
+    for table in _written(search):
+        names = config.as_dict()
+        read = {name: table[f"config_{name}"].tolist()[0] for name in names}  # Python's own types
+        assert TrainConfig.from_mapping(read) == config
+
+
+def test_whole_numbers_are_written_whole_where_cells_are_empty(search: RecordedSearch) -> None:
+    search.trial([0.98])
+    search.start()
+    trials, _ = _written(search)
+    assert str(trials["best_epoch"].dtype) == "Int64"
+    assert (
+        ",1,1,0.98," in search.folder.trials.read_text()
+    )  # epochs, best_epoch, best_val_accuracy
+
+
+def test_measured_values_are_rounded_for_readers(search: RecordedSearch) -> None:
+    search.trial([0.98123456789], [0.98123456789])
+    trials, _ = _written(search)
+    assert trials["best_val_accuracy"].tolist() == [0.981235]
+    assert trials["val_loss_at_best"].tolist() == [0.018765]
+
+
+def test_the_tables_stay_when_they_cannot_be_replaced(search: RecordedSearch) -> None:
+    search.trial([0.98])
+    write_tables(search.folder, search.history, "val_accuracy")
+    search.folder.best.unlink()
+    search.folder.best.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_tables(search.folder, search.history, "val_accuracy")
+    assert len(read_table(search.folder.trials)) == 1
+    assert not list(search.folder.path.glob(".*.tmp"))
+
+
+def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) -> None:
+    search.trial([0.97, 0.98])
+    trial = search.start(lr=0.3)
+    search.epoch(trial, 0.9)
+    search.diverged_epoch(trial)
+    search.end(trial, "diverged", "the loss was not finite")
+    search.start(dropout=0.2)
+    _written(search)
+    before = search.folder.trials.read_text(), search.folder.best.read_text()
+    write_tables(search.folder, History.load(search.folder), "val_accuracy")
+    assert before == (search.folder.trials.read_text(), search.folder.best.read_text())
+
+
+def test_two_thousand_trials_take_a_fraction_of_a_second(search: RecordedSearch) -> None:
+    search.trial([0.9])
+    row = search.history.trials[0].rows[0]
+    config = TrainConfig().as_dict()
+    for number in range(1, 2000):
+        rows = [row | {"epoch": epoch, "val_loss": 1 / epoch} for epoch in range(1, 21)]
+        search.history.trials[number] = TrialRecord(number, config, 0, "sampled", rows=rows)
+    began = time.process_time()
+    table = trials_table(search.history, "val_accuracy")
+    assert time.process_time() - began < 1.0  # 0.1 s on an idle core
+    assert len(table) == 2000
