@@ -8,6 +8,7 @@ All 60,000 training images are trained on, and the test set is measured after ev
 """
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ def train_by(settings: TrainSettings) -> None:
     import torch
 
     from tune_mnist.mnist.data import load_mnist, split
+    from tune_mnist.mnist.fused import keep_freed_memory
     from tune_mnist.mnist.layers import layer_table
     from tune_mnist.mnist.net import Net
     from tune_mnist.mnist.training import train
 
     device = chosen_device(settings.device)
+    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     data = split(load_mnist(settings.data_dir), holdout=False, images=settings.images)
@@ -166,7 +169,8 @@ class StepBar:
         self.began = self.drawn = time.perf_counter()
         self.bar = None
         if sys.stdout.isatty():
-            self.bar = tqdm(total=self.steps, file=sys.stdout, dynamic_ncols=True)
+            # Told its size: a container's terminal may say 0 x 0, where tqdm would draw nothing.
+            self.bar = tqdm(total=self.steps, file=sys.stdout, ncols=columns(), nrows=2)
 
     def step(self, number: int, loss: "Tensor") -> None:
         """Take note of a step (1-based) and its loss."""
@@ -178,7 +182,7 @@ class StepBar:
             self.drawn = now
             self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
             if self.bar is not None:
-                self.bar.n = number
+                self.bar.n, self.bar.ncols = number, columns()
                 self.bar.set_description(self.prefix)
         if last:
             self._finish()  # now and not after the evaluation, which is none of the epoch's steps
@@ -197,6 +201,11 @@ class StepBar:
     def __exit__(self, *exception: object) -> None:
         if self.done < self.steps:  # diverged or interrupted
             self._finish()
+
+
+def columns() -> int:
+    """Return the terminal's present width."""
+    return shutil.get_terminal_size().columns
 
 
 def check_converging(result: "EpochResult", config: TrainConfig) -> None:

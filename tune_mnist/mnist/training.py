@@ -265,5 +265,5 @@ def _pack(value: Any) -> bytes:
 def _unpack(packed: bytes) -> Any:
     try:
         return torch.load(BytesIO(packed), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
         raise ConfigError("the saved state is damaged") from error

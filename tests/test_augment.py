@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tune_mnist.mnist.augment import affine, augments, random_affine
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.data import Mnist
+from tune_mnist.mnist.tensors import scaled
+
+
+@pytest.fixture
+def images(mnist: Mnist) -> Tensor:
+    return scaled(torch.from_numpy(mnist.train_images[:64]))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def move(
+    images: Tensor,
+    angle: float = 0.0,
+    scale: float = 1.0,
+    right: float = 0.0,
+    down: float = 0.0,
+) -> Tensor:
+    count = len(images)
+    return affine(
+        images,
+        angle=torch.full((count,), math.radians(angle)),
+        scale=torch.full((count,), scale),
+        right=torch.full((count,), right),
+        down=torch.full((count,), down),
+    )
+
+
+def test_only_amounts_above_zero_distort() -> None:
+    assert not augments(TrainConfig())
+    for config in (TrainConfig(rotation=1), TrainConfig(shift=0.1), TrainConfig(scale=0.1)):
+        assert augments(config)
+
+
+def test_zero_amounts_change_nothing(images: Tensor) -> None:
+    found = random_affine(images, TrainConfig(), generator())
+    torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
+
+
+def test_a_shift_moves_whole_pixels_right_and_down_and_fills_with_background(
+    images: Tensor,
+) -> None:
+    expected = functional.pad(images, (3, 0, 2, 0))[:, :, :28, :28]
+    found = move(images, right=3 / 28, down=2 / 28)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_quarter_turn_is_counter_clockwise(images: Tensor) -> None:
+    expected = torch.rot90(images, 1, dims=(2, 3))
+    torch.testing.assert_close(move(images, angle=90), expected, rtol=0, atol=1e-5)
+
+
+def test_the_shift_comes_after_the_turn(images: Tensor) -> None:
+    turned = torch.rot90(images, 1, dims=(2, 3))
+    expected = functional.pad(turned, (3, 0, 0, 0))[:, :, :, :28]
+    found = move(images, angle=90, right=3 / 28)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_scaling_by_two_doubles_lengths_about_the_centre() -> None:
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., 10:18, 12:16] = 1  # 8 high, 4 wide, in the middle
+    found = move(image, scale=2) > 0.5
+    expected = torch.zeros(1, 1, 28, 28, dtype=torch.bool)
+    expected[..., 6:22, 10:18] = True
+    assert torch.equal(found, expected)
+
+
+def test_the_same_seed_distorts_the_same_way(images: Tensor) -> None:
+    config = TrainConfig(rotation=20, shift=0.1, scale=0.2)
+    first = random_affine(images, config, generator())
+    assert torch.equal(first, random_affine(images, config, generator()))
+    assert not torch.equal(first, random_affine(images.clone(), config, torch.Generator()))
+
+
+def test_images_are_distorted_each_by_its_own_amounts(images: Tensor) -> None:
+    same = images[:1].expand(8, -1, -1, -1)
+    found = random_affine(same, TrainConfig(rotation=30), generator())
+    assert len({tuple(image.flatten().tolist()) for image in found}) == 8
+
+
+def dot(row: int, column: int, count: int) -> Tensor:
+    """A blob around one pixel, wide enough to survive resampling."""
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., row - 1 : row + 2, column - 1 : column + 2] = 1
+    return image.expand(count, -1, -1, -1)
+
+
+def centres(images: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y of the centres of mass, in pixels from the middle of the image."""
+    place = torch.arange(28) - 13.5
+    mass = images.sum(dim=(1, 2, 3))
+    across = (images.sum(dim=(1, 2)) * place).sum(1) / mass
+    along = (images.sum(dim=(1, 3)) * place).sum(1) / mass
+    return across, along
+
+
+def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
+    before = dot(14, 14, 2000)
+    x, y = centres(random_affine(before, TrainConfig(shift=0.2), generator()))
+    for moved in (x - 0.5, y - 0.5):
+        assert 0.98 * 5.6 < moved.abs().max() < 5.6 + 0.01
+        assert moved.min() < 0 < moved.max()
+
+
+def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
+    before = dot(14, 22, 2000)  # right of the middle
+    x, y = centres(random_affine(before, TrainConfig(rotation=30), generator()))
+    start = math.degrees(math.atan2(-0.5, 8.5))
+    angles = torch.rad2deg(torch.atan2(-y, x)) - start  # y points down
+    assert 29 < angles.abs().max() < 30.3
+    assert angles.min() < -29
+    assert angles.max() > 29
+
+
+def test_scales_stay_within_their_bound_and_reach_near_it() -> None:
+    before = dot(14, 22, 2000)
+    x, _ = centres(random_affine(before, TrainConfig(scale=0.25), generator()))
+    factors = x / 8.5
+    assert 0.74 < factors.min() < 0.76
+    assert 1.24 < factors.max() < 1.26

@@ -1,0 +1,118 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from tune_mnist.cli import Interrupted, exit_code
+from tune_mnist.errors import ConfigError, DataUnavailableError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Bake a cake."""
+
+    eggs: Annotated[int, Parameter(validator=Number(gte=1))] = 2
+    """How many eggs."""
+
+    oven_heat: float = 180.0
+    """Degrees."""
+
+
+def baking(arguments: str, command: Callable[[Settings], int | None] | None = None) -> int:
+    return exit_code("bake", Settings, command or (lambda _: None), arguments.split())
+
+
+def test_arguments_become_settings() -> None:
+    seen: list[Settings] = []
+    assert baking("--eggs 3 --oven-heat=200", seen.append) == 0
+    assert baking("", seen.append) == 0
+    assert seen == [Settings(eggs=3, oven_heat=200.0), Settings()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--egs 3", "error: Unknown option: --egs. Did you mean --eggs? (--help lists"),
+        ("--eggs 0", 'error: Invalid value "0" for --eggs. Must be >= 1 (--help'),
+        ("--eggs x", 'error: Invalid value for --eggs: unable to convert "x" into int (--help'),
+        ("--eggs", "error: Parameter --eggs requires an argument (--help"),
+        ("3 4", "error: unexpected argument: 3 4 (--help"),
+    ],
+)
+def test_arguments_that_make_no_settings_are_one_line_and_exit_code_2(
+    arguments: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Settings] = []
+    assert baking(arguments, ran.append) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert not ran
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("lr: must be\n  positive"), 2, "error: lr: must be positive\n"),
+        (DataUnavailableError("no MNIST"), 1, "error: no MNIST\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Interrupted("stopped in epoch 3"), 130, "stopped in epoch 3\n"),
+    ],
+)
+def test_errors_raised_on_purpose_are_one_line(
+    error: BaseException, code: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Settings) -> None:
+        raise error
+
+    assert baking("", fail) == code
+    assert capfd.readouterr() == ("", message)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def fail(_: Settings) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        baking("", fail)
+
+
+def test_the_commands_own_exit_code_is_passed_on() -> None:
+    assert baking("", lambda _: 3) == 3
+
+
+def test_help_says_what_each_option_is_for(capfd: pytest.CaptureFixture[str]) -> None:
+    assert baking("--help") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    for words in ("python -m tune_mnist.bake", "Bake a cake.", "--oven-heat", "How many eggs."):
+        assert words in out
+
+
+def test_a_reader_who_leaves_ends_the_command_without_a_traceback() -> None:
+    code = """
+from dataclasses import dataclass
+from tune_mnist.cli import run, tell
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    "Talk."
+def talk(_):
+    while True:
+        tell("and so on")
+run("talk", Settings, talk)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as talker:
+        assert talker.stdout is not None
+        assert talker.stderr is not None
+        talker.stdout.readline()
+        talker.stdout.close()
+        assert talker.stderr.read() == b""
+    assert talker.returncode == 1

@@ -1,0 +1,328 @@
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist import training
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.data import Mnist, Split, split
+from tune_mnist.mnist.evaluation import Score, evaluate
+from tune_mnist.mnist.tensors import normalised, scaled
+from tune_mnist.mnist.training import EpochResult, load_weights, train
+
+SGD = TrainConfig(
+    lr=0.05,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=1e-4,
+    batch_size=64,
+    schedule="onecycle",
+    dropout=0.2,
+    label_smoothing=0.1,
+    rotation=10,
+    shift=0.1,
+    scale=0.1,
+    ema_decay=0.9,
+)
+ADAMW = TrainConfig(optimizer="adamw", lr=0.003, weight_decay=0.01, schedule="cosine")
+PLAIN = TrainConfig(batch_size=64)
+HOPELESS = TrainConfig(lr=10, momentum=0.99, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def data(small_mnist: Mnist) -> Split:
+    """300 images to train, 100 to validate and 200 to test on, read-only as in shared memory."""
+    found = split(small_mnist, holdout=True, images=300)
+    arrays = {entry.name: getattr(found, entry.name).copy() for entry in fields(found)}
+    for array in arrays.values():
+        array.setflags(write=False)
+    return Split(**arrays)
+
+
+def content(packed: bytes) -> Any:
+    """What a state or weights hold, as plain data."""
+
+    def plain(value: Any) -> Any:
+        match value:
+            case Tensor():
+                return value.tolist()
+            case dict():
+                return {key: plain(item) for key, item in value.items()}
+            case list() | tuple():
+                return [plain(item) for item in value]
+        return value
+
+    return plain(torch.load(BytesIO(packed), weights_only=True))
+
+
+def same(first: EpochResult, second: EpochResult) -> bool:
+    """Whether two results agree to the last digit in all but the time they took."""
+
+    def timeless(result: EpochResult) -> tuple[str, Any, Any]:
+        metrics = result.metrics() | {"seconds": 0, "evaluation_seconds": 0}
+        return repr(metrics), content(result.weights), content(result.state)
+
+    return timeless(first) == timeless(second)
+
+
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_run_resumed_after_any_epoch_ends_as_the_unbroken_one(
+    data: Split, config: TrainConfig
+) -> None:
+    unbroken = list(train(config, data, epochs=3, seed=1))
+    assert [result.epoch for result in unbroken] == [1, 2, 3]
+    for done in (1, 2, 3):
+        state = unbroken[done - 1].state
+        resumed = list(train(config, data, epochs=3, seed=1, state=state))
+        assert len(resumed) == 3 - done
+        assert all(map(same, resumed, unbroken[done:]))
+
+
+def test_a_seed_decides_all(data: Split) -> None:
+    first, second, other = (next(train(SGD, data, epochs=1, seed=seed)) for seed in (5, 5, 6))
+    assert same(first, second)
+    assert first.weights != other.weights
+
+
+def test_runs_neither_use_nor_move_the_process_random_numbers(data: Split) -> None:
+    def states() -> tuple[list[int], str, object]:
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    torch.manual_seed(1)
+    before = states()
+    alone = list(train(SGD, data, epochs=2, seed=1))
+    assert states() == before
+
+    # Two runs side by side, with everybody else drawing in between.
+    runs = [train(SGD, data, epochs=2, seed=1), train(PLAIN, data, epochs=2, seed=9)]
+    together = []
+    for result, _ in zip(*runs, strict=True):
+        torch.rand(7)
+        together.append(result)
+    assert all(map(same, together, alone))
+
+
+def test_a_result_holds_what_its_weights_come_to(data: Split) -> None:
+    result = next(train(SGD, data, epochs=1, seed=1))
+    net = load_weights(result.weights)
+    for name, images, labels in (
+        ("val", data.val_images, data.val_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        target = torch.from_numpy(labels.astype(np.int64))
+        with torch.no_grad():
+            log_probs = net(normalised(scaled(torch.from_numpy(images.copy()))))
+        loss = functional.nll_loss(log_probs, target).item()
+        correct = int((log_probs.argmax(1) == target).sum())
+        assert getattr(result, f"{name}_loss") == pytest.approx(loss, rel=1e-4)
+        assert getattr(result, f"{name}_accuracy") == pytest.approx(correct / len(labels))
+    assert result.test_correct == correct
+    assert result.diverged_step is None
+    assert result.seconds > 0
+    assert result.evaluation_seconds > 0
+
+
+def test_metrics_are_the_result_without_its_states(data: Split) -> None:
+    metrics = next(train(PLAIN, data, epochs=1, seed=1)).metrics()
+    assert list(metrics) == [
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "test_correct",
+        "seconds",
+        "evaluation_seconds",
+        "diverged_step",
+    ]
+
+
+def test_averaged_weights_are_evaluated_while_raw_ones_train_on(data: Split) -> None:
+    config = replace(PLAIN, ema_decay=0.9)
+    plain = next(train(PLAIN, data, epochs=1, seed=1))
+    averaged = next(train(config, data, epochs=1, seed=1))
+    assert averaged.train_loss == plain.train_loss
+    assert averaged.weights != plain.weights
+    assert averaged.test_loss != plain.test_loss
+
+
+def test_without_a_holdout_validation_is_nan_and_not_divergence(small_mnist: Mnist) -> None:
+    data = split(small_mnist, holdout=False, images=128)
+    result = next(train(PLAIN, data, epochs=1, seed=1))
+    assert math.isnan(result.val_loss)
+    assert math.isnan(result.val_accuracy)
+    assert math.isfinite(result.test_loss)
+    assert result.diverged_step is None
+
+
+def test_every_step_is_announced_with_its_loss(data: Split) -> None:
+    steps: list[tuple[int, float]] = []
+    result = next(
+        train(
+            PLAIN, data, epochs=1, seed=1, on_step=lambda n, loss: steps.append((n, loss.item()))
+        )
+    )
+    assert [number for number, _ in steps] == [1, 2, 3, 4, 5]
+    sizes = [64, 64, 64, 64, 300 - 4 * 64]
+    mean = sum(loss * size for (_, loss), size in zip(steps, sizes, strict=True)) / 300
+    assert result.train_loss == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_first_loss_is_that_of_guessing(data: Split) -> None:
+    losses: list[Tensor] = []
+    run = train(ADAMW, data, epochs=1, seed=1, on_step=lambda _, loss: losses.append(loss))
+    next(run)
+    assert losses[0].item() == pytest.approx(math.log(10), abs=0.3)
+
+
+def test_every_image_is_seen_once_an_epoch_in_another_order(
+    data: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def note(images: Tensor) -> Tensor:
+        seen.append(images.clone())
+        return scaled(images)
+
+    monkeypatch.setattr(training, "scaled", note)
+    list(train(PLAIN, data, epochs=2, seed=1))
+    first, second = torch.cat(seen[:5]).flatten(1), torch.cat(seen[5:]).flatten(1)
+    assert not torch.equal(first, second)
+    everything = sorted(data.train_images.reshape(300, -1).tolist())
+    assert sorted(first.tolist()) == sorted(second.tolist()) == everything
+
+
+def test_the_schedule_reaches_the_weights(data: Split) -> None:
+    # The second epoch's rate is too small to change a float32.
+    config = replace(PLAIN, schedule="step", step_every=1, step_factor=1e-30)
+    first, second = (load_weights(r.weights) for r in train(config, data, epochs=2, seed=1))
+    assert torch.equal(first.classifier.weight, second.classifier.weight)
+
+
+def test_a_diverged_epoch_ends_early_and_is_the_last(data: Split) -> None:
+    steps: list[int] = []
+    results = list(
+        train(HOPELESS, data, epochs=3, seed=1, on_step=lambda number, _: steps.append(number))
+    )
+    result = results[-1]
+    assert result.diverged_step is not None
+    assert result.diverged_step <= steps[-1] < 75
+    assert steps[-1] < result.diverged_step + training.DIVERGENCE_CHECK_EVERY
+    assert result.epoch == len(results) < 3
+    assert not math.isfinite(result.train_loss)
+    for value in (result.val_loss, result.val_accuracy, result.test_loss, result.test_accuracy):
+        assert math.isnan(value)
+
+
+def test_a_net_lost_only_in_evaluation_has_diverged(
+    data: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Score(images=200, correct=20, loss=math.inf)
+    monkeypatch.setattr(training, "evaluate", lambda *_: lost)
+    (result,) = train(PLAIN, data, epochs=3, seed=1)
+    assert result.diverged_step == 5
+    assert math.isfinite(result.train_loss)
+    assert math.isnan(result.test_accuracy)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"config": replace(PLAIN, lr=0.02)},
+        {"config": replace(PLAIN, ema_decay=0.9)},
+        {"seed": 2},
+    ],
+)
+def test_a_state_of_another_run_is_refused(data: Split, other: dict[str, object]) -> None:
+    state = next(train(PLAIN, data, epochs=2, seed=1)).state
+    asked: dict[str, object] = {"config": PLAIN, "seed": 1} | other
+    with pytest.raises(ConfigError, match="another configuration, seed or number of images"):
+        next(train(asked["config"], data, epochs=2, seed=asked["seed"], state=state))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000])
+def test_a_damaged_state_is_refused(data: Split, size: int) -> None:
+    state = next(train(PLAIN, data, epochs=2, seed=1)).state
+    with pytest.raises(ConfigError, match="damaged"):
+        next(train(PLAIN, data, epochs=2, seed=1, state=state[:size]))
+
+
+def test_a_run_can_be_made_longer(data: Split) -> None:
+    long = list(train(PLAIN, data, epochs=2, seed=1))
+    (short,) = train(PLAIN, data, epochs=1, seed=1)
+    (last,) = train(PLAIN, data, epochs=2, seed=1, state=short.state)
+    assert same(last, long[1])
+
+
+def test_read_only_images_train_without_a_warning_and_stay_as_they_are(data: Split) -> None:
+    before = data.train_images.copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(train(SGD, data, epochs=1, seed=1))
+    np.testing.assert_array_equal(data.train_images, before)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 10, generator=generator)
+    labels = torch.randint(10, (50,), generator=generator)
+    found = training._smoothed_loss(functional.log_softmax(logits, 1), labels, smoothing)
+    torch.testing.assert_close(
+        found, functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    )
+
+
+def test_a_single_image_trains(small_mnist: Mnist) -> None:
+    data = split(small_mnist, holdout=True, images=1)
+    assert math.isfinite(next(train(PLAIN, data, epochs=1, seed=1)).train_loss)
+
+
+def test_nothing_to_score_is_nan() -> None:
+    net = load_weights(next(tiny_run()).weights)
+    score = evaluate(net, torch.empty(0, 28, 28, dtype=torch.uint8), torch.empty(0).long())
+    assert math.isnan(score.accuracy)
+    assert not score.lost
+
+
+def tiny_run() -> Iterator[EpochResult]:
+    images, labels = np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.uint8)
+    return train(PLAIN, Split(*(images, labels) * 3), epochs=1, seed=0)
+
+
+def test_an_epoch_on_3000_images_learns(mnist: Mnist, small_mnist: Mnist) -> None:
+    others = slice(3000, 6000)
+    data = Split(
+        train_images=mnist.train_images[others],
+        train_labels=mnist.train_labels[others],
+        val_images=mnist.train_images[:0],
+        val_labels=mnist.train_labels[:0],
+        test_images=small_mnist.test_images,
+        test_labels=small_mnist.test_labels,
+    )
+    config = TrainConfig(lr=0.05, batch_size=32)
+    assert next(train(config, data, epochs=1, seed=0)).test_accuracy > 0.85
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_a_gpu_trains_as_a_processor_does(data: Split, config: TrainConfig) -> None:
+    config = replace(config, dropout=0, rotation=0, shift=0, scale=0)
+    on_gpu = list(train(config, data, epochs=2, seed=1, device="cuda"))
+    on_cpu = list(train(config, data, epochs=2, seed=1))
+    for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
+        assert gpu.train_loss == pytest.approx(cpu.train_loss, rel=0.05)
+    resumed = list(train(config, data, epochs=2, seed=1, device="cuda", state=on_gpu[0].state))
+    assert resumed[0].train_loss == pytest.approx(on_gpu[1].train_loss, rel=0.05)
