@@ -1,6 +1,7 @@
 """Tune's way to tell the experiment of ends and failures, and to end a search in order."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -8,8 +9,11 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
+from tune_mnist.errors import SearchFailedError
 from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.scheduler import number_of
+
+HOPELESS = 3  # so many failures before any epoch: it is not the configurations
 
 
 class Supervisor(Callback, Stopper):
@@ -76,6 +80,11 @@ class Supervisor(Callback, Stopper):
         self._last_sign.pop(trial, None)
         number, error = number_of(trial), self._error_of(trial)
         self._record(lambda: self._experiment.fail(number, error))
+        failed = self._experiment.history.trials.values()
+        if len(failed) >= HOPELESS and all(t.state == "failed" and not t.rows for t in failed):
+            self.broken = SearchFailedError(
+                f"the first {len(failed)} trials all failed before their first epoch: {error}"
+            )
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """End workers that have hung."""
@@ -99,16 +108,20 @@ class Supervisor(Callback, Stopper):
     def _error_of(self, trial: Trial) -> str:
         if trial.trial_id in self._hung:
             return f"no report for {self._hang_timeout:g} s: taken to hang and ended"
-        return describe(trial.get_pickled_error() or trial.get_error())
+        # Not trial.get_pickled_error: that looks in the storage, where the file only ends up later.
+        path = Path(trial.pickled_error_file or trial.error_file)
+        if path.suffix == ".pkl":
+            return describe(ray.cloudpickle.loads(path.read_bytes()))  # this process wrote it
+        return " ".join(path.read_text(encoding="utf-8").split())[-500:]
 
 
-def describe(error: BaseException | None) -> str:
+def describe(error: BaseException) -> str:
     """Say in one line what befell a worker."""
     if isinstance(error, RayTaskError):
         cause = error.cause
-        return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
+        return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
     if isinstance(error, OutOfMemoryError):
         return "out of memory: Ray ended the worker; fewer trials at a time need less"
     if isinstance(error, RayActorError):
         return "the worker died: " + " ".join(str(error).split())[:400]
-    return " ".join(str(error).split())[:500]
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,23 @@
+"""Run a search whose trials are scripted, in a process of its own that a test can kill.
+
+python tests/scripted_search.py --run one --trials 20 --results-dir DIR
+"""
+
+import sys
+
+import scripted
+from ray import cloudpickle
+
+from tune_mnist.cli import run
+from tune_mnist.tuning.launch import search
+from tune_mnist.tuning.settings import SearchSettings
+
+
+def scripted_search(settings: SearchSettings) -> int:
+    cloudpickle.register_pickle_by_value(scripted)  # workers do not have the tests' folder
+    return search(settings, epochs_of=scripted.scripted_epochs)
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "scripted_search"
+    run("search", SearchSettings, scripted_search)
