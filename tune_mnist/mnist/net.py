@@ -15,6 +15,7 @@ from tune_mnist.errors import ConfigError
 
 IMAGE_SHAPE = (1, 28, 28)
 CLASSES = 10
+NORMS = 8  # batch norms, each followed by dropout
 
 
 def check_dropout(dropout: float) -> None:
