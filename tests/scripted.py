@@ -3,36 +3,11 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.experiment import Assignment
-
-
-@dataclass(frozen=True)
-class ScriptedResult:
-    epoch: int
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    test_correct: int
-    seconds: float
-    evaluation_seconds: float
-    diverged_step: int | None
-
-    def metrics(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def state(self) -> bytes:
-        return str(self.epoch).encode()
-
-    @property
-    def model(self) -> bytes:
-        return f"model of epoch {self.epoch}".encode()
+from tune_mnist.tuning.trial import TrialEpoch
 
 
 def curve(config: Any, epoch: int) -> float:
@@ -43,20 +18,21 @@ def curve(config: Any, epoch: int) -> float:
 
 def scripted_epochs(
     assignment: Assignment, split: Split, seconds: float = 0.02
-) -> Iterator[ScriptedResult]:
+) -> Iterator[TrialEpoch]:
     done = int(assignment.state) if assignment.state else 0
     for epoch in range(done + 1, assignment.epochs + 1):
         time.sleep(seconds)
         accuracy = curve(assignment.config, epoch)
-        yield ScriptedResult(
-            epoch=epoch,
-            train_loss=1 - accuracy,
-            val_loss=1 - accuracy,
-            val_accuracy=accuracy,
-            test_loss=1 - accuracy,
-            test_accuracy=accuracy - 0.001,
-            test_correct=round((accuracy - 0.001) * 10_000),
-            seconds=seconds,
-            evaluation_seconds=0.0,
-            diverged_step=None,
-        )
+        metrics = {
+            "epoch": epoch,
+            "train_loss": 1 - accuracy,
+            "val_loss": 1 - accuracy,
+            "val_accuracy": accuracy,
+            "test_loss": 1 - accuracy,
+            "test_accuracy": accuracy - 0.001,
+            "test_correct": round((accuracy - 0.001) * 10_000),
+            "seconds": seconds,
+            "evaluation_seconds": 0.0,
+            "diverged_step": None,
+        }
+        yield TrialEpoch(metrics, str(epoch).encode(), f"model of epoch {epoch}".encode)

@@ -12,11 +12,6 @@ import ray
 
 from tune_mnist.errors import ClusterError
 
-MALLOC_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 CONNECT_PATIENCE = 5.0  # seconds for a cluster's port to answer
 
 
@@ -71,8 +66,6 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def _start() -> None:
-    # Workers are forked from Ray's own processes and inherit what is set here.
-    os.environ.update(MALLOC_ENVIRONMENT)
     ray.init(
         address="local",
         include_dashboard=False,
@@ -89,7 +82,6 @@ def _join(address: str) -> None:
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": MALLOC_ENVIRONMENT},
         )
     except Exception as error:
         raise ClusterError(
