@@ -1,9 +1,10 @@
 """Which epoch of a trial counts as its best and its last, and what epochs are compared by."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tune_mnist.analysis.history import Metric, Row, TrialRecord
+from tune_mnist.analysis.history import History, Metric, Row, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,33 @@ class Standing:
         best = max(rows, key=lambda row: merit(row, metric), default=None)  # first of equals
         return cls(record, best, rows[-1] if rows else None)
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the trial that all others are compared with."""
+        return self.record.origin == "baseline"
+
+
+def standings(history: History, metric: Metric) -> list[Standing]:
+    """Return all trials with the epochs that they are judged by, in the order of their start."""
+    return [Standing.of(record, metric) for record in history.trials.values()]
+
+
+def rank_by_best(trials: Iterable[Standing], metric: Metric) -> list[Standing]:
+    """Return the trials that have an epoch to be judged by, the one with the best epoch first."""
+    ranked = [(_order(each.best, each, metric), each) for each in trials if each.best]
+    return [each for _, each in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def rank_by_last(trials: Iterable[Standing], metric: Metric) -> list[Standing]:
+    """Return the trials that have an epoch to be judged by, the best at its last epoch first."""
+    ranked = [(_order(each.last, each, metric), each) for each in trials if each.last]
+    return [each for _, each in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _order(row: Row, trial: Standing, metric: Metric) -> tuple[float, ...]:
+    accuracy, negative_loss = merit(row, metric)
+    return -accuracy, -negative_loss, trial.record.epochs, trial.record.number
+
 
 def counts(row: Row, metric: Metric) -> bool:
     """Say whether an epoch ranks; one that diverged never does."""
@@ -35,6 +63,13 @@ def merit(row: Row, metric: Metric) -> tuple[float, float]:
     """
     loss = number(row, loss_of(metric))
     return number(row, metric), -loss if math.isfinite(loss) else -math.inf
+
+
+def gain(row: Row | None, baseline: Row | None) -> float:
+    """Return how much higher the test accuracy is than in an epoch of the baseline, or NaN."""
+    if row is None or baseline is None:
+        return math.nan
+    return number(row, "test_accuracy") - number(baseline, "test_accuracy")
 
 
 def loss_of(metric: Metric) -> str:

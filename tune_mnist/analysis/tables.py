@@ -52,7 +52,15 @@ import pandas as pd
 
 from tune_mnist.analysis.files import replace_file
 from tune_mnist.analysis.history import History, Metric, Row, TrialRecord
-from tune_mnist.analysis.ranking import Standing, loss_of, merit, number
+from tune_mnist.analysis.ranking import (
+    Standing,
+    gain,
+    loss_of,
+    number,
+    rank_by_best,
+    rank_by_last,
+    standings,
+)
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.mnist.config import TrainConfig
 
@@ -71,12 +79,12 @@ _PLACES = 6  # accuracies in steps of 1/10,000, losses: nothing readable is lost
 
 def trials_table(history: History, metric: Metric) -> pd.DataFrame:
     """Return one row per trial, in the order of their start."""
-    return _trials_table(_standings(history, metric), metric)
+    return _trials_table(standings(history, metric), metric)
 
 
 def best_table(history: History, metric: Metric) -> pd.DataFrame:
     """Return the best trials, by their best epoch and by their last."""
-    return _best_table(_standings(history, metric), metric)
+    return _best_table(standings(history, metric), metric)
 
 
 def write_tables(folder: RunFolder, history: History, metric: Metric) -> None:
@@ -85,10 +93,10 @@ def write_tables(folder: RunFolder, history: History, metric: Metric) -> None:
     Raises:
         OSError: they could not be written; the older ones are untouched.
     """
-    standings = _standings(history, metric)
+    trials = standings(history, metric)
     for path, table in (
-        (folder.trials, _trials_table(standings, metric)),
-        (folder.best, _best_table(standings, metric)),
+        (folder.trials, _trials_table(trials, metric)),
+        (folder.best, _best_table(trials, metric)),
     ):
         replace_file(path, table.to_csv(index=False, lineterminator="\n"))
 
@@ -106,23 +114,18 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(texts, ""))
 
 
-def _standings(history: History, metric: Metric) -> list[Standing]:
-    return [Standing.of(record, metric) for record in history.trials.values()]
+def _trials_table(trials: list[Standing], metric: Metric) -> pd.DataFrame:
+    return _table([_trial_row(each, metric) for each in trials], _trial_row(_NOTHING, metric))
 
 
-def _trials_table(standings: list[Standing], metric: Metric) -> pd.DataFrame:
-    return _table([_trial_row(each, metric) for each in standings], _trial_row(_NOTHING, metric))
-
-
-def _best_table(standings: list[Standing], metric: Metric) -> pd.DataFrame:
-    ranked = [each for each in standings if each.best]
-    by_best = sorted(ranked, key=lambda each: _order(each.best, each.record, metric))
-    by_last = sorted(ranked, key=lambda each: _order(each.last, each.record, metric))
-    rank_by_last = {each.record.number: rank for rank, each in enumerate(by_last, start=1)}
-    baseline = next((each for each in ranked if each.record.origin == "baseline"), _NOTHING)
+def _best_table(trials: list[Standing], metric: Metric) -> pd.DataFrame:
+    ranks_by_last = {
+        each.record.number: rank for rank, each in enumerate(rank_by_last(trials, metric), start=1)
+    }
+    baseline = next((each for each in trials if each.is_baseline), _NOTHING)
     rows = []
-    for rank, each in enumerate(by_best, start=1):
-        ranks = (rank, rank_by_last[each.record.number])
+    for rank, each in enumerate(rank_by_best(trials, metric), start=1):
+        ranks = (rank, ranks_by_last[each.record.number])
         if min(ranks) <= BEST_ROWS:
             rows.append(_best_row(each, ranks, baseline, metric))
     return _table(rows, _best_row(_NOTHING, (0, 0), _NOTHING, metric))
@@ -166,12 +169,12 @@ def _best_row(
         "state": record.state,
         "origin": record.origin,
         **_epochs_and_best(standing, metric),
-        "gain_at_best": _gain(standing.best, baseline.best),
+        "gain_at_best": round(gain(standing.best, baseline.best), _PLACES),
         "last_epoch": last and last["epoch"],
         f"last_{metric}": _rounded(last, metric),
         # One column where that is the metric itself.
         "last_test_accuracy": _rounded(last, "test_accuracy"),
-        "gain_at_last": _gain(last, baseline.last),
+        "gain_at_last": round(gain(last, baseline.last), _PLACES),
         FIRST_AT_REFERENCE: _first_at_reference(record),
         "seconds": _seconds(record),
         "seed": record.seed,
@@ -192,18 +195,6 @@ def _epochs_and_best(standing: Standing, metric: Metric) -> dict[str, Any]:
 
 def _config(record: TrialRecord) -> dict[str, Any]:
     return {f"config_{name}": value for name, value in record.config.items()}
-
-
-def _order(row: Row | None, record: TrialRecord, metric: Metric) -> tuple[float, ...]:
-    accuracy, negative_loss = merit(row, metric) if row else (math.nan, math.nan)
-    return -accuracy, -negative_loss, record.epochs, record.number
-
-
-def _gain(row: Row | None, baseline: Row | None) -> float:
-    if row is None or baseline is None:
-        return math.nan
-    gain = number(row, "test_accuracy") - number(baseline, "test_accuracy")
-    return round(gain, _PLACES)
 
 
 def _first_at_reference(record: TrialRecord) -> int | None:

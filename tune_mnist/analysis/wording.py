@@ -1,0 +1,79 @@
+"""How numbers, configurations and paths are written where people read them."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Hyperparameters that do nothing unless another one has a certain value.
+_ONLY_WITH = {
+    "momentum": ("optimizer", "sgd"),
+    "nesterov": ("optimizer", "sgd"),
+    "beta1": ("optimizer", "adamw"),
+    "beta2": ("optimizer", "adamw"),
+    "step_every": ("schedule", "step"),
+    "step_factor": ("schedule", "step"),
+    "peak_position": ("schedule", "onecycle"),
+}
+
+
+def percent(fraction: float) -> str:
+    """Return an accuracy: `99.18%`, which is as fine as 10,000 images can tell."""
+    return f"{fraction:.2%}" if math.isfinite(fraction) else "-"
+
+
+def points(gain: float) -> str:
+    """Return a difference of accuracies in percentage points: `+0.41`."""
+    return f"{100 * gain:+.2f}" if math.isfinite(gain) else "-"
+
+
+def duration(seconds: float) -> str:
+    """Return a time: `42 s`, `3 min 20 s`, `10 min`, `1 h 05 min`, `no limit`."""
+    if not math.isfinite(seconds):
+        return "no limit"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60:02d} s" if whole % 60 else "")
+    minutes = whole % 3600 // 60
+    return f"{whole // 3600} h" + (f" {minutes:02d} min" if minutes else "")
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 epoch`, `2 epochs`, `55,000 images`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def setting(config: Mapping[str, Any], name: str) -> str:
+    """Return a hyperparameter's value, `-` where it does nothing in this configuration."""
+    other, needed = _ONLY_WITH.get(name, (name, config[name]))
+    if config.get(other, needed) != needed:
+        return "-"
+    match config[name]:
+        case bool(value):
+            return "yes" if value else "no"
+        case float(value):
+            return f"{value:.3g}"
+        case value:
+            return str(value)
+
+
+def differences(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """Return what a configuration has that the baseline has not: `adamw, lr 0.0031`."""
+    parts = []
+    for name, value in config.items():
+        shown = setting(config, name)
+        if value == baseline.get(name) or shown == "-":
+            continue
+        if isinstance(value, bool):
+            parts.append(name if value else f"no {name}")
+        else:
+            parts.append(shown if isinstance(value, str) else f"{name} {shown}")
+    return ", ".join(parts) or "as the baseline"
+
+
+def short_path(path: Path) -> str:
+    """Return the path from the current folder where it lies in there, else as it is."""
+    absolute, here = path.absolute(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)

@@ -1,0 +1,151 @@
+"""Where a search stands, kept up to date as it goes, so that a look costs the same at any size."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from tune_mnist.analysis.history import History, Row, State, TrialRecord
+from tune_mnist.analysis.ranking import counts, merit
+from tune_mnist.analysis.wording import differences, duration
+from tune_mnist.tuning.experiment import Rules
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that is with a worker or on its way to one."""
+
+    record: TrialRecord
+    differences: str  # from the baseline, in words
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """How long the last epoch took, with its evaluation."""
+        if not self.record.rows:
+            return None
+        row = self.record.rows[-1]
+        return float(row["seconds"] or 0.0) + float(row["evaluation_seconds"] or 0.0)
+
+
+class Tally:
+    """Counts, the best epochs and the running trials of a search, and how long it may take.
+
+    New trials and epochs are taken from the history's ends by `catch_up`; that a trial was
+    started again or has ended must be told.
+    """
+
+    def __init__(self, rules: Rules, history: History, elapsed: float) -> None:
+        self.rules, self._history = rules, history
+        self._baseline_config = rules.space.baseline().as_dict()
+        self.states: Counter[State] = Counter()  # of the trials that have ended
+        self.running: dict[int, Running] = {}
+        self.best: tuple[TrialRecord, Row] | None = None
+        self.baseline: tuple[TrialRecord, Row] | None = None  # its best epoch
+        self.last_failure: TrialRecord | None = None
+        self._lengths = [0] * (rules.epochs + 1)  # how many trials ended after so many epochs
+        self._began, self._epochs_before = elapsed, len(history.rows)
+        self._trials_seen, self._rows_seen = len(history.trials), 0
+        for record in history.trials.values():
+            if record.state != "running":  # the others are announced when they go on
+                self._count(record)
+        self.catch_up()
+
+    @property
+    def done(self) -> int:
+        """How many trials have ended."""
+        return self.states.total()
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs were trained in all."""
+        return self._rows_seen
+
+    def catch_up(self) -> None:
+        """Take in the trials and epochs that are new in the history."""
+        trials = self._history.trials
+        for number in range(self._trials_seen, len(trials)):
+            self.start(number)
+        self._trials_seen = len(trials)
+        for record, row in self._history.rows[self._rows_seen :]:
+            self._take(record, row)
+        self._rows_seen = len(self._history.rows)
+
+    def start(self, number: int) -> None:
+        """Take in that a trial is on its way, or goes on."""
+        record = self._history.trials[number]
+        if record.state == "running" and number not in self.running:
+            self.running[number] = Running(
+                record, differences(record.config, self._baseline_config)
+            )
+
+    def end(self, number: int) -> TrialRecord | None:
+        """Take in that a trial has ended; returns it, or None where it has not."""
+        self.catch_up()
+        record = self._history.trials[number]
+        if record.state == "running" or self.running.pop(number, None) is None:
+            return None  # broken off with the search, to be gone on with later
+        self._count(record)
+        return record
+
+    def differences(self, record: TrialRecord) -> str:
+        """Say what a trial's configuration has that the baseline has not."""
+        return differences(record.config, self._baseline_config)
+
+    def time_left(self, elapsed: float) -> str:
+        """Say how long the search may still take; empty where that would be a wild guess."""
+        limit = max(self.rules.time_budget - elapsed, 0.0)  # infinite without a budget
+        expected = self._expected_time(elapsed)
+        if expected is not None and expected < limit:
+            return f"about {_rough(expected)} left"
+        return f"at most {_rough(limit)} left" if limit < float("inf") else ""
+
+    def _take(self, record: TrialRecord, row: Row) -> None:
+        metric = self.rules.metric
+        if not counts(row, metric):
+            return
+        if self.best is None or merit(row, metric) > merit(self.best[1], metric):
+            self.best = record, row
+        if record.origin == "baseline" and (
+            self.baseline is None or merit(row, metric) > merit(self.baseline[1], metric)
+        ):
+            self.baseline = record, row
+
+    def _count(self, record: TrialRecord) -> None:
+        self.states[record.state] += 1
+        self._lengths[min(record.epochs, self.rules.epochs)] += 1
+        if record.state == "failed":
+            self.last_failure = record
+
+    def _expected_time(self, elapsed: float) -> float | None:
+        """Estimate from this session's pace and from how long the trials so far have trained."""
+        new = self.epochs - self._epochs_before
+        # The first trials to end are the poor ones; a third of a small search, ten of a large
+        # one are enough to know what a trial takes on the whole.
+        if self.done < max(3, min(10, self.rules.trials // 3)) or new < 2 * len(self.running):
+            return None
+        if not new or elapsed <= self._began:
+            return None
+        residual = self._residual_epochs()
+        waiting = max(self.rules.trials - self.done - len(self.running), 0)
+        epochs, longest = waiting * residual[0], 0.0
+        for trial in self.running.values():
+            left = residual[min(trial.record.epochs, self.rules.epochs)]
+            epochs += left
+            longest = max(longest, left * (trial.seconds_per_epoch or 0.0))
+        pace = (elapsed - self._began) / new
+        return max(epochs * pace, longest)  # at the end there are fewer trials than workers
+
+    def _residual_epochs(self) -> list[float]:
+        """Return how many more epochs a trial trains on average once it has trained so many."""
+        budget = self.rules.epochs
+        residual = [0.0] * (budget + 1)
+        longer, total = 0, 0  # trials that trained longer, and what they trained beyond
+        for epoch in range(budget - 1, -1, -1):
+            longer += self._lengths[epoch + 1]
+            total += longer
+            residual[epoch] = total / longer if longer else float(budget - epoch)
+        return residual
+
+
+def _rough(seconds: float) -> str:
+    """Return a time no finer than an estimate can be."""
+    step = 10 if seconds < 120 else 60 if seconds < 7200 else 600
+    return duration(max(round(seconds / step), 1) * step)
