@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tune_mnist.analysis.history import History, TrialRecord
+from tune_mnist.analysis.run import RunFolder
 from tune_mnist.cli import exit_code
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.net import Net
-from tune_mnist.train import TrainSettings, chosen_config, describe, train_by
+from tune_mnist.train import (
+    TrainSettings,
+    chosen_config,
+    chosen_epochs,
+    describe,
+    train_by,
+)
 
 # Says after the command whether it brought in Ray, which takes seconds to start.
 LAUNCH = """
@@ -159,3 +167,38 @@ def test_the_baseline_is_trained_unless_told_otherwise(tmp_path: Path) -> None:
     path.write_text("lr: 0.3\ndropout: 0.2\n")
     settings = TrainSettings(config=path, overrides=("lr=1e-3",))
     assert chosen_config(settings) == TrainConfig(lr=1e-3, dropout=0.2)
+
+
+def test_a_trial_of_a_search_is_retrained_by_its_number(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "mine")
+    folder.write_search({"asked": {"epochs": 7}})
+    history = History(folder)
+    history.open_session({})
+    found = TrainConfig(lr=0.123456789012345678, schedule="cosine")
+    history.start_trial(TrialRecord(0, found.as_dict(), seed=1, origin="sampled"), elapsed=0.0)
+    settings = TrainSettings(run=folder.path, trial=0)
+    assert chosen_config(settings) == found
+    assert chosen_epochs(settings) == 7
+    assert chosen_epochs(TrainSettings(run=folder.path, trial=0, epochs=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--run", "{run}"], "--run and --trial go together"),
+        (["--trial", "0"], "--run and --trial go together"),
+        (
+            ["--run", "{run}", "--trial", "5"],
+            "the 0 trials of {run} are numbered from 0, but got 5",
+        ),
+        (["--run", "{run}x", "--trial", "0"], "does not exist (did you mean 'mine'?)"),
+    ],
+)
+def test_a_trial_that_is_not_there_is_refused(
+    arguments: list[str], expected: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder.create(tmp_path / "mine")
+    folder.write_search({})
+    filled = [argument.format(run=folder.path) for argument in arguments]
+    assert run(*filled) == 2
+    assert expected.format(run=folder.path) in capfd.readouterr().err

@@ -3,6 +3,7 @@
     python -m tune_mnist.train                                  the reference baseline
     python -m tune_mnist.train --set lr=0.05 --epochs 5         another rate, a quarter as long
     python -m tune_mnist.train --config mine.yaml --save model.pt
+    python -m tune_mnist.train --run results/mine --trial 12    a trial of a search, on all images
 
 All 60,000 training images are trained on, and the test set is measured after every epoch.
 """
@@ -20,6 +21,8 @@ from cyclopts.validators import Number
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tune_mnist.analysis.files import replace_file
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.run import RunFolder
 from tune_mnist.cli import Interrupted, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
     from tune_mnist.mnist.training import EpochResult
 
+DEFAULT_EPOCHS = 20
 DRAW_EVERY = 0.1  # seconds
 
 AtLeast0 = Parameter(validator=Number(gte=0))
@@ -54,8 +58,14 @@ class TrainSettings:
     ] = ()
     """One hyperparameter as NAME=VALUE, over the file's; may be given several times."""
 
-    epochs: Annotated[int, AtLeast1] = 20
-    """Passes over the training images; schedules stretch over all of them."""
+    run: Path | None = None
+    """Folder of a search, one of whose trials' configuration is trained; needs --trial."""
+
+    trial: Annotated[int | None, AtLeast0] = None
+    """Number of that trial, as in the run's best.csv."""
+
+    epochs: Annotated[int | None, AtLeast1] = None
+    """Passes over the training images; schedules stretch over all of them. 20, or the run's."""
 
     images: Annotated[int | None, AtLeast1] = None
     """Train on only so many images, all digits in proportion, for a quick look."""
@@ -79,6 +89,7 @@ class TrainSettings:
 def train_by(settings: TrainSettings) -> None:
     """Train as the settings say and print each epoch."""
     config = chosen_config(settings)
+    epochs = chosen_epochs(settings)
     if settings.save is not None:
         check_writable(settings.save)
 
@@ -100,11 +111,11 @@ def train_by(settings: TrainSettings) -> None:
     tell(describe(config))
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
     results = train(
-        config, data, epochs=settings.epochs, seed=settings.seed, device=device, on_step=bar.step
+        config, data, epochs=epochs, seed=settings.seed, device=device, on_step=bar.step
     )
     done: list[EpochResult] = []
     try:
-        for epoch in range(1, settings.epochs + 1):
+        for epoch in range(1, epochs + 1):
             tell(f"Epoch : {epoch}")
             with bar:
                 result = next(results)
@@ -112,23 +123,56 @@ def train_by(settings: TrainSettings) -> None:
             done.append(result)
             tell(test_line(result, images=len(data.test_labels)))
             if settings.save is not None:
-                save(settings.save, config, settings, result)
+                save(settings.save, config, settings, epochs, result)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in epoch {epoch}. {summary(done)}") from None
     tell(summary(done))
 
 
 def chosen_config(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration to train: the file's or the baseline, the --set values over it.
+    """Return the configuration to train, the --set values over it.
+
+    It is the file's, or that of a search's trial, or the baseline.
 
     Raises:
         ConfigError: a file cannot be read, or a name or value is not usable.
+        RunFolderError: there is no such run.
     """
-    config = TrainConfig() if settings.config is None else read_config(settings.config)
+    if settings.run is not None or settings.trial is not None:
+        config = config_of_trial(settings)
+    else:
+        config = TrainConfig() if settings.config is None else read_config(settings.config)
     try:
         return override(config, settings.overrides)
     except ConfigError as error:
         raise ConfigError(f"--set: {error}") from error
+
+
+def config_of_trial(settings: TrainSettings) -> TrainConfig:
+    """Return the configuration of the trial that --run and --trial name.
+
+    Raises:
+        ConfigError: one of the two is missing, or the run has no such trial.
+        RunFolderError: there is no such run.
+    """
+    if settings.run is None or settings.trial is None or settings.config is not None:
+        raise ConfigError("--run and --trial go together, and without --config")
+    trials = History.load(RunFolder.open(settings.run)).trials
+    if settings.trial not in trials:
+        raise ConfigError(
+            f"--trial: the {len(trials)} trials of {settings.run} are numbered from 0, "
+            f"but got {settings.trial}"
+        )
+    return TrainConfig.from_mapping(trials[settings.trial].config)
+
+
+def chosen_epochs(settings: TrainSettings) -> int:
+    """Return how long to train: as asked, or as long as the run's trials may, or 20 epochs."""
+    if settings.epochs is not None:
+        return settings.epochs
+    if settings.run is not None:
+        return int(RunFolder.open(settings.run).read_search()["asked"]["epochs"])
+    return DEFAULT_EPOCHS
 
 
 def chosen_device(device: str) -> str:
@@ -249,7 +293,9 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
-def save(path: Path, config: TrainConfig, settings: TrainSettings, result: "EpochResult") -> None:
+def save(
+    path: Path, config: TrainConfig, settings: TrainSettings, epochs: int, result: "EpochResult"
+) -> None:
     """Write the weights and where they come from, for `torch.load(path, weights_only=True)`.
 
     Raises:
@@ -262,7 +308,7 @@ def save(path: Path, config: TrainConfig, settings: TrainSettings, result: "Epoc
         result.weights,
         seed=settings.seed,
         images=settings.images,  # None: all 60,000
-        epochs=settings.epochs,
+        epochs=epochs,
         epoch=result.epoch,  # finished; fewer than `epochs` if training was broken off
         test_accuracy=result.test_accuracy,
         test_loss=result.test_loss,
