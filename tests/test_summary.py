@@ -1,0 +1,142 @@
+import io
+from pathlib import Path
+
+import pytest
+from recorded import RecordedSearch
+from rich.console import Console
+
+from tune_mnist.analysis.history import Metric
+from tune_mnist.analysis.summary import summary
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> RecordedSearch:
+    return RecordedSearch(tmp_path)
+
+
+def _said(search: RecordedSearch, metric: Metric = "val_accuracy", width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(summary(search.folder, search.history, metric, epochs=20))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _line(text: str, start: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return line
+
+
+def test_the_headline_names_the_winner_the_baseline_and_the_gain(search: RecordedSearch) -> None:
+    search.trial([0.97, 0.96], [0.9712, 0.96])
+    search.trial([0.98, 0.99], [0.98, 0.9853])
+    said = _said(search)
+    assert "Best of 2 trials: trial 1, val accuracy 99.00%, test 98.53% at epoch 2." in said
+    assert "The baseline: val accuracy 97.00%, test 97.12% at epoch 1." in said
+    assert "Gain on the test set: +1.41 points." in said
+    assert "the test set steered nothing" in said
+    assert "One seed each: differences of about 0.2 points may be chance." in said
+
+
+def test_a_winner_picked_on_the_test_set_is_called_so(search: RecordedSearch) -> None:
+    search.trial([0.97], [0.97])
+    search.trial([0.96], [0.98])
+    said = _said(search, "test_accuracy")
+    assert "trial 1, test accuracy 98.00% at epoch 1." in said
+    assert "Picked on the test set" in said
+    assert "val accuracy" not in said
+
+
+def test_it_says_so_when_nothing_was_better_than_the_baseline(search: RecordedSearch) -> None:
+    search.trial([0.98])
+    search.trial([0.97], state="stopped")
+    said = _said(search)
+    assert "Of 2 trials none was better than the baseline, val accuracy 98.00%" in said
+    assert "Gain" not in said
+
+
+def test_a_baseline_that_still_runs_is_compared_as_far_as_it_is(search: RecordedSearch) -> None:
+    search.epoch(search.start(), 0.9)
+    search.trial([0.98])
+    assert "The baseline so far: val accuracy 90.00%" in _said(search)
+
+
+def test_without_a_baseline_epoch_nothing_is_said_of_a_gain(search: RecordedSearch) -> None:
+    search.end(search.start(), "failed", "MemoryError: no room")
+    search.trial([0.98])
+    said = _said(search)
+    assert "The baseline has no epoch to compare with." in said
+    assert "1 failed; trial 0: MemoryError: no room" in said
+
+
+def test_the_table_holds_five_and_the_baseline_and_only_what_differs(
+    search: RecordedSearch,
+) -> None:
+    search.trial([0.90])
+    for number in range(1, 8):
+        search.trial([0.90 + number / 100], lr=0.01 * number, momentum=0.9)
+    said = _said(search)
+    header = _line(said, "rank").split()
+    assert header[-2:] == ["epoch", "lr"]
+    ranks = [line.split()[:2] for line in said.splitlines() if line[:1].isdigit()]
+    assert ranks == [["1", "7"], ["2", "6"], ["3", "5"], ["4", "4"], ["5", "3"], ["8", "0"]]
+    assert "0 (baseline)" in said
+
+
+def test_a_table_that_is_too_wide_is_turned(search: RecordedSearch) -> None:
+    search.trial([0.90])
+    search.trial([0.91], lr=0.02, dropout=0.2, rotation=10.0, shift=0.05, label_smoothing=0.1)
+    wide, narrow = _said(search, width=200), _said(search, width=80)
+    assert _line(wide, "rank").split()[-1] == "shift"
+    assert _line(narrow, "rank").split() == ["rank", "1", "2"]
+    assert _line(narrow, "shift").split() == ["shift", "0.05", "0"]
+    assert max(map(len, narrow.splitlines())) <= 80
+
+
+def test_what_it_cost_is_set_against_training_all_to_the_end(search: RecordedSearch) -> None:
+    search.trial([0.9] * 20)
+    search.trial([0.9] * 2, state="stopped")
+    search.trial([0.9], state="stopped")
+    search.epoch(search.start(), 0.9)
+    said = _said(search)
+    assert "2 stopped, 0 diverged, 0 failed, 1 broken off, to be gone on with" in said
+    assert "Epochs: 24 of the 80 that training all of them to the end takes (30%)." in said
+
+
+def test_the_first_failure_and_the_first_divergence_are_explained(search: RecordedSearch) -> None:
+    search.trial([0.9])
+    for reason in ("RuntimeError: [red]first[/red]", "RuntimeError: second"):
+        search.trial([0.5], state="failed", reason=reason)
+    diverged = search.start()
+    search.diverged_epoch(diverged)
+    search.end(diverged, "diverged", "the loss was not finite at step 33 of epoch 1")
+    said = _said(search)
+    assert "2 failed; the first, trial 1: RuntimeError: [red]first[/red]" in said
+    assert "1 diverged; trial 3: the loss was not finite at step 33 of epoch 1" in said
+
+
+def test_a_search_whose_trials_all_failed_says_why(search: RecordedSearch) -> None:
+    for _ in range(2):
+        search.end(search.start(), "failed", "RuntimeError: no such device")
+    said = _said(search)
+    assert "None of 2 trials finished an epoch to be judged by." in said
+    assert "2 failed; the first, trial 0: RuntimeError: no such device" in said
+
+
+def test_a_search_that_started_nothing_says_so(search: RecordedSearch) -> None:
+    said = _said(search)
+    assert "No trial was started." in said
+    assert "Epochs" not in said
+
+
+def test_it_says_where_the_files_are(
+    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(search.folder.path.parent)
+    search.folder.best.touch()
+    assert "In search: best.csv, epochs.csv" in _said(search)
+
+
+def test_without_a_terminal_it_is_plain_text(search: RecordedSearch) -> None:
+    search.trial([0.9])
+    search.trial([0.5], state="failed", reason="RuntimeError")
+    assert all(char.isprintable() for char in _said(search).replace("\n", ""))
