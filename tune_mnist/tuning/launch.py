@@ -3,16 +3,21 @@
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.run import RunFolder, check_new_run
+from tune_mnist.analysis.summary import summary
+from tune_mnist.analysis.wording import duration
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import Share, connected, node_resources
+from tune_mnist.tuning.display import start_line
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.runner import Machinery, run_session
-from tune_mnist.tuning.settings import SearchSettings, format_duration
+from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
 DEFAULT_GPU_SHARE = 0.25
@@ -78,7 +83,12 @@ def _run(
     machinery = Machinery(
         share, settings.max_concurrent, settings.retries, settings.hang_timeout, epochs_of
     )
-    ending = run_session(folder, history, plan.rules, machinery, data, Progress())
+    console = Console()
+    at_once = min(share.slots(), settings.max_concurrent or share.slots())
+    console.print(start_line(folder, plan.rules, history, share, at_once, data))
+    with Progress(console) as progress:
+        ending = run_session(folder, history, plan.rules, machinery, data, progress)
+    console.print(summary(folder, history, plan.rules.metric, epochs=plan.rules.epochs))
     if ending.study_failure:
         tell(
             f"warning: {folder.study} is behind ({ending.study_failure}); nothing is lost: "
@@ -124,7 +134,7 @@ def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
     if history.elapsed >= plan.rules.time_budget:
         return (
-            f"the time budget of {format_duration(plan.rules.time_budget)} is used up; "
+            f"the time budget of {duration(plan.rules.time_budget)} is used up; "
             "--time-budget with a longer time goes on"
         )
     return None

@@ -49,18 +49,6 @@ def parse_duration(text: str) -> float:
         ) from None
 
 
-def format_duration(seconds: float) -> str:
-    """Return seconds in words a person reads: `42 s`, `3 min 20 s`, `1 h 05 min`."""
-    if not math.isfinite(seconds):
-        return "no limit"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def _duration(type_: Any, tokens: Any) -> float:
     return parse_duration(tokens[0].value)
 
