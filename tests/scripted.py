@@ -1,38 +1,102 @@
 """Trials with known learning curves that take milliseconds, for everything but the training."""
 
 import math
+import os
+import resource
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.experiment import Assignment
 from tune_mnist.tuning.trial import TrialEpoch
 
+Faults = Mapping[int, tuple[int, ...]]  # trial -> the epochs (1-based) in which it happens
 
-def curve(config: Any, epoch: int) -> float:
+
+@dataclass(frozen=True)
+class Script:
+    """How trials go, beside their curve."""
+
+    seconds: float = 0.02  # an epoch
+    state_size: int = 0  # bytes that a state has at least
+    once: Path | None = None  # a folder: what kills a worker does so once an epoch, not always
+    killed: Faults = field(default_factory=dict)  # the worker, with SIGKILL
+    raising: Faults = field(default_factory=dict)
+    diverging: Faults = field(default_factory=dict)
+    hanging: Faults = field(default_factory=dict)
+    allocating: Faults = field(default_factory=dict)  # until there is no memory left
+    memory: int = 0  # bytes beyond what it has, the most that an allocating worker gets; 0: all
+
+    def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
+        done = int(assignment.state.split()[0]) if assignment.state else 0
+        for epoch in range(done + 1, assignment.epochs + 1):
+            time.sleep(self.seconds)
+            self._suffer(assignment.number, epoch)
+            accuracy = curve(assignment.config, epoch)
+            diverges = epoch in self.diverging.get(assignment.number, ())
+            yield TrialEpoch(
+                metrics=_metrics(epoch, math.nan if diverges else accuracy, self.seconds),
+                state=f"{epoch} ".encode().ljust(self.state_size, b"."),
+                model=partial(_model, assignment.number, epoch),
+            )
+
+    def _suffer(self, number: int, epoch: int) -> None:
+        if epoch in self.killed.get(number, ()) and self._is_due(f"{number}-{epoch}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if epoch in self.raising.get(number, ()):
+            raise RuntimeError(f"no luck\nin epoch {epoch}")
+        if epoch in self.hanging.get(number, ()):
+            time.sleep(3600)
+        if epoch in self.allocating.get(number, ()):
+            _allocate(self.memory)
+
+    def _is_due(self, name: str) -> bool:
+        if self.once is None:
+            return True
+        try:
+            (self.once / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def curve(config: Mapping[str, Any], epoch: int) -> float:
     """Accuracy after an epoch: better near lr 0.03 and momentum 0.9, rising with the epochs."""
     distance = abs(math.log10(config["lr"] / 0.03)) + abs(config["momentum"] - 0.9)
     return 0.99 - 0.05 * distance - 0.1 / (epoch + 1)
 
 
-def scripted_epochs(
-    assignment: Assignment, split: Split, seconds: float = 0.02
-) -> Iterator[TrialEpoch]:
-    done = int(assignment.state) if assignment.state else 0
-    for epoch in range(done + 1, assignment.epochs + 1):
-        time.sleep(seconds)
-        accuracy = curve(assignment.config, epoch)
-        metrics = {
-            "epoch": epoch,
-            "train_loss": 1 - accuracy,
-            "val_loss": 1 - accuracy,
-            "val_accuracy": accuracy,
-            "test_loss": 1 - accuracy,
-            "test_accuracy": accuracy - 0.001,
-            "test_correct": round((accuracy - 0.001) * 10_000),
-            "seconds": seconds,
-            "evaluation_seconds": 0.0,
-            "diverged_step": None,
-        }
-        yield TrialEpoch(metrics, str(epoch).encode(), f"model of epoch {epoch}".encode)
+def _metrics(epoch: int, accuracy: float, seconds: float) -> dict[str, Any]:
+    is_finite = math.isfinite(accuracy)
+    return {
+        "epoch": epoch,
+        "train_loss": 1 - accuracy,
+        "val_loss": 1 - accuracy,
+        "val_accuracy": accuracy,
+        "test_loss": 1 - accuracy,
+        "test_accuracy": accuracy - 0.001,
+        "test_correct": round((accuracy - 0.001) * 10_000) if is_finite else 0,
+        "seconds": seconds,
+        "evaluation_seconds": 0.0,
+        "diverged_step": None if is_finite else 7,
+    }
+
+
+def _model(number: int, epoch: int) -> bytes:
+    return f"model of trial {number} at epoch {epoch}".encode()
+
+
+def _allocate(limit: int) -> None:
+    if limit:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        now = pages * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
+    hoard = []
+    while True:
+        hoard.append(b"x" * (64 << 20))
+        time.sleep(0.01)

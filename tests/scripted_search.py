@@ -4,6 +4,7 @@ python tests/scripted_search.py --run one --trials 20 --results-dir DIR
 """
 
 import sys
+from functools import partial
 
 import scripted
 from ray import cloudpickle
@@ -13,11 +14,11 @@ from tune_mnist.tuning.launch import search
 from tune_mnist.tuning.settings import SearchSettings
 
 
-def scripted_search(settings: SearchSettings) -> int:
+def scripted_search(settings: SearchSettings, script: scripted.Script) -> int:
     cloudpickle.register_pickle_by_value(scripted)  # workers do not have the tests' folder
-    return search(settings, epochs_of=scripted.scripted_epochs)
+    return search(settings, epochs_of=script)
 
 
 if __name__ == "__main__":
     sys.argv[0] = "scripted_search"
-    run("search", SearchSettings, scripted_search)
+    run("search", SearchSettings, partial(scripted_search, script=scripted.Script()))

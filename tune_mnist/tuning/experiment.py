@@ -5,7 +5,6 @@ the benchmarks replay whole searches on it. Every step is on disk before its out
 the trial before it starts, the checkpoint before its epoch's row, the row before the next epoch.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_mnist.analysis.history import History, Metric, Origin, Row, State, TrialRecord
+from tune_mnist.analysis.ranking import counts, merit
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.tuning.checkpoints import Checkpoints
 from tune_mnist.tuning.rungs import Rungs
@@ -78,7 +78,8 @@ class Experiment:
         self._clock, self._began = clock, clock() - history.elapsed
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()
-        self.best: tuple[float, TrialRecord, Row] | None = None
+        self.best: tuple[TrialRecord, Row] | None = None
+        self.broken: Exception | None = None  # what keeps the search from going on
         self._take_up_history()
 
     @property
@@ -165,16 +166,19 @@ class Experiment:
         """Give up a trial."""
         self._end(self.history.trials[number], "failed", error)
 
-    def retry(self, number: int, error: str) -> Assignment:
-        """Note that a trial's worker failed and return what its next worker is to do."""
+    def retry(self, number: int, error: str) -> None:
+        """Note that a trial's worker failed; it is the next to be handed out."""
         record = self.history.trials[number]
         self.history.rerun_trial(number, self.elapsed, ray_id=record.ray_id, error=error)
-        return self.assignment(number)
+        self._waiting.appendleft(record)
 
     def close(self, why: str) -> str | None:
         """End the session; returns why study.db could not be brought up to date, or None."""
-        self.history.close_session(why, self.elapsed)
-        return self._study.close()
+        try:
+            self.history.close_session(why, self.elapsed)
+        finally:
+            study_failure = self._study.close()
+        return study_failure
 
     def _end(self, record: TrialRecord, state: State, reason: str) -> None:
         self.history.end_trial(record.number, self.elapsed, state, reason)
@@ -194,10 +198,12 @@ class Experiment:
         return stop and record.origin != "baseline"
 
     def _is_new_best(self, record: TrialRecord, row: Row) -> bool:
-        value = float(row[self.rules.metric] or math.nan)
-        if row["diverged_step"] is not None or (self.best and value <= self.best[0]):
+        metric = self.rules.metric
+        if not counts(row, metric):
             return False
-        self.best = (value, record, row)
+        if self.best and merit(row, metric) <= merit(self.best[1], metric):
+            return False
+        self.best = (record, row)
         return True
 
     def _propose(self, number: int, ray_id: str) -> tuple[Origin, TrainConfig]:

@@ -38,6 +38,7 @@ _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune would retry by itself
 }
 
 
@@ -91,8 +92,8 @@ def run_session(
         try:
             _fit(experiment, supervisor, machinery, split, progress)
         except Exception as error:
-            supervisor.broken = supervisor.broken or error
-    return _close(experiment, supervisor, folder, received)
+            experiment.broken = experiment.broken or error
+    return _close(experiment, folder, received)
 
 
 def _fit(
@@ -117,12 +118,12 @@ def _fit(
             trainable,
             name="tune",
             storage_path=scratch,
-            search_alg=ExperimentSearcher(experiment, room),
+            search_alg=ExperimentSearcher(experiment, room, supervisor.stop_all),
             scheduler=ExperimentScheduler(experiment),
             num_samples=-1,
             stop=supervisor,
             callbacks=[supervisor, progress],
-            max_failures=machinery.retries,
+            max_failures=0,  # the supervisor has its own way
             reuse_actors=True,
             raise_on_failed_trial=False,
             trial_name_creator=_ray_id,
@@ -137,24 +138,23 @@ def _ray_id(trial: Trial) -> str:
 
 def _close(
     experiment: Experiment,
-    supervisor: Supervisor,
     folder: RunFolder,
     received: list[int],
 ) -> Ending:
     """Write the tables and the last word, or say why the search could not go on."""
-    if supervisor.broken is None:
+    if experiment.broken is None:
         try:
             note = experiment.close(_why(experiment, received))
             write_tables(folder, experiment.history, experiment.rules.metric)
             return Ending(received[0] if received else None, note)
         except OSError as error:
-            supervisor.broken = error
+            experiment.broken = error
     with contextlib.suppress(OSError):  # the folder may be what is broken
         experiment.close("failed")
         write_tables(folder, experiment.history, experiment.rules.metric)
-    if isinstance(supervisor.broken, OSError):
-        raise SearchFailedError(_cannot_write(folder, supervisor.broken)) from supervisor.broken
-    raise supervisor.broken
+    if isinstance(experiment.broken, OSError):
+        raise SearchFailedError(_cannot_write(folder, experiment.broken)) from experiment.broken
+    raise experiment.broken
 
 
 def _why(experiment: Experiment, received: list[int]) -> str:

@@ -26,11 +26,15 @@ class ExperimentScheduler(FIFOScheduler):
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Take in a report; the answer is to stop or to continue."""
-        stop = self._experiment.report(
-            number_of(trial),
-            {name: result[name] for name in METRICS},
-            result["state"],
-            result["model"],
-        )
-        decision: str = TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        decision: str = TrialScheduler.NOOP
+        try:
+            stop = self._experiment.report(
+                number_of(trial),
+                {name: result[name] for name in METRICS},
+                result["state"],
+                result["model"],
+            )
+            decision = TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
+        except Exception as error:  # Tune would wrap it up until nobody knows it again
+            self._experiment.broken = error
         return decision

@@ -15,14 +15,19 @@ class ExperimentSearcher(Searcher):
     of them, where Tune tells a searcher neither the stopping report nor why a trial ended.
     """
 
-    def __init__(self, experiment: Experiment, room: Callable[[], int]) -> None:
+    def __init__(
+        self, experiment: Experiment, room: Callable[[], int], over: Callable[[], bool]
+    ) -> None:
         super().__init__(metric=experiment.rules.metric, mode="max")
-        self._experiment, self._room = experiment, room
+        self._experiment, self._room, self._over = experiment, room, over
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's assignment, FINISHED, or None while there is no room."""
-        if not self._experiment.has_next or self._experiment.out_of_time:
+        """Return the next trial's assignment, FINISHED, or None while there is none."""
+        if self._over():
             return Searcher.FINISHED
+        if not self._experiment.has_next:
+            # A running trial may yet fail and have to be handed out again.
+            return None if self._experiment.live else Searcher.FINISHED
         if self._experiment.live >= self._room():
             return None
         return {"assignment": self._experiment.next_trial(trial_id)}

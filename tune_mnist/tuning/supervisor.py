@@ -1,6 +1,8 @@
 """Tune's way to tell the experiment of ends and failures, and to end a search in order."""
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ HOPELESS = 3  # so many failures before any epoch: it is not the configurations
 class Supervisor(Callback, Stopper):
     """Watches over a search's trials.
 
-    A trial that fails goes on from its last epoch until it has failed `retries` times without an
-    epoch in between. One that has not reported for `hang_timeout` seconds is given up.
+    A trial that fails goes on from its last epoch until it has failed more than `retries` times
+    without an epoch in between. One that has not reported for `hang_timeout` seconds is given up.
+    To Tune every failure is final: a trial that goes on is a new one there, by the searcher. Its
+    own retries would cover neither a worker that dies between two trials nor a state to go on
+    from.
     """
 
     def __init__(self, experiment: Experiment, *, retries: int, hang_timeout: float) -> None:
         self._experiment, self._retries, self._hang_timeout = experiment, retries, hang_timeout
+        self._failures: Counter[int] = Counter()  # by trial, since its last epoch
         self._last_sign: dict[Trial, float] = {}
         self._hung: set[str] = set()
-        self.broken: Exception | None = None  # what keeps the search from going on
         self.interrupted = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -36,7 +41,8 @@ class Supervisor(Callback, Stopper):
 
     def stop_all(self) -> bool:
         """Say whether the search is to end now, its running trials to be gone on with later."""
-        return self.interrupted or self.broken is not None or self._experiment.out_of_time
+        experiment = self._experiment
+        return self.interrupted or experiment.broken is not None or experiment.out_of_time
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No single trial is stopped here: that is the scheduler's to decide."""
@@ -50,9 +56,9 @@ class Supervisor(Callback, Stopper):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
         """Let go of the states, which Tune would keep, and forgive earlier failures."""
-        result.pop("state")
-        result.pop("model")
-        trial.run_metadata.num_failures = 0
+        result.pop("state", None)
+        result.pop("model", None)
+        self._failures.pop(number_of(trial), None)
         self._last_sign[trial] = time.monotonic()
 
     def on_trial_complete(
@@ -62,29 +68,10 @@ class Supervisor(Callback, Stopper):
         self._last_sign.pop(trial, None)
         self._record(lambda: self._experiment.finish(number_of(trial)))
 
-    def on_trial_recover(
-        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
-    ) -> None:
-        """Send a trial whose worker failed on from its last epoch."""
-        self._last_sign.pop(trial, None)
-        number, error = number_of(trial), self._error_of(trial)
-
-        def retry() -> None:
-            assignment = self._experiment.retry(number, error)
-            trial.config = {**trial.config, "assignment": assignment}
-
-        self._record(retry)
-
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Record a trial that is given up."""
+        """Have a trial that failed gone on with, or give it up."""
         self._last_sign.pop(trial, None)
-        number, error = number_of(trial), self._error_of(trial)
-        self._record(lambda: self._experiment.fail(number, error))
-        failed = self._experiment.history.trials.values()
-        if len(failed) >= HOPELESS and all(t.state == "failed" and not t.rows for t in failed):
-            self.broken = SearchFailedError(
-                f"the first {len(failed)} trials all failed before their first epoch: {error}"
-            )
+        self._record(lambda: self._take_failure(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """End workers that have hung."""
@@ -93,17 +80,30 @@ class Supervisor(Callback, Stopper):
             if now - last > self._hang_timeout:
                 self._hung.add(trial.trial_id)
                 del self._last_sign[trial]
-                trial.max_failures = 0  # a second try would hang as well
                 actor = trial.temporary_state.ray_actor
                 if actor is not None:
                     ray.kill(actor)
 
-    def _record(self, write: Any) -> None:
+    def _take_failure(self, trial: Trial) -> None:
+        number, error = number_of(trial), self._error_of(trial)
+        self._failures[number] += 1
+        # A second try of a trial that hangs would hang as well.
+        if trial.trial_id not in self._hung and self._failures[number] <= self._retries:
+            self._experiment.retry(number, error)
+            return
+        self._experiment.fail(number, error)
+        failed = self._experiment.history.trials.values()
+        if len(failed) >= HOPELESS and all(t.state == "failed" and not t.rows for t in failed):
+            raise SearchFailedError(
+                f"the first {len(failed)} trials all failed before their first epoch: {error}"
+            )
+
+    def _record(self, write: Callable[[], None]) -> None:
         """Write something down; Tune would take a failure in here for the trial's own."""
         try:
             write()
         except Exception as error:
-            self.broken = error
+            self._experiment.broken = error
 
     def _error_of(self, trial: Trial) -> str:
         if trial.trial_id in self._hung:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import tune
 
+from tune_mnist.analysis.ranking import merit
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.experiment import Assignment
@@ -32,14 +33,19 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
     Raises:
         Whatever training raises; Tune hands it to the driver.
     """
+    # A worker that takes longer to let go of one trial is lost to the next, and Tune tells nobody:
+    # its own 2 s are little on a crowded machine.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
     assignment: Assignment = config["assignment"]
-    best = -math.inf
+    best = (-math.inf, -math.inf)
     for epoch in epochs_of(assignment, split):
-        value = epoch.metrics[assignment.metric]
-        # Only a trial's own best can be the search's best: spare the driver the others.
-        model = epoch.model() if value > best else None
-        best = max(best, value)
+        model = None
+        if epoch.metrics["diverged_step"] is None:
+            value = merit(dict(epoch.metrics), assignment.metric)
+            if value > best:  # only a trial's own best can be the search's best
+                best, model = value, epoch.model()
         tune.report({**epoch.metrics, "state": epoch.state, "model": model})
+    raise RuntimeError("the training ended without having been told to")
 
 
 def train_assignment(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:

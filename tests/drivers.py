@@ -1,0 +1,172 @@
+"""Searches with scripted trials, each in a process of its own that a test can watch and kill.
+
+The processes are forked from one that has imported everything, so that a start costs little.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import Script
+
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.run import RunFolder
+
+PATIENCE = 60.0  # seconds that anything may take
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tune_mnist.search", "scripted", "scripted_search"])
+
+
+class Driver:
+    """One process that searches."""
+
+    def __init__(
+        self,
+        output: Path,
+        *arguments: object,
+        script: Script | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        self._output = output
+        script = script or Script(seconds=0.005)
+        # Not a daemon: those must not have children, and Ray is one.
+        self._process = _context.Process(
+            target=_search, args=(output, [str(each) for each in arguments], script, prepare)
+        )
+        self._process.start()
+
+    @property
+    def output(self) -> str:
+        """What it has printed, to stdout and stderr."""
+        return self._output.read_text() if self._output.exists() else ""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        if self._process.pid is not None:
+            os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        self._process.kill()
+        self._process.join(PATIENCE)
+
+    def wait(self, patience: float = PATIENCE) -> int:
+        """Return its exit code once it has ended."""
+        self._process.join(patience)
+        code = self._process.exitcode
+        if code is None:
+            self.kill()
+            pytest.fail(f"still running after {patience:g} s; it printed:\n{self.output}")
+        return code
+
+    def wait_until(self, holds: Callable[[], bool], patience: float = PATIENCE) -> None:
+        """Wait for a condition, as long as it runs."""
+        deadline = time.monotonic() + patience
+        while not holds():
+            if not self.is_alive or time.monotonic() > deadline:
+                if holds():
+                    return
+                pytest.fail(f"ended or slow before its time; it printed:\n{self.output}")
+            time.sleep(0.002)
+
+
+class Searches:
+    """Starts searches of one results folder."""
+
+    def __init__(self, path: Path, address: str | None) -> None:
+        self.path, self._address = path, address
+        self._drivers: list[Driver] = []
+
+    def folder(self, run: str) -> Path:
+        """Return the folder of a run."""
+        return self.path / run
+
+    def start(self, run: str, *arguments: object, **settings: Any) -> Driver:
+        """Begin a new run of the sgd space, on few images: nobody looks at them."""
+        return self._begin(
+            *("--run", run, "--results-dir", self.path, "--space", "sgd", "--images", 200),
+            *arguments,
+            **settings,
+        )
+
+    def resume(self, run: str, *arguments: object, **settings: Any) -> Driver:
+        """Begin to go on with a run."""
+        return self._begin("--resume", self.folder(run), *arguments, **settings)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for driver in self._drivers:
+            driver.kill()
+
+    def _begin(self, *arguments: object, **settings: Any) -> Driver:
+        where = () if self._address is None else ("--address", self._address)
+        output = self.path / f"output-{len(self._drivers)}.txt"
+        driver = Driver(output, *arguments, *where, **settings)
+        self._drivers.append(driver)
+        return driver
+
+
+@contextmanager
+def searches_in(path: Path, address: str | None) -> Iterator[Searches]:
+    """Provide searches and end them."""
+    searches = Searches(path, address)
+    try:
+        yield searches
+    finally:
+        searches.close()
+
+
+def history_of(path: Path) -> History:
+    """Read a run's history, as a resume would."""
+    return History.load(RunFolder.open(path))
+
+
+def epochs_in(path: Path) -> int:
+    """Count the finished rows of epochs.csv, the header not among them."""
+    file = path / "epochs.csv"
+    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
+
+
+def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
+    """Return all trials of a run, by number: what they trained and what they reported."""
+    return [
+        (repr((record.config, record.seed, record.state)), _accuracies(record.rows))
+        for record in history_of(path).trials.values()
+    ]
+
+
+def _accuracies(rows: list[Any]) -> list[float]:
+    return [row["val_accuracy"] for row in rows]
+
+
+def _search(
+    output: Path, arguments: list[str], script: Script, prepare: Callable[[], None] | None
+) -> None:
+    from scripted_search import scripted_search
+
+    from tune_mnist.cli import exit_code
+    from tune_mnist.tuning.settings import SearchSettings
+
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if prepare is not None:
+        prepare()
+    sys.exit(
+        exit_code(
+            "search", SearchSettings, lambda settings: scripted_search(settings, script), arguments
+        )
+    )

@@ -1,0 +1,33 @@
+"""One Ray for all tests that need one: a search that joins it starts in a second."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from drivers import Searches, searches_in
+from ray.cluster_utils import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of one node with two CPUs; only this process and its searches know of it."""
+    with tempfile.TemporaryDirectory(prefix="tm-ray-") as temp_dir:  # sockets need a short path
+        arguments = {
+            "num_cpus": 2,
+            "object_store_memory": 300 << 20,
+            "include_dashboard": False,
+            "temp_dir": temp_dir,
+        }
+        cluster = Cluster(initialize_head=True, head_node_args=arguments)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+@pytest.fixture
+def searches(cluster: Cluster, tmp_path: Path) -> Iterator[Searches]:
+    """Searches on the shared Ray."""
+    with searches_in(tmp_path, cluster.address) as searches:
+        yield searches
