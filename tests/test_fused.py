@@ -219,6 +219,13 @@ def test_backward_may_run_twice(net: Net) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_activations_are_freed_by_the_backward(net: Net) -> None:
+    loss = loss_of(net)
+    loss.backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="second time"):  # torch's word for: they are gone
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def test_images_may_ask_for_a_gradient(net: Net) -> None:
     images, labels = draw_batch()
     images.requires_grad_()
@@ -254,6 +261,16 @@ def test_nan_reaches_the_loss(net: Net) -> None:
     assert nn.functional.nll_loss(
         training_forward(net, draw_batch()[0], 0.1, seeded()), labels
     ).isnan()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [torch.inf, 1e38])
+def test_a_net_that_diverges_has_a_nan_loss_and_no_warnings(net: Net, value: float) -> None:
+    with torch.no_grad():
+        next(net.parameters()).fill_(value)
+    loss = loss_of(net)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert not loss.isfinite()
 
 
 def plain_evaluation(net: Net, images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -201,10 +201,10 @@ class _Saved(NamedTuple):
 
     inputs: Tensor  # [B, C_in, H + K - 1, W + K - 1]
     rectified: Tensor  # after ReLU [B, C, H, W]
-    keep: kernels.Bytes  # mask, flat; empty where nothing is dropped
-    mean: kernels.Floats  # [C]
-    inverse_std: kernels.Floats  # [C]
-    winner: kernels.Bytes | None  # of the max-pool
+    keep: Tensor  # mask, uint8 and flat; empty where nothing is dropped
+    mean: Tensor  # [C]
+    inverse_std: Tensor  # [C]
+    winner: Tensor  # uint8, of the max-pool; empty where there is none
 
 
 class _CompiledFeatures(torch.autograd.Function):
@@ -215,6 +215,7 @@ class _CompiledFeatures(torch.autograd.Function):
     """
 
     @staticmethod
+    @np.errstate(all="ignore")  # a net that diverges says so by its loss
     def forward(
         ctx: Any,
         net: Net,
@@ -230,8 +231,7 @@ class _CompiledFeatures(torch.autograd.Function):
             weight = convolution.weight.contiguous(memory_format=_LAST)
             x = F.conv2d(h, weight, convolution.bias).contiguous(memory_format=_LAST)
             if norm is None:
-                ctx.last = h
-                h = x
+                last, h = h, x
                 break
             keep = np.empty(x.numel() if dropout > 0 else 0, np.uint8)
             if dropout > 0:
@@ -243,26 +243,33 @@ class _CompiledFeatures(torch.autograd.Function):
             shift = norm.bias.detach().numpy() * np.float32(1 / (1 - dropout)) - mean * scale
             out = torch.empty_like(x)
             kernels.scale_and_drop(_flat(x), keep, scale, shift, _flat(out))
-            winner = None
+            winner = np.empty(0, np.uint8)
             if pooled:
                 out, winner = _pool(out)
-            saved.append(_Saved(h, x, keep, mean, inverse_std, winner))
+            arrays = (torch.from_numpy(array) for array in (keep, mean, inverse_std, winner))
+            saved.append(_Saved(h, x, *arrays))
             h = out
-        ctx.net, ctx.saved, ctx.dropout = net, saved, dropout
-        ctx.save_for_backward(*parameters)
+        ctx.dropout, ctx.blocks = dropout, len(saved)
+        # Autograd lets these go right after the backward, even where someone keeps the loss.
+        ctx.save_for_backward(last, *chain.from_iterable(saved), *parameters)
         return h
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    @np.errstate(all="ignore")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *parameters, weight, _ = ctx.saved_tensors
-        gradient, *gradients = _convolution_backward(gradient, ctx.last, weight, True)
+        last, *tensors, weight, _ = ctx.saved_tensors
+        parameters = tensors[len(_Saved._fields) * ctx.blocks :]
+        gradient, *gradients = _convolution_backward(gradient, last, weight, True)
         factor = np.float32(1 / (1 - ctx.dropout))
-        for index in reversed(range(len(ctx.saved))):
-            inputs, x, keep, mean, inverse_std, winner = ctx.saved[index]
+        for index in reversed(range(ctx.blocks)):
+            start = len(_Saved._fields) * index
+            inputs, x, *others = tensors[start : start + len(_Saved._fields)]
+            keep, mean, inverse_std, winner = (tensor.numpy() for tensor in others)
             weight, _, scale, _ = parameters[4 * index : 4 * index + 4]
-            if winner is not None:
+            if winner.size > 0:
                 gradient = _pool_backward(gradient, winner, x)
+            gradient = gradient.contiguous(memory_format=_LAST)
             flat, flat_x = _flat(gradient), _flat(x)
             sums, products = kernels.norm_backward_sums(flat, keep, flat_x, mean)
             by_gradient = scale.detach().numpy() * inverse_std * factor
