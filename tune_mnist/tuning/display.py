@@ -58,7 +58,7 @@ def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> T
     rules = tally.rules
     ends = [f"{tally.states[s]:,} {s}" for s in _ENDS if tally.states[s]]
     left = tally.time_left(elapsed)
-    text = Text(no_wrap=True)
+    text = Text(no_wrap=True, overflow="ellipsis")
     text.append(short_path(folder.path), "bold")
     _line(
         text,

@@ -62,7 +62,7 @@ class Progress(Callback):
         self._shows = False
         live, self._live = self._live, None
         if live is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 live.stop()
 
     def __enter__(self) -> Self:
@@ -128,8 +128,8 @@ class Progress(Callback):
         size = self._console.size
         self._erase_wrapped_lines(size.width)
         view = live_view(self._tally, self._folder, self._experiment.elapsed, size.height)
-        is_unicode = self._console.encoding.startswith("utf")  # else it has no ellipsis
-        view.overflow = "ellipsis" if is_unicode else "crop"
+        if not self._console.encoding.startswith("utf"):  # nothing to write an ellipsis with
+            view.overflow = "crop"
         self._live.update(view, refresh=True)
         self._view, self._width = view, size.width
         ended = self._clock()
@@ -163,7 +163,7 @@ class Progress(Callback):
             return
         try:
             show()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # rich exits when nobody reads its output
             self.close()
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             with contextlib.suppress(Exception):

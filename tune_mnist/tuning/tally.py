@@ -40,6 +40,7 @@ class Tally:
         self.best: tuple[TrialRecord, Row] | None = None
         self.baseline: tuple[TrialRecord, Row] | None = None  # its best epoch
         self.last_failure: TrialRecord | None = None
+        self._ended: set[int] = set()
         self._lengths = [0] * (rules.epochs + 1)  # how many trials ended after so many epochs
         self._began, self._epochs_before = elapsed, len(history.rows)
         self._trials_seen, self._rows_seen = len(history.trials), 0
@@ -62,7 +63,7 @@ class Tally:
         """Take in the trials and epochs that are new in the history."""
         trials = self._history.trials
         for number in range(self._trials_seen, len(trials)):
-            self.start(number)
+            self.start(number)  # nothing for one that has ended since: it is announced as well
         self._trials_seen = len(trials)
         for record, row in self._history.rows[self._rows_seen :]:
             self._take(record, row)
@@ -80,7 +81,8 @@ class Tally:
         """Take in that a trial has ended; returns it, or None where it has not."""
         self.catch_up()
         record = self._history.trials[number]
-        if record.state == "running" or self.running.pop(number, None) is None:
+        self.running.pop(number, None)
+        if record.state == "running" or number in self._ended:
             return None  # broken off with the search, to be gone on with later
         self._count(record)
         return record
@@ -109,6 +111,7 @@ class Tally:
             self.baseline = record, row
 
     def _count(self, record: TrialRecord) -> None:
+        self._ended.add(record.number)
         self.states[record.state] += 1
         self._lengths[min(record.epochs, self.rules.epochs)] += 1
         if record.state == "failed":
