@@ -166,5 +166,7 @@ class Progress(Callback):
         except (Exception, SystemExit) as error:  # rich exits when nobody reads its output
             self.close()
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, SystemExit):
+                reason = "nobody reads its output"
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"the display failed ({reason}); the search goes on\n")
