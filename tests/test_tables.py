@@ -171,7 +171,7 @@ def test_an_empty_search_has_tables_with_all_columns(search: RecordedSearch) -> 
 
 
 def test_every_hyperparameter_is_read_back_exactly(search: RecordedSearch) -> None:
-    values: dict[str, Any] = {"lr": 0.1 + 0.2, "dropout": 1 / 7, "nesterov": True, "weight_decay": 1.1e-5}
+    values: dict[str, Any] = {"lr": 0.1 + 0.2, "dropout": 1 / 7, "nesterov": True}
     config = TrainConfig.from_mapping(values)
     search.epoch(search.start(**values), 0.98)
     for table in _written(search):
