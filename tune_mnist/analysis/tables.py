@@ -21,7 +21,7 @@ trials.csv, one row per trial, in the order of their start:
     best_METRIC             METRIC at its best epoch
     LOSS_at_best            LOSS at its best epoch
     test_accuracy_at_best   test accuracy at its best epoch
-    last_epoch              its last epoch, and six values there:
+    last_epoch              its last epoch, and five values there:
     last_train_loss, last_val_loss, last_val_accuracy, last_test_loss, last_test_accuracy
     diverged_step           step, within its epoch, at which the loss was found not finite
     seconds                 training and evaluation of all its epochs, s
