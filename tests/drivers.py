@@ -3,17 +3,21 @@
 The processes are forked from one that has imported everything, so that a start costs little.
 """
 
+import csv
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import FrozenTrial
 from scripted import Script
 
 from tune_mnist.analysis.history import History
@@ -146,6 +150,24 @@ def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
         (repr((record.config, record.seed, record.state)), _accuracies(record.rows))
         for record in history_of(path).trials.values()
     ]
+
+
+def notes_of(notes: Path) -> Counter[str]:
+    """Count how often each epoch of each trial was trained to its end, as 'trial epoch'."""
+    file = notes / "epochs"
+    return Counter(file.read_text().splitlines()) if file.exists() else Counter()
+
+
+def study_of(folder: Path) -> list[FrozenTrial]:
+    """Read the trials in study.db."""
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+    return study.get_trials()
+
+
+def table_of(folder: Path) -> dict[int, dict[str, str]]:
+    """Read trials.csv, by number."""
+    with (folder / "trials.csv").open() as file:
+        return {int(row["trial"]): row for row in csv.DictReader(file)}
 
 
 def _accuracies(rows: list[Any]) -> list[float]:

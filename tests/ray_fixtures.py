@@ -23,7 +23,7 @@ def cluster() -> Iterator[Cluster]:
         try:
             yield cluster
         finally:
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture

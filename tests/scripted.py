@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.experiment import Assignment
+from tune_mnist.tuning.assignment import Assignment
 from tune_mnist.tuning.trial import TrialEpoch
 
 Faults = Mapping[int, tuple[int, ...]]  # trial -> the epochs (1-based) in which it happens
@@ -24,8 +24,10 @@ class Script:
 
     seconds: float = 0.02  # an epoch
     state_size: int = 0  # bytes that a state has at least
-    once: Path | None = None  # a folder: what kills a worker does so once an epoch, not always
-    killed: Faults = field(default_factory=dict)  # the worker, with SIGKILL
+    notes: Path | None = None  # a folder in which workers note what they have done
+    killed: Faults = field(default_factory=dict)  # the worker, with SIGKILL, every time
+    killed_once: Faults = field(default_factory=dict)  # the same, but the first time only
+    killed_after: tuple[int, ...] = ()  # trials whose worker dies as it lets go of them
     raising: Faults = field(default_factory=dict)
     diverging: Faults = field(default_factory=dict)
     hanging: Faults = field(default_factory=dict)
@@ -33,20 +35,31 @@ class Script:
     memory: int = 0  # bytes beyond what it has, the most that an allocating worker gets; 0: all
 
     def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
-        done = int(assignment.state.split()[0]) if assignment.state else 0
-        for epoch in range(done + 1, assignment.epochs + 1):
-            time.sleep(self.seconds)
-            self._suffer(assignment.number, epoch)
-            accuracy = curve(assignment.config, epoch)
-            diverges = epoch in self.diverging.get(assignment.number, ())
-            yield TrialEpoch(
-                metrics=_metrics(epoch, math.nan if diverges else accuracy, self.seconds),
-                state=f"{epoch} ".encode().ljust(self.state_size, b"."),
-                model=partial(_model, assignment.number, epoch),
-            )
+        try:
+            done = int(assignment.state.split()[0]) if assignment.state else 0
+            for epoch in range(done + 1, assignment.epochs + 1):
+                time.sleep(self.seconds)
+                self._suffer(assignment.number, epoch)
+                yield self._epoch(assignment, epoch)
+        except GeneratorExit:
+            if assignment.number in self.killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise
+
+    def _epoch(self, assignment: Assignment, epoch: int) -> TrialEpoch:
+        self._note("epochs", f"{assignment.number} {epoch}")
+        accuracy = curve(assignment.config, epoch)
+        diverges = epoch in self.diverging.get(assignment.number, ())
+        return TrialEpoch(
+            metrics=_metrics(epoch, math.nan if diverges else accuracy, self.seconds),
+            state=f"{epoch} ".encode().ljust(self.state_size, b"."),
+            model=partial(_model, assignment.number, epoch),
+        )
 
     def _suffer(self, number: int, epoch: int) -> None:
-        if epoch in self.killed.get(number, ()) and self._is_due(f"{number}-{epoch}"):
+        if epoch in self.killed.get(number, ()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if epoch in self.killed_once.get(number, ()) and self._is_first(f"{number}-{epoch}"):
             os.kill(os.getpid(), signal.SIGKILL)
         if epoch in self.raising.get(number, ()):
             raise RuntimeError(f"no luck\nin epoch {epoch}")
@@ -55,20 +68,25 @@ class Script:
         if epoch in self.allocating.get(number, ()):
             _allocate(self.memory)
 
-    def _is_due(self, name: str) -> bool:
-        if self.once is None:
-            return True
+    def _is_first(self, name: str) -> bool:
+        if self.notes is None:
+            raise ValueError("a script with killed_once needs a folder for its notes")
         try:
-            (self.once / name).touch(exist_ok=False)
+            (self.notes / name).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
+
+    def _note(self, name: str, line: str) -> None:
+        if self.notes is not None:
+            with (self.notes / name).open("a") as file:
+                file.write(f"{line}\n")
 
 
 def curve(config: Mapping[str, Any], epoch: int) -> float:
     """Accuracy after an epoch: better near lr 0.03 and momentum 0.9, rising with the epochs."""
     distance = abs(math.log10(config["lr"] / 0.03)) + abs(config["momentum"] - 0.9)
-    return 0.99 - 0.05 * distance - 0.1 / (epoch + 1)
+    return float(0.99 - 0.05 * distance - 0.1 / (epoch + 1))
 
 
 def _metrics(epoch: int, accuracy: float, seconds: float) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from tune_mnist.tuning.settings import SearchSettings
 
 
 def scripted_search(settings: SearchSettings, script: scripted.Script) -> int:
-    cloudpickle.register_pickle_by_value(scripted)  # workers do not have the tests' folder
+    # Workers do not have the tests' folder.
+    cloudpickle.register_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
     return search(settings, epochs_of=script)
 
 

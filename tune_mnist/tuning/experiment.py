@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tune_mnist.analysis.history import History, Metric, Origin, Row, State, TrialRecord
 from tune_mnist.analysis.ranking import counts, merit
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.tuning.assignment import Assignment
 from tune_mnist.tuning.checkpoints import Checkpoints
 from tune_mnist.tuning.rungs import Rungs
 from tune_mnist.tuning.space import SearchSpace
@@ -45,21 +46,6 @@ class Rules:
     reduction_factor: float
     startup_trials: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What a worker is told: train this, from here on."""
-
-    number: int
-    config: Mapping[str, Any]
-    seed: int
-    epochs: int
-    metric: Metric
-    state: bytes | None  # None: from the start
-
-    def __repr__(self) -> str:  # Tune puts configurations into folder names and logs
-        return f"trial {self.number}"
 
 
 class Experiment:

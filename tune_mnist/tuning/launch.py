@@ -1,5 +1,7 @@
 """Starting a search, or going on with one: everything from the settings to the exit code."""
 
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from tune_mnist.tuning.cluster import Share, connected, node_resources
 from tune_mnist.tuning.display import start_line
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
-from tune_mnist.tuning.runner import Machinery, run_session
+from tune_mnist.tuning.runner import Machinery, run_session, writing
 from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
@@ -33,9 +35,16 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
     Raises:
         TuneMnistError: the search could not be started, or could not go on.
     """
-    if settings.resume is not None:
-        return _resume(settings, settings.resume, epochs_of)
-    return _start(settings, epochs_of)
+    try:
+        # Ray's own way as well, from ray.init on; once trials run, a session has a better one.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        if settings.resume is not None:
+            return _resume(settings, settings.resume, epochs_of)
+        return _start(settings, epochs_of)
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        return 128 + signal.SIGTERM
 
 
 def _start(settings: SearchSettings, epochs_of: EpochSource) -> int:
@@ -48,7 +57,8 @@ def _start(settings: SearchSettings, epochs_of: EpochSource) -> int:
         share = _share(settings)
         folder = RunFolder.create(path)
         with folder.only_writer():
-            plan.save(folder)
+            with writing(folder):
+                plan.save(folder)
             return _run(folder, History(folder), plan, settings, share, data, epochs_of)
 
 
@@ -66,7 +76,8 @@ def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int
         data = _load(settings, plan)
         with connected(settings.address):
             share = _share(settings)
-            plan.save(folder)
+            with writing(folder):
+                plan.save(folder)
             return _run(folder, history, plan, settings, share, data, epochs_of)
 
 
@@ -79,7 +90,8 @@ def _run(
     data: Split,
     epochs_of: EpochSource,
 ) -> int:
-    history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
+    with writing(folder):
+        history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
     machinery = Machinery(
         share, settings.max_concurrent, settings.retries, settings.hang_timeout, epochs_of
     )
@@ -129,8 +141,9 @@ def _share(settings: SearchSettings) -> Share:
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
     """Say why there is nothing to resume, or return None."""
-    done = len(history.trials) >= plan.rules.trials and not history.unfinished()
-    if done and history.closed_as is not None:
+    if history.closed_as is None:  # killed: its tables are to be brought up to date at least
+        return None
+    if len(history.trials) >= plan.rules.trials and not history.unfinished():
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
     if history.elapsed >= plan.rules.time_budget:
         return (

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -163,6 +164,19 @@ def _why(experiment: Experiment, received: list[int]) -> str:
     return "out of time" if experiment.has_next or experiment.live else "finished"
 
 
+@contextlib.contextmanager
+def writing(folder: RunFolder) -> Iterator[None]:
+    """Turn what keeps a run's folder from being written to into one clear error.
+
+    Raises:
+        SearchFailedError: it cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SearchFailedError(_cannot_write(folder, error)) from error
+
+
 def _cannot_write(folder: RunFolder, error: OSError) -> str:
     return (
         f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or make "
@@ -177,7 +191,7 @@ def _heeding_signals(supervisor: Supervisor) -> Iterator[list[int]]:
 
     def heed(number: int, frame: FrameType | None) -> None:
         if received:
-            raise KeyboardInterrupt
+            sys.exit(128 + number)
         received.append(number)
         supervisor.interrupted = True
 

@@ -108,7 +108,7 @@ class Supervisor(Callback, Stopper):
     def _error_of(self, trial: Trial) -> str:
         if trial.trial_id in self._hung:
             return f"no report for {self._hang_timeout:g} s: taken to hang and ended"
-        # Not trial.get_pickled_error: that looks in the storage, where the file only ends up later.
+        # Not trial.get_pickled_error: that looks where the file only ends up later.
         path = Path(trial.pickled_error_file or trial.error_file)
         if path.suffix == ".pkl":
             return describe(ray.cloudpickle.loads(path.read_bytes()))  # this process wrote it
@@ -123,5 +123,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OutOfMemoryError):
         return "out of memory: Ray ended the worker; fewer trials at a time need less"
     if isinstance(error, RayActorError):
-        return "the worker died: " + " ".join(str(error).split())[:400]
+        text = " ".join(str(error).split())
+        _, _, detail = text.partition("Worker exit detail: ")  # the rest is names and advice
+        return f"the worker died: {(detail or text).split(' Some common causes')[0][:300]}"
     return " ".join(str(error).split())[:300]

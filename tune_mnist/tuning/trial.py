@@ -12,7 +12,7 @@ from ray import tune
 from tune_mnist.analysis.ranking import merit
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.experiment import Assignment
+from tune_mnist.tuning.assignment import Assignment
 
 
 @dataclass(frozen=True)
