@@ -4,39 +4,26 @@
 can be made again from them. One process writes (the search's driver), any number may read.
 """
 
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tune_mnist.analysis.files import AppendLog
+from tune_mnist.analysis.rows import COLUMNS, METRICS, Row, check_header, format_row, parse_row
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import RunFolderError
+
+__all__ = ["METRICS", "History", "Metric", "Origin", "Row", "State", "TrialRecord"]
 
 State = Literal["running", "complete", "stopped", "diverged", "failed"]
 Origin = Literal["baseline", "start", "sampled"]
 Metric = Literal["val_accuracy", "test_accuracy"]
 
-INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
-METRICS = (
-    "epoch",
-    "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_correct",
-    "seconds",
-    "evaluation_seconds",
-    "diverged_step",
-)
-COLUMNS = ("trial", *METRICS, "elapsed")
-
-Row = dict[str, float | int | None]
+_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass
@@ -77,6 +64,7 @@ class History:
         self.elapsed = 0.0  # last known time on the search's clock, over all sessions
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
         self.sessions = 0
+        self._epochs_at_end: dict[int, int] = {}
         self._events = AppendLog(folder.events)
         self._epochs = AppendLog(folder.epochs)
 
@@ -88,29 +76,41 @@ class History:
             RunFolderError: a file is damaged; the message names the line.
         """
         history = cls(folder)
-        for count, line in enumerate(history._events.read(), start=1):
+        events = 0
+        for events, content in _numbered(history._events):
             try:
-                history._take_event(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise _damaged(folder.events, count, error) from error
-        for count, line in enumerate(history._epochs.read()[1:], start=2):
+                history._take_event(_entry(content))
+            except _DAMAGE as error:
+                raise _damaged(folder.events, events, error) from error
+        for line, content in _numbered(history._epochs):
             try:
-                history._take_row(parse_row(line))
-            except (ValueError, KeyError, StopIteration) as error:
-                raise _damaged(folder.epochs, count, error) from error
+                history._take_line(line, content)
+            except _UnknownTrialError as error:
+                # Not damaged if it has started only after its events were read.
+                if len(history._events.read()) == events:
+                    raise _damaged(folder.epochs, line, error) from error
+            except _DAMAGE as error:
+                raise _damaged(folder.epochs, line, error) from error
+        history._check_ends(folder)
         return history
 
     def open_session(self, facts: Mapping[str, Any]) -> None:
-        """Note that a driver has begun to work on the run."""
+        """Note that a driver has begun to work on the run.
+
+        Raises:
+            OSError: this, like whatever else is noted, could not be written.
+        """
         if not self._epochs.read():
             self._epochs.append(",".join(COLUMNS))
         self._add("session", **facts)
 
     def close_session(self, why: str, elapsed: float) -> None:
         """Note how the driver's work ended and let go of the files."""
-        self._add("close", why=why, elapsed=elapsed)
-        self._events.close()
-        self._epochs.close()
+        try:
+            self._add("close", why=why, elapsed=elapsed)
+        finally:
+            self._events.close()
+            self._epochs.close()
 
     def start_trial(self, record: TrialRecord, elapsed: float) -> None:
         """Note a new trial, before anyone runs it."""
@@ -123,14 +123,18 @@ class History:
             seed=record.seed,
             config=record.config,
         )
+        self._events.sync()
 
     def rerun_trial(self, number: int, elapsed: float, *, ray_id: str, error: str) -> None:
         """Note that a trial goes on: in a new session, or (with an error) on a new worker."""
         self._add("rerun", trial=number, elapsed=elapsed, ray_id=ray_id, error=error)
 
     def end_trial(self, number: int, elapsed: float, state: State, reason: str) -> None:
-        """Note a trial's final state."""
-        self._add("end", trial=number, elapsed=elapsed, state=state, reason=reason)
+        """Note a trial's final state; from here on not even a power cut takes the trial back."""
+        self._epochs.sync()
+        epochs = self.trials[number].epochs
+        self._add("end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs)
+        self._events.sync()
 
     def add_epoch(self, row: Row) -> bool:
         """Append an epoch, or return False where it is there already."""
@@ -150,7 +154,6 @@ class History:
         self._take_event(entry)
 
     def _take_event(self, entry: dict[str, Any]) -> None:
-        self.elapsed = max(self.elapsed, entry.get("elapsed", 0.0))
         match entry["event"]:
             case "session":
                 self.sessions += 1
@@ -158,32 +161,49 @@ class History:
             case "close":
                 self.closed_as = entry["why"]
             case "start":
-                self.trials[entry["trial"]] = TrialRecord(
-                    number=entry["trial"],
-                    config=entry["config"],
-                    seed=entry["seed"],
-                    origin=entry["origin"],
-                    ray_id=entry["ray_id"],
-                    started=entry["elapsed"],
-                    started_at=entry["time"],
-                )
+                self._take_start(entry)
             case "rerun":
-                record = self.trials[entry["trial"]]
+                record = self._record(entry["trial"])
                 record.ray_id = entry["ray_id"]
                 if entry["error"]:
                     record.retries += 1
                     record.reason = entry["error"]
             case "end":
-                record = self.trials[entry["trial"]]
-                if entry["state"] not in get_args(State):
-                    raise ValueError(f"unknown state {entry['state']!r}")
+                record = self._record(entry["trial"])
+                if entry["state"] not in get_args(State) or entry["state"] == "running":
+                    raise ValueError(f"a trial cannot end as {entry['state']!r}")
                 record.state, record.reason = entry["state"], entry["reason"]
                 record.ended, record.ended_at = entry["elapsed"], entry["time"]
+                self._epochs_at_end[record.number] = entry["epochs"]
             case unknown:
-                raise ValueError(f"unknown event {unknown!r}")
+                raise ValueError(
+                    f"event {unknown!r} is not known to this version of tune_mnist: "
+                    "a newer one wrote it"
+                )
+        self.elapsed = max(self.elapsed, entry.get("elapsed", 0.0))
+
+    def _take_start(self, entry: dict[str, Any]) -> None:
+        number = entry["trial"]
+        if number != len(self.trials):
+            raise ValueError(f"trial {number} follows {len(self.trials)} trials")
+        self.trials[number] = TrialRecord(
+            number=number,
+            config=dict(entry["config"]),
+            seed=entry["seed"],
+            origin=entry["origin"],
+            ray_id=entry["ray_id"],
+            started=entry["elapsed"],
+            started_at=entry["time"],
+        )
+
+    def _take_line(self, line: int, content: bytes) -> None:
+        if line == 1:
+            check_header(content.decode())
+        else:
+            self._take_row(parse_row(content.decode()))
 
     def _take_row(self, row: Row) -> None:
-        record = self.trials[int(row["trial"] or 0)]
+        record = self._record(row["trial"])
         if row["epoch"] != record.epochs + 1:
             raise ValueError(
                 f"epoch {row['epoch']} of trial {record.number} follows epoch {record.epochs}"
@@ -192,39 +212,47 @@ class History:
         self.rows.append((record, row))
         self.elapsed = max(self.elapsed, float(row["elapsed"] or 0.0))
 
+    def _record(self, number: Any) -> TrialRecord:
+        if number not in self.trials:
+            raise _UnknownTrialError(f"no trial {number} has started")
+        return self.trials[number]
 
-def format_row(row: Row) -> str:
-    """Return an epoch as a line of CSV: floats in full, what was not measured left empty."""
-    return ",".join(_cell(row[column]) for column in COLUMNS)
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return repr(value)
-
-
-def parse_row(line: str) -> Row:
-    """Read a line that `format_row` wrote."""
-    cells = next(csv.reader(io.StringIO(line)))
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
-    row: Row = {}
-    for column, cell in zip(COLUMNS, cells, strict=True):
-        if column in INTEGERS:
-            row[column] = int(cell) if cell else None
-        else:
-            row[column] = float(cell) if cell else math.nan
-    return row
+    def _check_ends(self, folder: RunFolder) -> None:
+        for number, epochs in self._epochs_at_end.items():
+            if epochs != self.trials[number].epochs:
+                raise RunFolderError(
+                    f"{folder.epochs} is damaged: it has {self.trials[number].epochs} of the "
+                    f"{epochs} epochs of trial {number}, which has ended: put back a copy, or "
+                    f"take the trial's end out of {folder.events} to have it run again"
+                )
 
 
-def values_of(rows: Iterable[Row], metric: str) -> list[float]:
-    """Return one column of some epochs."""
-    return [float(row[metric] or 0.0) for row in rows]
+class _UnknownTrialError(ValueError):
+    """An event or a row of a trial that no event has started."""
 
 
-def _damaged(path: Any, line: int, error: Exception) -> RunFolderError:
+def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
+    """Return a log's lines, counted from 1.
+
+    Raises:
+        RunFolderError: the file cannot be read.
+    """
+    try:
+        yield from enumerate(log.read(), start=1)
+    except OSError as error:
+        raise RunFolderError(f"{log.path} cannot be read ({error.strerror})") from error
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    entry = json.loads(line.decode())
+    if not isinstance(entry, dict):
+        raise ValueError(f"an event was expected, but got {entry!r}")
+    return entry
+
+
+def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:
+    what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
     return RunFolderError(
-        f"{path} is damaged in line {line} ({' '.join(str(error).split())}): "
+        f"{path} is damaged in line {line} ({' '.join(what.split())}): "
         "put back a copy, or cut the file before that line"
     )

@@ -1,9 +1,10 @@
 """A run's folder: where each of its files lies, and who may write there."""
 
+import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,7 @@ from typing import Any, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from tune_mnist.analysis.files import replace_file
+from tune_mnist.analysis.files import remove_leftovers, replace_file
 from tune_mnist.errors import RunFolderError, did_you_mean
 
 
@@ -24,7 +25,7 @@ class RunFolder:
     @property
     def name(self) -> str:
         """The run's name, which is its folder's."""
-        return self.path.name
+        return self.path.resolve().name  # `--resume .` has one as well
 
     @property
     def search(self) -> Path:
@@ -75,12 +76,15 @@ class RunFolder:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(path.parent, error) from error
+        try:
             path.mkdir()
             (path / "checkpoints").mkdir()
         except FileExistsError:
             raise _exists(path) from None
         except OSError as error:
-            raise RunFolderError(_cannot_write(path, error)) from error
+            raise _cannot_write(path, error) from error
         return cls(path)
 
     @classmethod
@@ -90,13 +94,19 @@ class RunFolder:
         Raises:
             RunFolderError: it is none.
         """
-        if not (path / "search.yaml").is_file():
-            siblings = [p.name for p in path.parent.glob("*/search.yaml") for p in [p.parent]]
-            what = "has no search.yaml" if path.is_dir() else "does not exist"
-            raise RunFolderError(
-                f"{path} is no run's folder: it {what}{did_you_mean(path.name, siblings)}"
-            )
-        return cls(path)
+        try:
+            if (path / "search.yaml").is_file():
+                return cls(path)
+        except OSError as error:  # a folder without permission
+            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
+        if path.is_dir():
+            what = "has no search.yaml"
+        else:
+            what = "is a file" if path.exists() else "does not exist"
+        siblings = [found.parent.name for found in path.parent.glob("*/search.yaml")]
+        raise RunFolderError(
+            f"{path} is no run's folder: it {what}{did_you_mean(path.name, siblings)}"
+        )
 
     def read_search(self) -> dict[str, Any]:
         """Read search.yaml.
@@ -106,25 +116,36 @@ class RunFolder:
         """
         try:
             data = yaml.safe_load(self.search.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (
+            *(OSError, yaml.YAMLError),
+            # PyYAML lets these through: a date such as 2024-99-99, endless nesting.
+            *(ValueError, LookupError, AttributeError, TypeError, RecursionError),
+        ) as error:
             raise RunFolderError(
                 f"{self.search} cannot be read: {' '.join(str(error).split())}"
             ) from error
         if not isinstance(data, dict):
-            raise RunFolderError(f"{self.search} is damaged: a mapping was expected")
+            raise RunFolderError(
+                f"{self.search} is damaged: a mapping was expected; put back a copy"
+            )
         return data
 
     def write_search(self, data: dict[str, Any]) -> None:
-        """Write search.yaml."""
+        """Write search.yaml.
+
+        Raises:
+            OSError: it could not be written.
+        """
         replace_file(self.search, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
-    @contextmanager
+    @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
         """Hold the right to write to the run; it ends with the process, however that ends.
 
         Raises:
             RunFolderError: another process holds it.
         """
+        # The lock is the system's, not the file's being there: a killed process holds none.
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -133,8 +154,10 @@ class RunFolder:
                 f"{self.path} is in use: another search is writing to it; wait for it or stop it"
             ) from None
         except OSError as error:
-            raise RunFolderError(_cannot_write(self.path, error)) from error
+            raise _cannot_write(self.path, error) from error
         try:
+            remove_leftovers(self.path)
+            remove_leftovers(self.checkpoints)
             yield
         finally:
             lock.release()
@@ -146,17 +169,19 @@ def check_new_run(path: Path) -> None:
     Raises:
         RunFolderError: the folder exists, or its parent cannot be written to.
     """
-    if path.exists():
-        raise _exists(path)
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+            raise _exists(path)
+        parent = path.parent
+        while not parent.exists():
+            parent = parent.parent
         if not parent.is_dir():
-            raise NotADirectoryError(20, os.strerror(20), str(parent))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+        # No question about permissions tells of a read-only disk as well as trying does.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise RunFolderError(_cannot_write(path.parent, error)) from error
+        raise _cannot_write(path.parent, error) from error
 
 
 def _exists(path: Path) -> RunFolderError:
@@ -166,5 +191,7 @@ def _exists(path: Path) -> RunFolderError:
     )
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
-    return f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"
+def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"
+    )

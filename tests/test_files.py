@@ -1,0 +1,226 @@
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tune_mnist.analysis.files import AppendLog, remove_leftovers, replace_file
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own with room for 64 kB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting a small disk needs root: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def killed_while(code: str, *arguments: object) -> None:
+    """Run Python code in a process of its own and kill it once it has printed a line."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+
+
+def test_a_replaced_file_has_the_new_content_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "a file.csv"
+    replace_file(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    replace_file(path, b"\x00\r\n")
+    assert path.read_bytes() == b"\x00\r\n"
+    assert names(tmp_path) == ["a file.csv"]
+
+
+def test_the_old_content_can_be_kept(tmp_path: Path) -> None:
+    path, before = tmp_path / "new", tmp_path / "before"
+    for content in ("one", "two", "three"):
+        replace_file(path, content, keep_as=before)
+    assert (path.read_text(), before.read_text()) == ("three", "two")
+
+
+def test_a_new_file_has_the_rights_that_any_new_file_has(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "file", "")
+        log = AppendLog(tmp_path / "log")
+        log.append("line")
+        log.close()
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / "file", tmp_path / "log"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to("target")
+    replace_file(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    null = Path("/dev/null")
+    replace_file(null, "nothing")
+    assert stat.S_ISCHR(null.stat().st_mode)
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(small_disk: Path) -> None:
+    path, before = small_disk / "file", small_disk / "before"
+    replace_file(path, "old", keep_as=before)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"x" * 100_000, keep_as=before)
+    assert path.read_text() == "old"
+    assert names(small_disk) == ["file"]
+
+
+def test_a_folder_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_file(tmp_path / "file", "content")
+    assert names(tmp_path) == ["file"]
+
+
+def test_readers_of_a_file_that_is_replaced_all_the_time_see_whole_contents(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    code = """
+import sys
+from pathlib import Path
+from tune_mnist.analysis.files import replace_file
+for number in range(10**9):
+    replace_file(Path(sys.argv[1]), f"{number % 10}" * 300_000, sync=False)
+    if not number: print(flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        seen = [path.read_text() for _ in range(200)]
+        writer.kill()
+    assert {len(content) for content in seen} == {300_000}
+    assert all(len(set(content)) == 1 for content in seen)
+    assert len({content[0] for content in seen}) > 1
+    assert len(set(path.read_text())) == 1  # as the killed writer left it
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_only_leftovers_are_removed(tmp_path: Path) -> None:
+    kept = [".lock", "best.pt", "file.tmp", ".tmp.x"]
+    for name in (*kept, ".best.pt.123.tmp", ".00012.state.4.tmp"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_log_holds_its_lines_across_sessions(tmp_path: Path) -> None:
+    log = AppendLog(tmp_path / "log")
+    assert log.read() == []
+    log.append("one")
+    log.append("zwölf")
+    log.sync()
+    assert log.read() == [b"one", "zwölf".encode()]
+    log.close()
+    log.close()
+    log.append("three")
+    assert AppendLog(log.path).read() == [b"one", "zwölf".encode(), b"three"]
+
+
+def test_an_unfinished_line_is_ignored_by_readers_and_cut_by_the_next_writer(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntw")
+    log = AppendLog(path)
+    assert log.read() == [b"one"]
+    assert path.read_bytes() == b"one\ntw"  # its writer may be alive and about to finish it
+    log.append("three")
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize("rest", [b"o", b"\x00" * 4096, b"\xff\xfe"])
+def test_a_first_line_that_was_never_finished_counts_as_none(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(rest)
+    log = AppendLog(path)
+    assert log.read() == []
+    log.append("one")
+    assert path.read_bytes() == b"one\n"
+
+
+def test_a_line_that_does_not_fit_leaves_the_log_as_it_was_and_room_makes_it_fit(
+    small_disk: Path,
+) -> None:
+    ballast = small_disk / "ballast"
+    log = AppendLog(small_disk / "log")
+    log.append("one")
+    ballast.write_bytes(b"x" * 50_000)
+    with pytest.raises(OSError, match="No space left"):
+        log.append("x" * 60_000)  # a part of it fits
+    assert log.path.read_bytes() == b"one\n"
+    ballast.unlink()
+    log.append("two")
+    assert log.path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_line_past_the_limit_of_file_sizes_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    log = AppendLog(tmp_path / "log")
+    log.append("one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append("x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.path.read_bytes() == b"one\n"
+
+
+def test_a_killed_writer_loses_no_line_that_it_had_appended(tmp_path: Path) -> None:
+    path, told = tmp_path / "log", tmp_path / "told"
+    code = """
+import os, sys
+from pathlib import Path
+from tune_mnist.analysis.files import AppendLog
+log, told = AppendLog(Path(sys.argv[1])), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
+for number in range(10**9):
+    log.append(f"{number} " + "x" * 500)
+    os.pwrite(told, b"%d" % number, 0)
+    if not number: print(flush=True)
+"""
+    killed_while(code, path, told)
+    lines = AppendLog(path).read()
+    assert int(told.read_text()) < len(lines) <= int(told.read_text()) + 2
+    assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))
+
+
+def test_appending_costs_the_same_however_long_the_log_is(tmp_path: Path) -> None:
+    log = AppendLog(tmp_path / "log")
+    log.path.write_bytes((b"x" * 99 + b"\n") * 500_000)  # 50 MB
+    log.append("opened")
+    start = time.perf_counter()
+    for _ in range(1000):
+        log.append("y" * 100)
+    assert time.perf_counter() - start < 1.0  # reading it every time takes many seconds

@@ -1,0 +1,308 @@
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from recorded import RecordedSearch
+
+from tune_mnist.analysis.history import History, TrialRecord
+from tune_mnist.analysis.rows import COLUMNS, METRICS, Row, format_row, parse_row
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.errors import RunFolderError
+
+WHOLE = ("trial", "epoch", "test_correct", "diverged_step")
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> RecordedSearch:
+    """Two finished trials and one under way, in a session that was killed."""
+    search = RecordedSearch(tmp_path)
+    search.trial([0.9, 0.95], lr=0.01)
+    search.trial([0.5], state="stopped", reason="among the poorer ones", lr=0.1)
+    search.start(lr=1 / 3)
+    search.epoch(2, 0.97)
+    return search
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare for equality, with NaN equal to itself."""
+    return bool(repr(one) == repr(other))
+
+
+def assert_same(one: History, other: History) -> None:
+    assert same(list(one.trials.values()), list(other.trials.values()))
+    assert same([row for _, row in one.rows], [row for _, row in other.rows])
+    assert [record.number for record, _ in one.rows] == [record.number for record, _ in other.rows]
+    assert (one.elapsed, one.closed_as, one.sessions) == (
+        other.elapsed,
+        other.closed_as,
+        other.sessions,
+    )
+
+
+def test_a_history_is_read_as_it_was_written(search: RecordedSearch) -> None:
+    search.history.rerun_trial(2, 20.0, ray_id="next", error="the worker died:\n ☠ \u2028 \x1f")
+    search.diverged_epoch(2)
+    search.end(2, "diverged", "the loss was not finite")
+    search.history.end_trial(search.start(), 40.0, "failed", "out of memory")
+    assert_same(History.load(search.folder), search.history)
+    search.history.close_session("SIGTERM", 50.0)
+    loaded = History.load(search.folder)
+    assert_same(loaded, search.history)
+    assert loaded.closed_as == "SIGTERM"
+    assert loaded.elapsed == 50.0
+    assert [record.state for record in loaded.trials.values()] == [
+        "complete", "stopped", "diverged", "failed"
+    ]  # fmt: skip
+    assert loaded.trials[2].retries == 1
+    assert len(loaded.trials[2].finite_rows) == 1
+
+
+def test_a_new_run_has_an_empty_history(tmp_path: Path) -> None:
+    folder = RecordedSearch(tmp_path).folder
+    folder.events.unlink()
+    folder.epochs.unlink()
+    history = History.load(folder)
+    assert (history.trials, history.rows, history.elapsed, history.sessions) == ({}, [], 0.0, 0)
+
+
+def test_a_session_goes_on_where_the_one_before_was_killed(search: RecordedSearch) -> None:
+    history = History.load(search.folder)
+    assert history.closed_as is None
+    assert [record.number for record in history.unfinished()] == [2]
+    history.open_session({"elapsed": history.elapsed})
+    history.rerun_trial(2, history.elapsed, ray_id="again", error="")
+    history.add_epoch({**history.trials[2].rows[-1], "epoch": 2})
+    history.end_trial(2, history.elapsed, "complete", "")
+    history.close_session("finished", history.elapsed)
+    loaded = History.load(search.folder)
+    assert_same(loaded, history)
+    assert (loaded.sessions, loaded.closed_as, loaded.trials[2].retries) == (2, "finished", 0)
+    assert search.folder.epochs.read_text().count("trial,epoch") == 1
+
+
+@pytest.mark.parametrize("rest", ["", "trial,epo", ",".join(COLUMNS)])
+def test_a_header_that_was_never_finished_is_written_again(
+    search: RecordedSearch, rest: str
+) -> None:
+    search.folder.events.write_text("")
+    search.folder.epochs.write_text(rest)
+    history = History.load(search.folder)
+    history.open_session({})
+    assert search.folder.epochs.read_text() == ",".join(COLUMNS) + "\n"
+    History.load(search.folder)
+
+
+def test_an_epoch_counts_once(search: RecordedSearch) -> None:
+    row = search.history.trials[2].rows[0]
+    before = search.folder.epochs.read_bytes()
+    assert not search.history.add_epoch(row | {"val_accuracy": 0.1})
+    assert search.folder.epochs.read_bytes() == before
+    assert search.history.trials[2].rows == [row]
+
+
+@pytest.mark.parametrize("unfinished", [b"3", b"2,2,0.5,", b"\xff", b"\x00" * 50])
+def test_a_row_that_was_never_finished_does_not_count(
+    search: RecordedSearch, unfinished: bytes
+) -> None:
+    with search.folder.epochs.open("ab") as file:
+        file.write(unfinished)
+    with search.folder.events.open("ab") as file:
+        file.write(b'{"event": "end", "trial": 2')
+    assert_same(History.load(search.folder), search.history)
+
+
+def numbers(generator: random.Random) -> Row:
+    row: Row = {}
+    for column in COLUMNS:
+        if column in WHOLE:
+            row[column] = generator.choice([None, 0, generator.randrange(2**63)])
+        else:
+            row[column] = generator.choice(
+                [
+                    *(math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1.7976931348623157e308),
+                    generator.random(),
+                    generator.uniform(-1, 1) * 10 ** generator.uniform(-300, 300),
+                ]
+            )
+    return row
+
+
+def test_a_row_is_read_to_the_last_digit() -> None:
+    generator = random.Random(0)
+    for _ in range(2000):
+        row = numbers(generator)
+        assert same(parse_row(format_row(row)), row)
+
+
+def test_numbers_of_numpy_are_written_like_any_others() -> None:
+    row: Row = dict.fromkeys(COLUMNS, 0.1)
+    row |= dict.fromkeys(WHOLE, 3)
+    as_numpy: Any = {
+        column: np.int64(3) if column in WHOLE else np.float64(0.1) for column in COLUMNS
+    }
+    assert format_row(as_numpy) == format_row(row)
+
+
+def damage_line(path: Path, line: int, change: Callable[[str], str]) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    lines[line - 1] = change(lines[line - 1])
+    path.write_bytes("".join(lines).encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("line", "content", "reason"),
+    [
+        (2, "{", ""),
+        (2, "", ""),
+        (2, "7", "an event was expected"),
+        (2, "[]", "an event was expected"),
+        (2, "{}", "'event' is missing"),
+        (2, "[" * 100_000, ""),
+        (3, "\xff", "codec can't decode"),
+        (3, "\x00" * 40, ""),
+        (2, '{"event": "start", "trial": 7}', "trial 7 follows 0 trials"),
+        (3, '{"event": "start", "trial": 0}', "trial 0 follows 1 trials"),
+        (2, '{"event": "start", "trial": 0, "config": 3}', ""),
+        (2, '{"event": "start", "trial": 0}', "'config' is missing"),
+        (3, '{"event": "end", "trial": 5}', "no trial 5 has started"),
+        (3, '{"event": "end", "trial": [0]}', ""),
+        (3, '{"event": "end", "trial": 0, "state": "running"}', "cannot end as 'running'"),
+        (3, '{"event": "end", "trial": 0, "state": "won"}', "cannot end as 'won'"),
+        (3, '{"event": "close", "why": "", "elapsed": "long"}', ""),
+        (4, '{"event": "promoted", "trial": 0}', "a newer one wrote it"),
+    ],
+)
+def test_a_damaged_event_is_named_by_file_and_line(
+    search: RecordedSearch, line: int, content: str, reason: str
+) -> None:
+    damage_line(search.folder.events, line, lambda _: f"{content}\n")
+    with pytest.raises(RunFolderError) as caught:
+        History.load(search.folder)
+    assert f"{search.folder.events} is damaged in line {line} (" in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "reason"),
+    [
+        (1, lambda text: "trial,epoch\n", "another version"),
+        (1, lambda text: text.replace("\n", ",gpu_hours\n"), "another version"),
+        (2, lambda text: "\n", "cells were expected"),
+        (2, lambda text: text.replace(",", ";"), "cells were expected"),
+        (2, lambda text: text.replace("0.9", "high"), "could not convert"),
+        (2, lambda text: "\xff" + text, "codec can't decode"),
+        (2, lambda text: "\x00" * 30 + "\n", "cells were expected"),
+        (3, lambda text: text.replace("0,2,", "0,1,", 1), "epoch 1 of trial 0 follows epoch 1"),
+        (3, lambda text: text.replace("0,2,", "0,3,", 1), "epoch 3 of trial 0 follows epoch 1"),
+        (3, lambda text: text.replace("0,2,", "9,2,", 1), "no trial 9 has started"),
+        (3, lambda text: text.replace("0,2,", ",2,", 1), "no trial None has started"),
+    ],
+)
+def test_a_damaged_epoch_is_named_by_file_and_line(
+    search: RecordedSearch, line: int, change: Callable[[str], str], reason: str
+) -> None:
+    damage_line(search.folder.epochs, line, change)
+    with pytest.raises(RunFolderError) as caught:
+        History.load(search.folder)
+    assert f"{search.folder.epochs} is damaged in line {line} (" in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_epochs_that_a_finished_trial_has_lost_are_noticed(search: RecordedSearch) -> None:
+    lines = search.folder.epochs.read_text().splitlines(keepends=True)
+    search.folder.epochs.write_text("".join(lines[:2]))
+    with pytest.raises(RunFolderError, match="has 1 of the 2 epochs of trial 0, which has ended"):
+        History.load(search.folder)
+    search.folder.epochs.unlink()
+    with pytest.raises(RunFolderError, match="has 0 of the 2 epochs"):
+        History.load(search.folder)
+
+
+def test_the_ways_out_that_the_messages_name_lead_out(search: RecordedSearch) -> None:
+    """Cutting the files before the damage, then taking out the ends of the trials it hit."""
+    epochs = search.folder.epochs.read_text().splitlines(keepends=True)
+    search.folder.epochs.write_text("".join(epochs[:2]))
+    events = search.folder.events.read_text().splitlines(keepends=True)
+    kept = [line for line in events if json.loads(line)["event"] != "end"]
+    search.folder.events.write_text("".join(kept))
+    history = History.load(search.folder)
+    assert [record.epochs for record in history.unfinished()] == [1, 0, 0]
+
+
+def test_what_a_newer_version_adds_to_an_event_is_passed_over(search: RecordedSearch) -> None:
+    damage_line(search.folder.events, 2, lambda text: text.replace("{", '{"mood": "good", ', 1))
+    assert_same(History.load(search.folder), search.history)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_and_no_empty_history(
+    search: RecordedSearch,
+) -> None:
+    search.folder.events.unlink()
+    search.folder.events.mkdir()
+    with pytest.raises(RunFolderError, match=r"events.jsonl cannot be read \(Is a directory"):
+        History.load(search.folder)
+
+
+def test_line_ends_of_windows_do_no_harm(search: RecordedSearch) -> None:
+    for path in (search.folder.epochs, search.folder.events):
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert_same(History.load(search.folder), search.history)
+
+
+def test_readers_may_read_while_the_driver_writes(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from recorded import RecordedSearch
+search = RecordedSearch(Path(sys.argv[1]))
+print(flush=True)
+while True:
+    search.trial([0.5, 0.6, 0.7])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        folder = RunFolder(tmp_path / "search")
+        lengths = []
+        until = time.monotonic() + 0.7
+        try:
+            while time.monotonic() < until:
+                lengths.append(len(History.load(folder).rows))
+        finally:
+            writer.kill()
+    assert len(set(lengths)) > 3
+    assert lengths == sorted(lengths)
+    History.load(folder)
+
+
+def test_two_thousand_trials_are_read_within_seconds(tmp_path: Path) -> None:
+    search = RecordedSearch(tmp_path)
+    record = search.trial([0.5] * 20)
+    start = search.folder.events.read_text().splitlines()
+    rows = search.folder.epochs.read_text().splitlines()
+    events, epochs = start[:1], rows[:1]
+    for number in range(2000):
+        events += [line.replace('"trial": 0', f'"trial": {number}') for line in start[1:]]
+        epochs += [f"{number}{row[1:]}" for row in rows[1:]]
+    search.folder.events.write_text("\n".join(events) + "\n")
+    search.folder.epochs.write_text("\n".join(epochs) + "\n")
+    before = time.process_time()
+    history = History.load(search.folder)
+    assert time.process_time() - before < 5
+    assert len(history.rows) == 40_000
+    assert isinstance(history.trials[record], TrialRecord)
+
+
+def test_metrics_are_columns() -> None:
+    assert set(METRICS) < set(COLUMNS)

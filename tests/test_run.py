@@ -1,0 +1,232 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tune_mnist.analysis.run import RunFolder, check_new_run
+from tune_mnist.errors import RunFolderError
+
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from tune_mnist.analysis.run import RunFolder
+with RunFolder.open(Path(sys.argv[1])).only_writer():
+    child = subprocess.Popen(["sleep", "60"])  # as Ray's processes may outlive a killed driver
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder.create(tmp_path / "results" / "run")
+    folder.write_search({"asked": {"trials": 3}})
+    return folder
+
+
+@contextlib.contextmanager
+def as_nobody(path: Path) -> Iterator[None]:
+    """Be a user who can reach the path and has no rights there; root may write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in path.parents:
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_is_made_with_those_above_it_and_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "some results" / "größe ≤ 5 #1?%20"
+    check_new_run(path)
+    made = RunFolder.create(path)
+    made.write_search({"name": "größe", "small": 1e-05, "none": None})
+    opened = RunFolder.open(path)
+    assert opened == made
+    assert opened.name == "größe ≤ 5 #1?%20"
+    assert opened.read_search() == {"name": "größe", "small": 1e-05, "none": None}
+    assert opened.checkpoints.is_dir()
+    with opened.only_writer():
+        pass
+
+
+def test_a_run_in_the_current_folder_has_a_name(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.path)
+    assert RunFolder.open(Path()).name == "run"
+
+
+def test_a_run_that_exists_is_refused_early_and_late(folder: RunFolder) -> None:
+    for refuse in (check_new_run, RunFolder.create):
+        with pytest.raises(RunFolderError, match=f"{folder.path} exists .* --resume"):
+            refuse(folder.path)
+
+
+def test_a_link_that_leads_nowhere_is_in_the_way_as_well(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("nowhere")
+    with pytest.raises(RunFolderError, match="exists"):
+        check_new_run(tmp_path / "run")
+
+
+def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results").touch()
+    for path in (tmp_path / "results" / "run", tmp_path / "results" / "deeper" / "run"):
+        for refuse in (check_new_run, RunFolder.create):
+            with pytest.raises(RunFolderError, match=r"cannot write to .*results.*--results-dir"):
+                refuse(path)
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    for mode in (0o555, 0o000):
+        results = tmp_path / f"results{mode}"
+        results.mkdir(mode=mode)
+        with as_nobody(results):
+            for refuse in (check_new_run, RunFolder.create):
+                with pytest.raises(RunFolderError, match=r"cannot write to .*Permission denied"):
+                    refuse(results / "run")
+    with (
+        as_nobody(results),
+        pytest.raises(RunFolderError, match=r"cannot be read \(Permission denied"),
+    ):
+        RunFolder.open(results / "run")
+
+
+def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a disk needs root")
+    try:
+        for refuse in (check_new_run, RunFolder.create):
+            with pytest.raises(RunFolderError, match="Read-only file system"):
+                refuse(disk / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    for refuse in (check_new_run, RunFolder.create):
+        with pytest.raises(RunFolderError, match="File name too long"):
+            refuse(tmp_path / ("x" * 300))
+
+
+def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_new_run(tmp_path / "results" / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_that_make_the_same_run_at_once_one_succeeds(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tune_mnist.analysis.run import RunFolder;"
+        "sys.stdin.read(); RunFolder.create(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "results" / "run")]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.close()
+    errors = []
+    for racer in racers:
+        assert racer.stderr is not None
+        errors.append(racer.stderr.read())
+        racer.stderr.close()
+        racer.wait()
+    assert sorted(racer.returncode for racer in racers) == [0, 1, 1]
+    assert sum("is never overwritten" in error for error in errors) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rum", "does not exist (did you mean 'run'?)"),
+        ("empty", "it has no search.yaml"),
+        ("file", "it is a file"),
+    ],
+)
+def test_what_is_no_run_is_refused_with_a_reason(folder: RunFolder, name: str, words: str) -> None:
+    results = folder.path.parent
+    (results / "empty").mkdir()
+    (results / "file").touch()
+    with pytest.raises(RunFolderError, match="is no run's folder") as caught:
+        RunFolder.open(results / name)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1, 2]", b"just words", b"a: [", b"\xff\xfe\x00", b"\x00" * 100, b"a: 2024-99-99",
+     b"!!python/object/apply:os.system ['false']", b"[" * 5_000, b"a: b: c"],
+)  # fmt: skip
+def test_a_damaged_search_yaml_is_one_clear_line(folder: RunFolder, content: bytes) -> None:
+    folder.search.write_bytes(content)
+    with pytest.raises(RunFolderError) as caught:
+        folder.read_search()
+    assert str(folder.search) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_process_writes_at_a_time(folder: RunFolder) -> None:
+    with folder.only_writer():
+        with pytest.raises(RunFolderError, match="is in use"), folder.only_writer():
+            pass
+        done = subprocess.run(
+            [sys.executable, "-c", HOLD, str(folder.path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "is in use: another search is writing to it" in done.stderr
+    with folder.only_writer():  # and no longer than it needs to
+        pass
+
+
+def test_a_killed_writer_holds_nothing_even_if_its_children_live_on(folder: RunFolder) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(RunFolderError, match="is in use"), folder.only_writer():
+                pass
+            holder.kill()
+            holder.wait()
+            os.kill(child, 0)
+            with folder.only_writer():
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_new_writer_clears_up_what_a_killed_one_had_begun(folder: RunFolder) -> None:
+    leftovers = [folder.path / ".best.pt.7.tmp", folder.checkpoints / ".00001.state.7.tmp"]
+    kept = folder.checkpoints / "00001.state"
+    for path in (*leftovers, kept):
+        path.touch()
+    with folder.only_writer():
+        assert not any(path.exists() for path in leftovers)
+        assert kept.exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(folder: RunFolder) -> None:
+    folder.path.chmod(0o555)
+    with (
+        as_nobody(folder.search),
+        pytest.raises(RunFolderError, match="cannot write"),
+        folder.only_writer(),
+    ):
+        pass
