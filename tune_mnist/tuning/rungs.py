@@ -6,38 +6,53 @@ bracket). No Ray in here, so that a resumed search, the tests and the benchmarks
 """
 
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 
 
-@dataclass
 class Rungs:
-    """The values that were seen at each rung; higher is better."""
+    """The values that were seen at each rung, higher being better, and what was decided there."""
 
-    grace_epochs: int  # no trial is stopped before it has trained this many epochs
-    reduction_factor: float  # about one in so many goes on from a rung
-    epochs: int  # the budget of a trial; no rung lies at or beyond it
-    seen: dict[int, dict[int, float]] = field(
-        default_factory=dict
-    )  # rung's epoch -> trial -> value
+    def __init__(self, grace_epochs: int, reduction_factor: float, epochs: int) -> None:
+        """Place the rungs: the first epoch at or after grace, grace * factor, grace * factor² ...
 
-    def __post_init__(self) -> None:
-        rung: float = self.grace_epochs
-        while int(rung) < self.epochs:
-            self.seen[int(rung)] = {}
-            rung *= self.reduction_factor
+        Args:
+            grace_epochs: no trial is stopped before it has trained this many epochs.
+            reduction_factor: about one in so many goes on from a rung; above 1.
+            epochs: the budget of a trial; no rung lies at or beyond it.
+        """
+        if grace_epochs < 1 or not reduction_factor > 1:
+            raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
+        self._percentile = (1 - 1 / reduction_factor) * 100
+        self._seen: dict[int, dict[int, float]] = {
+            epoch: {}
+            for epoch in range(grace_epochs, epochs)
+            if _largest_milestone(grace_epochs, reduction_factor, epoch) > epoch - 1
+        }
+        self._stops: set[tuple[int, int]] = set()
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        """The epochs at which there is a rung."""
+        return tuple(self._seen)
 
     def should_stop(self, trial: int, epoch: int, value: float) -> bool:
         """Record a trial's value at an epoch and say whether the trial is to stop there.
 
-        Asked again for the same trial and rung, it answers from what it had recorded.
+        Asked again for the same trial and rung, it answers as it did before.
         """
-        recorded = self.seen.get(epoch)
+        recorded = self._seen.get(epoch)
         if recorded is None or not math.isfinite(value):
             return False
-        others = [other for name, other in recorded.items() if name != trial]
-        recorded.setdefault(trial, value)
-        if not others:
-            return False
-        return value < float(np.quantile(others, 1 - 1 / self.reduction_factor))
+        if trial not in recorded:
+            if recorded and value < np.percentile(list(recorded.values()), self._percentile):
+                self._stops.add((trial, epoch))
+            recorded[trial] = value
+        return (trial, epoch) in self._stops
+
+
+def _largest_milestone(grace: int, factor: float, epoch: int) -> float:
+    """Return the largest grace * factor**k up to an epoch that is not before grace."""
+    # The margin: the logarithm of a power of the factor may come out just below a whole number.
+    power = math.floor(math.log(epoch / grace) / math.log(factor) + 1e-9)
+    return grace * factor**power

@@ -1,0 +1,129 @@
+import random
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers.async_hyperband import _Bracket
+
+from tune_mnist.tuning.rungs import Rungs
+
+ADVANCE = [(1, 3.0), (1, 2.0), (2, 3.0), (1, 4.0), (3, 2.5), (1, 1.5), (5, 2.0), (25, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("grace", "factor", "budget", "rungs"),
+    [
+        (1, 3, 20, (1, 3, 9)),
+        (1, 3, 27, (1, 3, 9)),
+        (1, 3, 28, (1, 3, 9, 27)),
+        (1, 2, 16, (1, 2, 4, 8)),
+        (4, 3, 40, (4, 12, 36)),
+        (3, 2.5, 50, (3, 8, 19, 47)),
+        (1, 1.5, 20, (1, 2, 3, 4, 6, 8, 12, 18)),
+        (1, 10, 1000, (1, 10, 100)),
+        (30, 3, 20, ()),
+        (20, 3, 20, ()),
+        (1, 3, 1, ()),
+        (1, 1e300, 20, (1,)),
+    ],
+)
+def test_rungs_lie_at_the_first_epoch_at_or_after_each_power_of_the_factor(
+    grace: int, factor: float, budget: int, rungs: tuple[int, ...]
+) -> None:
+    assert Rungs(grace, factor, budget).epochs == rungs
+
+
+def test_a_factor_so_small_that_milestones_share_an_epoch_loses_no_rung_and_ends() -> None:
+    assert Rungs(1, 1.1, 20).epochs == (*range(1, 13), 14, 15, 16, 18)
+    assert Rungs(1, 1 + 1e-12, 20).epochs == tuple(range(1, 20))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -3.0, float("nan")])
+def test_a_factor_that_makes_no_rungs_is_refused_and_not_looped_over(factor: float) -> None:
+    with pytest.raises(ValueError, match="no rungs"):
+        Rungs(1, factor, 20)
+
+
+@pytest.mark.parametrize(("grace", "factor"), ADVANCE)
+@pytest.mark.parametrize("levels", [5, 5000])
+def test_decisions_are_those_of_rays_asha(grace: int, factor: float, levels: int) -> None:
+    generator = random.Random(f"{grace} {factor} {levels}")
+    budget, stopped_by_ray = 20, 0
+    for _ in range(8):
+        ours = Rungs(grace, factor, budget)
+        rays = _Bracket(grace, budget, factor, 0)
+        epochs = dict.fromkeys(range(60), 0)
+        while epochs:
+            trial = generator.choice(list(epochs)[:8])  # eight at a time, in any order
+            epochs[trial] += 1
+            if epochs[trial] >= budget:
+                del epochs[trial]
+                continue
+            value = generator.randrange(levels) / levels  # few levels: many ties
+            action = rays.on_result(
+                cast(Any, SimpleNamespace(trial_id=trial)), epochs[trial], value
+            )
+            stop = ours.should_stop(trial, epochs[trial], value)
+            assert stop == (action == TrialScheduler.STOP)
+            if stop:
+                stopped_by_ray += 1
+                del epochs[trial]
+    assert (stopped_by_ray > 50) == (grace < budget)
+
+
+def reports(generator: random.Random) -> list[tuple[int, int, float]]:
+    """Some trials' values at epochs 1 to 12, interleaved at random."""
+    left = {trial: iter(range(1, 13)) for trial in range(30)}
+    found = []
+    while left:
+        trial = generator.choice(list(left))
+        if epoch := next(left[trial], None):
+            found.append((trial, epoch, generator.random()))
+        else:
+            del left[trial]
+    return found
+
+
+def test_a_decision_stays_what_it_was_whatever_came_later() -> None:
+    rungs = Rungs(1, 3, 20)
+    told = reports(random.Random(1))
+    first = [rungs.should_stop(*report) for report in told]
+    assert [rungs.should_stop(*report) for report in told] == first
+    # A value that differs when a trial is trained again changes nothing either.
+    assert [rungs.should_stop(trial, epoch, 0.0) for trial, epoch, _ in told] == first
+    assert any(first)
+
+
+def test_rungs_replayed_in_the_recorded_order_decide_on_as_those_that_saw_it_all() -> None:
+    told = reports(random.Random(2))
+    lived = Rungs(1, 3, 20)
+    decisions = [lived.should_stop(*report) for report in told]
+    for cut in range(0, len(told), 37):
+        resumed = Rungs(1, 3, 20)
+        for report in told[:cut]:
+            resumed.should_stop(*report)
+        assert [resumed.should_stop(*report) for report in told[cut:]] == decisions[cut:]
+
+
+def test_what_is_recorded_does_not_depend_on_the_order() -> None:
+    told = reports(random.Random(3))
+    one, other = Rungs(1, 3, 20), Rungs(1, 3, 20)
+    for report in told:
+        one.should_stop(*report)
+    for report in reversed(told):
+        other.should_stop(*report)
+    for epoch in one.epochs:
+        for value in (0.1, 0.3, 0.5, 0.6, 0.65, 0.7, 0.9):
+            newcomer = 1000 + int(100 * value)
+            assert one.should_stop(newcomer, epoch, value) == other.should_stop(
+                newcomer, epoch, value
+            )
+
+
+def test_a_value_that_is_not_finite_neither_stops_a_trial_nor_counts() -> None:
+    rungs = Rungs(1, 3, 20)
+    for trial, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+        assert not rungs.should_stop(trial, 1, value)
+    assert not rungs.should_stop(3, 1, 0.1)  # the first that counts
+    assert rungs.should_stop(4, 1, 0.05)
