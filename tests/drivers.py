@@ -67,6 +67,10 @@ class Driver:
         self._process.kill()
         self._process.join(PATIENCE)
 
+    def join(self, patience: float) -> None:
+        """Wait until it has ended, or that long."""
+        self._process.join(patience)
+
     def wait(self, patience: float = PATIENCE) -> int:
         """Return its exit code once it has ended."""
         self._process.join(patience)
@@ -168,6 +172,13 @@ def table_of(folder: Path) -> dict[int, dict[str, str]]:
     """Read trials.csv, by number."""
     with (folder / "trials.csv").open() as file:
         return {int(row["trial"]): row for row in csv.DictReader(file)}
+
+
+def replace(owner: object, name: str, replacement: Any) -> Any:
+    """Put something in the place of an attribute, which is returned, for as long as we live."""
+    original = getattr(owner, name)
+    setattr(owner, name, replacement)
+    return original
 
 
 def _accuracies(rows: list[Any]) -> list[float]:

@@ -1,0 +1,388 @@
+"""The course of a search, trial by trial and epoch by epoch, with neither Ray nor training."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from drivers import replace
+from optuna.trial import FrozenTrial, TrialState
+from scripted import curve
+
+from tune_mnist.analysis.history import History, Metric
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.tuning.experiment import Experiment, Rules
+from tune_mnist.tuning.mirror import Mirror
+from tune_mnist.tuning.space import load_space
+from tune_mnist.tuning.study import SamplerSettings, Study
+
+EPOCHS = 9
+
+
+class Course:
+    """A search that a test takes through its epochs."""
+
+    def __init__(self, path: Path, *, mirrored: bool = False, **rules: Any) -> None:
+        self.path, self._mirrored = path, mirrored
+        self.rules = Rules(
+            **{
+                "space": load_space("sgd"),
+                "metric": "val_accuracy",
+                "trials": 20,
+                "epochs": EPOCHS,
+                "time_budget": math.inf,
+                "grace_epochs": 1,
+                "reduction_factor": 3.0,
+                "startup_trials": 5,
+                "seed": 0,
+                **rules,
+            }
+        )
+        self.now = 0.0
+        RunFolder.create(path)
+        self._open()
+
+    def _open(self) -> None:
+        self.folder = RunFolder(self.path)
+        self.history = History.load(self.folder)
+        self.history.open_session({})
+        metric = self.rules.metric
+        mirror = Mirror(self.folder.study, metric) if self._mirrored else None
+        settings = SamplerSettings(self.rules.seed, self.rules.startup_trials)
+        self.study = Study(settings, metric, mirror)
+        self.checkpoints = Checkpoints(self.folder)
+        self.experiment = Experiment(
+            self.rules, self.history, self.study, self.checkpoints, clock=lambda: self.now
+        )
+
+    def again(self) -> None:
+        """Go on as after a kill: from the files."""
+        self._open()
+
+    def start(self) -> int:
+        number = self.experiment.next_trial("ray").number
+        assert self.history.trials[number].state == "running"
+        return number
+
+    def epoch(self, number: int, val: float, test: float | None = None, **values: Any) -> bool:
+        """Report a trial's next epoch and return whether it is told to stop."""
+        epoch = self.history.trials[number].epochs + 1
+        test = val if test is None else test
+        metrics = {
+            "epoch": epoch,
+            "train_loss": 1 - val,
+            "val_loss": 1 - val,
+            "val_accuracy": val,
+            "test_loss": 1 - test,
+            "test_accuracy": test,
+            "test_correct": 0,
+            "seconds": 1.0,
+            "evaluation_seconds": 0.0,
+            "diverged_step": None,
+            **values,
+        }
+        self.now += 1
+        model = f"{number} {epoch}".encode()
+        return self.experiment.report(number, metrics, f"after {epoch}".encode(), model)
+
+    def trial(self, *accuracies: float) -> int:
+        """Run a trial until it is told to stop."""
+        number = self.start()
+        for accuracy in accuracies:
+            if self.epoch(number, accuracy):
+                self.experiment.finish(number)
+                return number
+        raise AssertionError(f"trial {number} was not told to stop")
+
+    def run(self, until: int) -> None:
+        """Run trials on the scripted curve, one at a time, until so many have been started."""
+        experiment, history = self.experiment, self.history
+        while experiment.has_next and (len(history.trials) < until or history.unfinished()):
+            number = experiment.next_trial("ray").number
+            record = history.trials[number]
+            while not self.epoch(number, curve(record.config, record.epochs + 1)):
+                pass
+            experiment.finish(number)
+
+    def optuna(self, number: int) -> FrozenTrial:
+        return self.study.trials()[number]
+
+
+@pytest.fixture
+def course(tmp_path: Path) -> Course:
+    return Course(tmp_path / "run")
+
+
+def good(offset: float = 0.0) -> list[float]:
+    return [0.9 + 0.01 * epoch + offset for epoch in range(EPOCHS)]
+
+
+def test_a_trial_that_used_its_budget_is_complete_with_its_last_value(course: Course) -> None:
+    course.trial(*good()[:-1], 0.5)
+    trial = course.optuna(0)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == 0.5
+    assert len(trial.intermediate_values) == EPOCHS
+
+
+def test_a_stopped_trial_is_pruned_with_every_report(course: Course) -> None:
+    course.trial(*good())
+    course.trial(0.95, 0.6, 0.7)
+    assert course.history.trials[1].state == "stopped"
+    trial = course.optuna(1)
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {1: 0.95, 2: 0.6, 3: 0.7}
+    assert trial.value == 0.7
+
+
+def test_a_diverged_trial_is_pruned_with_its_last_finite_report(course: Course) -> None:
+    number = course.start()
+    assert not course.epoch(number, 0.9)
+    assert course.epoch(number, math.nan, diverged_step=5)
+    course.experiment.finish(number)
+    trial = course.optuna(number)
+    assert trial.state == TrialState.PRUNED
+    assert (trial.value, trial.intermediate_values) == (0.9, {1: 0.9})
+    assert course.history.trials[number].reason == "the loss was not finite at step 5 of epoch 2"
+    assert course.experiment.best is not None
+    assert course.experiment.best[1]["epoch"] == 1
+
+
+def test_a_diverged_trial_without_a_finite_report_failed(course: Course) -> None:
+    number = course.start()
+    assert course.epoch(number, math.nan, diverged_step=5)
+    course.experiment.finish(number)
+    assert course.optuna(number).state == TrialState.FAIL
+    assert course.history.trials[number].state == "diverged"
+    assert course.experiment.best is None
+    assert not course.folder.best_model.exists()
+
+
+def test_a_trial_that_crashed_for_good_failed(course: Course) -> None:
+    number = course.start()
+    course.epoch(number, 0.9)
+    course.experiment.fail(number, "the worker died")
+    assert course.optuna(number).state == TrialState.FAIL
+    assert course.history.trials[number].reason == "the worker died"
+    assert course.checkpoints.load(number) is None
+
+
+def test_optuna_knows_what_joins_its_trials_with_the_tables(course: Course) -> None:
+    course.trial(*good())
+    course.trial(0.5)
+    number = course.start()
+    course.experiment.fail(number, "why")
+    attributes = [trial.user_attrs for trial in course.study.trials()]
+    assert [each["state"] for each in attributes] == ["complete", "stopped", "failed"]
+    assert {each["ray_trial_id"] for each in attributes} == {"ray"}
+
+
+def test_what_is_broken_off_waits_in_the_file_and_runs_again(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run", mirrored=True)
+    number = course.start()
+    course.epoch(number, 0.9)
+    assert course.experiment.close("SIGTERM") is None
+    assert in_file(course)[0].state == TrialState.WAITING
+    course.again()
+    assert course.start() == number
+    assert not course.epoch(number, 0.91)
+    assert course.experiment.close("finished") is None
+    assert in_file(course)[0].intermediate_values == {1: 0.9, 2: 0.91}
+    course.again()
+    assert course.start() == number
+    while not course.epoch(number, 0.92):
+        pass
+    course.experiment.finish(number)
+    assert course.experiment.close("finished") is None
+    assert [trial.state for trial in in_file(course)] == [TrialState.COMPLETE]
+
+
+def in_file(course: Course) -> list[FrozenTrial]:
+    study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{course.folder.study}")
+    return study.get_trials()
+
+
+@pytest.mark.parametrize("metric", ["val_accuracy", "test_accuracy"])
+def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) -> None:
+    course = Course(tmp_path / "run", metric=metric)
+    values: dict[str, tuple[float, float]] = {
+        "val_accuracy": (0.9, 0.5),
+        "test_accuracy": (0.5, 0.9),
+    }
+    for _ in range(2):  # the second, better by the metric and worse by the other, goes on
+        number = course.start()
+        for epoch in range(EPOCHS):
+            val, test = (value * (1 + number / 100) for value in values[metric])
+            if metric == "test_accuracy":
+                val -= number / 10
+            else:
+                test -= number / 10
+            stop = course.epoch(number, val + epoch / 1000, test + epoch / 1000)
+            assert stop == (epoch == EPOCHS - 1)
+        course.experiment.finish(number)
+    assert course.optuna(1).value == course.history.trials[1].rows[-1][metric]
+    assert course.experiment.best is not None
+    assert course.experiment.best[0].number == 1
+    assert course.folder.best_model.read_bytes() == f"1 {EPOCHS}".encode()
+
+
+def test_equal_accuracies_rank_by_their_loss_as_in_the_tables(course: Course) -> None:
+    number = course.start()
+    course.epoch(number, 0.9, val_loss=0.3)
+    course.epoch(number, 0.9, val_loss=0.2)
+    course.epoch(number, 0.9, val_loss=0.2)
+    assert course.folder.best_model.read_bytes() == b"0 2"
+
+
+def test_the_baseline_comes_first_and_is_never_stopped(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run")
+    assert course.start() == 0
+    assert course.history.trials[0].config == course.rules.space.baseline().as_dict()
+    for _ in range(3):
+        course.trial(*good())
+    assert [course.epoch(0, 0.1) for _ in range(EPOCHS)] == [False] * (EPOCHS - 1) + [True]
+    course.experiment.finish(0)
+    assert course.history.trials[0].state == "complete"
+
+
+def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run", space=load_space("default"))
+    points = course.rules.space.start
+    assert points
+    for number in range(len(points) + 2):
+        assert course.start() == number
+    origins = [record.origin for record in course.history.trials.values()]
+    assert origins == ["baseline", *["start"] * len(points), "sampled"]
+    for number, point in enumerate(points, start=1):
+        config = course.history.trials[number].config
+        assert {name: config[name] for name in point} == dict(point)
+
+
+@pytest.mark.parametrize(
+    ("space", "broken_off_at"), [("sgd", 1), ("sgd", 8), ("default", 4), ("quick", 2)]
+)
+def test_proposals_and_stops_after_a_resume_are_those_of_the_unbroken_search(
+    tmp_path: Path, space: str, broken_off_at: int
+) -> None:
+    whole = Course(tmp_path / "whole", space=load_space(space))
+    whole.run(until=14)
+    broken = Course(tmp_path / "broken", space=load_space(space))
+    broken.run(until=broken_off_at)
+    number = broken.start()
+    broken.epoch(number, curve(broken.history.trials[number].config, 1))
+    broken.again()
+    broken.run(until=broken_off_at + 5)
+    broken.again()
+    broken.run(until=14)
+    assert shape(broken) == shape(whole)
+    assert broken.folder.best_model.read_bytes() == whole.folder.best_model.read_bytes()
+    assert len({state for _, state, _ in shape(whole)}) > 1
+
+
+def shape(course: Course) -> list[tuple[Any, str, list[Any]]]:
+    return [
+        (record.config, record.state, [row["val_accuracy"] for row in record.rows])
+        for record in course.history.trials.values()
+    ]
+
+
+def test_optuna_sees_the_same_trials_after_a_resume(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run")
+    course.trial(*good())
+    course.trial(0.1)
+    number = course.start()
+    course.epoch(number, 0.95)
+    course.epoch(number, math.nan, diverged_step=1)
+    course.experiment.finish(number)
+    course.experiment.fail(course.start(), "why")
+    before = [facts(trial) for trial in course.study.trials()]
+    course.again()
+    assert [facts(trial) for trial in course.study.trials()] == before
+
+
+def facts(trial: FrozenTrial) -> Any:
+    return (
+        trial.state,
+        trial.values,
+        trial.params,
+        trial.distributions,
+        trial.intermediate_values,
+        trial.user_attrs,
+    )
+
+
+def test_an_epoch_whose_row_a_kill_prevented_is_taken_from_its_checkpoint(course: Course) -> None:
+    number = course.start()
+    course.epoch(number, 0.9)
+    course.epoch(number, 0.91)
+    rows = course.folder.epochs.read_text().splitlines(keepends=True)
+    course.folder.epochs.write_text("".join(rows[:-1]) + rows[-1][:20])
+    course.again()
+    assert [row["val_accuracy"] for row in course.history.trials[number].rows] == [0.9, 0.91]
+    assert course.experiment.next_trial("ray").state == b"after 2"
+
+
+def test_a_trial_that_a_kill_kept_from_its_end_ends_at_once(course: Course) -> None:
+    course.trial(*good())
+    number = course.start()
+    assert course.epoch(number, 0.1)
+    course.again()
+    assert course.history.trials[number].state == "stopped"
+    assert course.start() == number + 1
+
+
+def test_what_was_broken_off_goes_on_before_anything_new(course: Course) -> None:
+    first, second = course.start(), course.start()
+    course.epoch(second, 0.9)
+    course.again()
+    assignments = [course.experiment.next_trial("ray") for _ in range(3)]
+    assert [each.number for each in assignments] == [first, second, second + 1]
+    assert [each.state for each in assignments] == [None, b"after 1", None]
+
+
+def test_a_retried_trial_is_the_next_one_and_goes_on_from_its_last_epoch(course: Course) -> None:
+    number = course.start()
+    course.epoch(number, 0.9)
+    course.experiment.retry(number, "the worker died")
+    assert course.experiment.live == 0
+    assignment = course.experiment.next_trial("other")
+    assert (assignment.number, assignment.state) == (number, b"after 1")
+    record = course.history.trials[number]
+    assert (record.retries, record.reason, record.ray_id) == (1, "the worker died", "other")
+    assert len(course.history.trials) == 1
+
+
+def test_an_epoch_that_is_reported_twice_counts_once(course: Course) -> None:
+    number = course.start()
+    course.epoch(number, 0.9)
+    again = dict(course.history.trials[number].rows[0])
+    assert not course.experiment.report(number, again, b"state", None)
+    assert course.history.trials[number].epochs == 1
+
+
+def test_the_clock_runs_over_all_sessions(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run", time_budget=12)
+    number = course.start()
+    for _ in range(7):
+        course.epoch(number, 0.9)
+    course.now = 1000.0  # another process, another clock; what lay between does not count
+    course.again()
+    assert course.experiment.elapsed == pytest.approx(7)
+    assert not course.experiment.out_of_time
+    course.now += 5
+    assert course.experiment.out_of_time
+
+
+def test_study_db_is_closed_even_where_nothing_else_can_be_written(tmp_path: Path) -> None:
+    course = Course(tmp_path / "run", mirrored=True)
+    course.start()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    replace(course.history, "close_session", full)
+    with pytest.raises(OSError, match="No space"):
+        course.experiment.close("failed")
+    assert in_file(course)[0].state == TrialState.WAITING
