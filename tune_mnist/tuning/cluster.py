@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
@@ -13,6 +14,7 @@ import ray
 from tune_mnist.errors import ClusterError
 
 CONNECT_PATIENCE = 5.0  # seconds for a cluster's port to answer
+COUNT_EVERY = 1.0  # seconds between two looks at which nodes there are
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,31 @@ class Share:
             by_gpu = gpus // self.gpus if self.gpus >= 1 else gpus * (1 // self.gpus)
             fits = min(fits, by_gpu)
         return int(fits)
+
+
+class Room:
+    """How many trials may be under way at once, on the cluster as it was a moment ago.
+
+    Tune asks after every report, and an answer from Ray takes 2 ms.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        max_concurrent: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._share, self._max_concurrent, self._clock = share, max_concurrent, clock
+        self._count, self._due = 0, -math.inf
+
+    def __call__(self) -> int:
+        """Return the number of trials."""
+        now = self._clock()
+        if now >= self._due:
+            slots = self._share.slots()
+            self._count = min(slots, self._max_concurrent or slots)
+            self._due = now + COUNT_EVERY
+        return self._count
 
 
 def node_resources() -> list[dict[str, float]]:

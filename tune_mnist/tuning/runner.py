@@ -20,7 +20,7 @@ from tune_mnist.analysis.tables import write_tables
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.checkpoints import Checkpoints
-from tune_mnist.tuning.cluster import Share
+from tune_mnist.tuning.cluster import Room, Share
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.mirror import Mirror
 from tune_mnist.tuning.progress import Progress
@@ -105,10 +105,7 @@ def _fit(
     progress: Progress,
 ) -> None:
     share = machinery.share
-
-    def room() -> int:
-        return min(share.slots(), machinery.max_concurrent or share.slots())
-
+    room = Room(share, machinery.max_concurrent)
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, epochs_of=machinery.epochs_of, split=split),
         {"cpu": share.cpus, "gpu": share.gpus},
