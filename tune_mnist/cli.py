@@ -6,9 +6,10 @@ defaults and help, and calls `run` with a function that takes an instance of it.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
@@ -23,6 +24,14 @@ _OPTIONS = Group("Options")
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what there is to say about the work so far."""
+
+
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """Something a front door does, and the settings that it takes."""
+
+    settings_type: type[Settings]
+    call: Callable[[Settings], int | None]
 
 
 def run(
@@ -42,6 +51,17 @@ def run(
     sys.exit(exit_code(name, settings_type, command, sys.argv[1:]))
 
 
+def run_one_of(name: str, about: str, commands: Mapping[str, Command[Any]]) -> NoReturn:
+    """Do as `run` does with the command that the first argument names.
+
+    Args:
+        name: the module's name within the package.
+        about: the help of the front door as a whole.
+        commands: by the names they have on the command line.
+    """
+    sys.exit(exit_code_of_one(name, about, commands, sys.argv[1:]))
+
+
 def tell(text: str) -> None:
     """Print to stdout at once: whoever follows a pipe or a file sees it as it happens."""
     sys.stdout.write(f"{text}\n")
@@ -55,8 +75,26 @@ def exit_code(
     arguments: Sequence[str],
 ) -> int:
     """Do all that `run` does but the exit itself."""
+    app = _app(name, settings_type.__doc__)
+    app.default(_entry(Command(settings_type, command)))
+    return _exit_code(app, arguments)
+
+
+def exit_code_of_one(
+    name: str, about: str, commands: Mapping[str, Command[Any]], arguments: Sequence[str]
+) -> int:
+    """Do all that `run_one_of` does but the exit itself."""
+    app = _app(name, about)
+    for command_name, command in commands.items():
+        app.command(
+            _entry(command), name=command_name, help=command.settings_type.__doc__, group="Parts"
+        )
+    return _exit_code(app, arguments)
+
+
+def _exit_code(app: App, arguments: Sequence[str]) -> int:
     try:
-        code = _run(name, settings_type, command, arguments)
+        code = _call(app, arguments)
         sys.stdout.flush()  # what cannot be written shows here, not while Python shuts down
         return code
     except TuneMnistError as error:
@@ -70,15 +108,10 @@ def exit_code(
         return 1
 
 
-def _run(
-    name: str,
-    settings_type: type[Settings],
-    command: Callable[[Settings], int | None],
-    arguments: Sequence[str],
-) -> int:
-    app = App(
+def _app(name: str, about: str | None) -> App:
+    return App(
         name=f"python -m tune_mnist.{name}",
-        help=settings_type.__doc__,
+        help=about,
         version=version("tune_mnist"),
         group_parameters=_OPTIONS,
         group_commands=_OPTIONS,
@@ -88,11 +121,18 @@ def _run(
         result_action="return_value",
     )
 
-    def call(settings: Any = settings_type()) -> int:  # noqa: B008 (frozen)
-        return command(settings) or 0
 
-    call.__annotations__["settings"] = Annotated[settings_type, Parameter(name="*")]
-    app.default(call)
+def _entry(command: Command[Any]) -> Callable[..., int]:
+    """Make the function whose arguments the library fills from the command line."""
+
+    def call(settings: Any = command.settings_type()) -> int:  # noqa: B008 (frozen)
+        return command.call(settings) or 0
+
+    call.__annotations__["settings"] = Annotated[command.settings_type, Parameter(name="*")]
+    return call
+
+
+def _call(app: App, arguments: Sequence[str]) -> int:
     try:
         bound_command, bound, _ = app.parse_args(list(arguments))
     except CycloptsError as error:

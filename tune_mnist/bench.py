@@ -1,0 +1,19 @@
+"""Measure what tune_mnist costs, part by part: a table, then one line of JSON.
+
+python -m tune_mnist.bench step             the training step on one core
+python -m tune_mnist.bench turnaround       from trial to trial, and what a report costs
+python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
+python -m tune_mnist.bench pack             how many trials at once serve best
+"""
+
+from tune_mnist.benchmarks.step import StepSettings, step
+from tune_mnist.cli import Command, run_one_of
+
+if __name__ == "__main__":
+    run_one_of(
+        "bench",
+        "Measure what tune_mnist costs, part by part. A part takes minutes, --quick less.",
+        {
+            "step": Command(StepSettings, step),
+        },
+    )

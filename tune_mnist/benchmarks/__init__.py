@@ -1,0 +1,1 @@
+"""What `python -m tune_mnist.bench` measures, one part a file; nothing of the product needs it."""
