@@ -12,6 +12,7 @@ from drivers import (
     epochs_in,
     history_of,
     notes_of,
+    replace,
     searches_in,
     study_of,
     table_of,
@@ -19,6 +20,8 @@ from drivers import (
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from scripted import Script
+
+from tune_mnist.tuning import mirror
 
 pytest_plugins = ["ray_fixtures"]
 
@@ -129,8 +132,8 @@ def test_trials_of_a_killed_node_go_on_on_the_node_that_is_left(
         notes = searches.path / "notes"
         notes.mkdir()
         driver = searches.start(
-            *("run", "--trials", 8, "--epochs", 40, "--grace-epochs", 40),
-            script=Script(seconds=0.1, notes=notes),
+            *("run", "--trials", 6, "--epochs", 20, "--grace-epochs", 20),
+            script=Script(seconds=0.15, notes=notes),
         )
         folder = searches.folder("run")
         driver.wait_until(
@@ -170,7 +173,9 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
         searches_in(tmp_path, cluster.address) as searches,
     ):
         script = Script(seconds=0.02, state_size=100_000)
-        driver = searches.start("run", "--trials", 12, "--max-concurrent", 2, script=script)
+        driver = searches.start(
+            "run", "--trials", 12, "--max-concurrent", 2, script=script, prepare=hurry
+        )
         folder = searches.folder("run")
         driver.wait_until(lambda: epochs_in(folder) > 5)
         filler = tmp_path / "filler"
@@ -190,7 +195,9 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
 
 def test_a_folder_gone_read_only_ends_a_search_that_goes_on_later(searches: Searches) -> None:
     driver = searches.start(
-        "run", "--trials", 12, "--max-concurrent", 2, script=Script(seconds=0.02)
+        *("run", "--trials", 12, "--max-concurrent", 2),
+        script=Script(seconds=0.02),
+        prepare=hurry,
     )
     folder = searches.folder("run")
     driver.wait_until(lambda: epochs_in(folder) > 5)
@@ -201,6 +208,11 @@ def test_a_folder_gone_read_only_ends_a_search_that_goes_on_later(searches: Sear
     driver = searches.resume("run", "--max-concurrent", 2)
     assert driver.wait() == 0, driver.output
     check_it_is_whole(folder, trials=12)
+
+
+def hurry() -> None:
+    """Have this process wait no longer than tests do for a study.db that cannot be written."""
+    replace(mirror, "CLOSING_PATIENCE", 2.0)
 
 
 def check_it_ends_in_order(driver: Driver, folder: Path, reason: str) -> None:

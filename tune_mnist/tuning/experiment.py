@@ -109,7 +109,7 @@ class Experiment:
     def assignment(self, number: int) -> Assignment:
         """Return what it takes to go on with a trial from its last saved epoch."""
         record = self.history.trials[number]
-        saved = self._checkpoints.load(number)
+        saved = self._checkpoints.load(number, up_to=record.epochs)
         return Assignment(
             number=number,
             config=record.config,
@@ -205,8 +205,8 @@ class Experiment:
 
     def _take_up_history(self) -> None:
         """Rebuild study, rungs and best from the record, and queue what was broken off."""
-        for record in self.history.trials.values():
-            saved = self._checkpoints.load(record.number) if record.state == "running" else None
+        for record in self.history.unfinished():
+            saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
             if saved and saved.row["epoch"] == record.epochs + 1:
                 self.history.add_epoch(saved.row)  # the kill came between checkpoint and row
         stops: dict[int, bool] = {}
@@ -221,6 +221,7 @@ class Experiment:
                     self.finish(record.number)
                 else:
                     self._waiting.append(record)
+        self._checkpoints.remove_others({record.number for record in self._waiting})
 
 
 def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
