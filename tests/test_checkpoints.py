@@ -161,7 +161,7 @@ from test_checkpoints import Checkpoints, RunFolder, row_of
 checkpoints, told = Checkpoints(RunFolder(Path(sys.argv[1]))), os.open(sys.argv[3], os.O_WRONLY)
 for epoch in range(1, 10**9):
     checkpoints.save(7, row_of(epoch), b"%09d" % epoch * 30_000)
-    os.pwrite(told, b"%d" % epoch, 0)
+    os.pwrite(told, b"%09d" % epoch, 0)
     if epoch == 1: print(flush=True)
 """
     told = folder.path / "told"

@@ -39,8 +39,21 @@ class SamplerSettings:
             group=True,  # conditional spaces: trials that share their active parameters
             constant_liar=True,  # keeps parallel trials apart
             seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]),
-            warn_independent_sampling=False,
         )
+
+
+class _Storage(InMemoryStorage):
+    """A storage that takes no notes from the sampler.
+
+    TPE notes for its peers in other processes what it drew for a running trial, also for
+    parameters that are inactive in it, and models them with the rest. There are no peers here,
+    and a study built again from the run's history would lack the notes and propose otherwise.
+    """
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keep an attribute, unless it is the sampler's."""
+        if not key.startswith("tpe:"):
+            super().set_trial_system_attr(trial_id, key, value)
 
 
 class Study:
@@ -49,12 +62,13 @@ class Study:
     def __init__(self, sampler: SamplerSettings, metric: str, mirror: Mirror | None) -> None:
         self._settings = sampler
         self._mirror = mirror
-        self._storage = InMemoryStorage()
+        self._storage = _Storage()
         self._study = optuna.create_study(
             storage=self._storage, study_name=STUDY_NAME, direction="maximize"
         )
         self._study.set_metric_names([metric])
-        self._open: dict[int, optuna.Trial] = {}
+        self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
+        self._open: set[int] = set()
 
     def ask(
         self,
@@ -68,41 +82,36 @@ class Study:
         if fixed:
             self._study.enqueue_trial(dict(fixed))
         trial = self._study.ask()
+        if trial.number != number:
+            raise RuntimeError(f"Optuna numbered trial {number} as {trial.number}")
         sampled = sample(trial)
-        self._adopt(number, trial, attributes)
+        self._note(number, attributes)
+        self._open.add(number)
+        self._show(number)
         return sampled
 
     def add(self, template: FrozenTrial) -> None:
         """Take over a trial from an earlier session, finished or running."""
-        trial_id = self._storage.create_new_trial(self._study._study_id, template)
-        number = self._storage.get_trial(trial_id).number
+        number = len(self.trials())
         if number != template.number:
-            raise RuntimeError(f"Optuna numbered trial {template.number} as {number}")
-        if template.state == TrialState.RUNNING:
-            self._open[number] = optuna.Trial(self._study, trial_id)
-        self._show(number)
-
-    def _adopt(self, number: int, trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
-        if trial.number != number:
-            raise RuntimeError(f"Optuna numbered trial {number} as {trial.number}")
-        for key, value in attributes.items():
-            trial.set_user_attr(key, value)
-        self._open[number] = trial
+            raise RuntimeError(f"Optuna numbers trial {template.number} as {number}")
+        self._study.add_trial(template)
+        if not template.state.is_finished():
+            self._open.add(number)
         self._show(number)
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Hand Optuna one finite value."""
-        self._open[number].report(value, step=epoch)
+        self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
         self._show(number)
 
     def tell(self, number: int, state: TrialState, attributes: Mapping[str, Any]) -> None:
         """Give a trial its final state; a pruned or complete one counts with its last report."""
-        trial = self._open.pop(number)
-        for key, value in attributes.items():
-            trial.set_user_attr(key, value)
-        reports = self._storage.get_trial(trial._trial_id).intermediate_values
+        self._open.remove(number)
+        self._note(number, attributes)
+        reports = self._trial(number).intermediate_values
         value = reports[max(reports)] if state == TrialState.COMPLETE else None
-        self._study.tell(trial, values=value, state=state)
+        self._study.tell(number, values=value, state=state)
         self._show(number)
 
     def trials(self) -> list[FrozenTrial]:
@@ -115,11 +124,22 @@ class Study:
         Returns:
             Why the file could not be brought up to date, or None.
         """
-        for number, trial in self._open.items():
-            self._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        for number in self._open:
+            self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
             self._show(number)
         return self._mirror.close() if self._mirror else None
 
+    def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
+        for key, value in attributes.items():
+            self._storage.set_trial_user_attr(self._id(number), key, value)
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        """Return a trial as it is now; what comes later makes another object of it."""
+        return self._storage.get_trial(self._id(number))
+
     def _show(self, number: int) -> None:
         if self._mirror:
-            self._mirror.put(self._storage.get_trial(number))
+            self._mirror.put(self._trial(number))
