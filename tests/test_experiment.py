@@ -34,7 +34,7 @@ class Course:
                 "epochs": EPOCHS,
                 "time_budget": math.inf,
                 "grace_epochs": 1,
-                "reduction_factor": 3.0,
+                "reduction_factor": 2.0,  # from the second trial on a rung decides
                 "startup_trials": 5,
                 "seed": 0,
                 **rules,
@@ -129,11 +129,11 @@ def test_a_trial_that_used_its_budget_is_complete_with_its_last_value(course: Co
 
 def test_a_stopped_trial_is_pruned_with_every_report(course: Course) -> None:
     course.trial(*good())
-    course.trial(0.95, 0.6, 0.7)
+    course.trial(0.95, 0.96, 0.97, 0.7)
     assert course.history.trials[1].state == "stopped"
     trial = course.optuna(1)
     assert trial.state == TrialState.PRUNED
-    assert trial.intermediate_values == {1: 0.95, 2: 0.6, 3: 0.7}
+    assert trial.intermediate_values == {1: 0.95, 2: 0.96, 3: 0.97, 4: 0.7}
     assert trial.value == 0.7
 
 

@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -47,13 +48,15 @@ def test_a_factor_that_makes_no_rungs_is_refused_and_not_looped_over(factor: flo
 
 @pytest.mark.parametrize(("grace", "factor"), ADVANCE)
 @pytest.mark.parametrize("levels", [5, 5000])
-def test_decisions_are_those_of_rays_asha(grace: int, factor: float, levels: int) -> None:
+def test_decisions_are_those_of_rays_asha_once_a_rung_has_seen_enough(
+    grace: int, factor: float, levels: int
+) -> None:
     generator = random.Random(f"{grace} {factor} {levels}")
     budget, stopped_by_ray = 20, 0
     for _ in range(8):
         ours = Rungs(grace, factor, budget)
         rays = _Bracket(grace, budget, factor, 0)
-        epochs = dict.fromkeys(range(60), 0)
+        epochs, seen = dict.fromkeys(range(60), 0), Counter[int]()
         while epochs:
             trial = generator.choice(list(epochs)[:8])  # eight at a time, in any order
             epochs[trial] += 1
@@ -65,7 +68,9 @@ def test_decisions_are_those_of_rays_asha(grace: int, factor: float, levels: int
                 cast(Any, SimpleNamespace(trial_id=trial)), epochs[trial], value
             )
             stop = ours.should_stop(trial, epochs[trial], value)
-            assert stop == (action == TrialScheduler.STOP)
+            seen[epochs[trial]] += 1
+            enough = seen[epochs[trial]] >= factor
+            assert stop == (action == TrialScheduler.STOP and enough)
             if stop:
                 stopped_by_ray += 1
                 del epochs[trial]
@@ -125,5 +130,13 @@ def test_a_value_that_is_not_finite_neither_stops_a_trial_nor_counts() -> None:
     rungs = Rungs(1, 3, 20)
     for trial, value in enumerate((float("nan"), float("inf"), float("-inf"))):
         assert not rungs.should_stop(trial, 1, value)
-    assert not rungs.should_stop(3, 1, 0.1)  # the first that counts
-    assert rungs.should_stop(4, 1, 0.05)
+    assert not any(rungs.should_stop(trial, 1, 0.1) for trial in (3, 4))  # the first that count
+    assert rungs.should_stop(5, 1, 0.05)
+
+
+def test_a_rung_stops_nothing_before_it_has_seen_as_many_trials_as_one_goes_on_of() -> None:
+    rungs = Rungs(1, 3, 20)
+    assert [rungs.should_stop(trial, 1, 0.9 - trial / 10) for trial in range(4)] == [
+        *(False, False),  # the best of one, and the worse of two
+        *(True, True),
+    ]

@@ -2,7 +2,8 @@
 
 Asynchronous successive halving, the stopping variant (Li et al., "A System for Massively Parallel
 Hyperparameter Tuning", MLSys 2020, algorithm 2; as in Ray's AsyncHyperBandScheduler with one
-bracket). No Ray in here, so that a resumed search, the tests and the benchmarks replay it.
+bracket, but that a rung stops nothing before it has seen as many trials as one of them is to go
+on). No Ray in here, so that a resumed search, the tests and the benchmarks replay it.
 """
 
 import math
@@ -23,6 +24,7 @@ class Rungs:
         """
         if grace_epochs < 1 or not reduction_factor > 1:
             raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
+        self._factor = reduction_factor
         self._percentile = (1 - 1 / reduction_factor) * 100
         self._seen: dict[int, dict[int, float]] = {
             epoch: {}
@@ -45,7 +47,10 @@ class Rungs:
         if recorded is None or not math.isfinite(value):
             return False
         if trial not in recorded:
-            if recorded and value < np.percentile(list(recorded.values()), self._percentile):
+            # With one value or two to go by, "among the best third" says nothing: a good trial
+            # that starts slowly would be stopped for being the second to arrive.
+            enough = len(recorded) + 1 >= self._factor
+            if enough and value < np.percentile(list(recorded.values()), self._percentile):
                 self._stops.add((trial, epoch))
             recorded[trial] = value
         return (trial, epoch) in self._stops
