@@ -29,6 +29,27 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tune_mnist.search", "scripted", "scripted_search"])
 
 
+def fork(target: Callable[..., None], *arguments: object) -> Any:
+    """Begin a process that has imported everything; it may be killed and joined."""
+    # Not a daemon: those must not have children, and Ray is one.
+    process = _context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(process: Any, holds: Callable[[], bool], output: Path) -> None:
+    """Wait for a condition, as long as a process runs."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        if not process.is_alive() or time.monotonic() > deadline:
+            if holds():
+                return
+            text = output.read_text() if output.exists() else ""
+            process.kill()
+            pytest.fail(f"ended or slow before its time; it printed:\n{text}")
+        time.sleep(0.002)
+
+
 class Driver:
     """One process that searches."""
 
@@ -41,11 +62,7 @@ class Driver:
     ) -> None:
         self._output = output
         script = script or Script(seconds=0.005)
-        # Not a daemon: those must not have children, and Ray is one.
-        self._process = _context.Process(
-            target=_search, args=(output, [str(each) for each in arguments], script, prepare)
-        )
-        self._process.start()
+        self._process = fork(_search, output, [str(each) for each in arguments], script, prepare)
 
     @property
     def output(self) -> str:
@@ -55,7 +72,7 @@ class Driver:
     @property
     def is_alive(self) -> bool:
         """Whether it still runs."""
-        return self._process.is_alive()
+        return bool(self._process.is_alive())
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -74,21 +91,15 @@ class Driver:
     def wait(self, patience: float = PATIENCE) -> int:
         """Return its exit code once it has ended."""
         self._process.join(patience)
-        code = self._process.exitcode
+        code: int | None = self._process.exitcode
         if code is None:
             self.kill()
             pytest.fail(f"still running after {patience:g} s; it printed:\n{self.output}")
         return code
 
-    def wait_until(self, holds: Callable[[], bool], patience: float = PATIENCE) -> None:
+    def wait_until(self, holds: Callable[[], bool]) -> None:
         """Wait for a condition, as long as it runs."""
-        deadline = time.monotonic() + patience
-        while not holds():
-            if not self.is_alive or time.monotonic() > deadline:
-                if holds():
-                    return
-                pytest.fail(f"ended or slow before its time; it printed:\n{self.output}")
-            time.sleep(0.002)
+        wait_for(self._process, holds, self._output)
 
 
 class Searches:
@@ -102,10 +113,12 @@ class Searches:
         """Return the folder of a run."""
         return self.path / run
 
-    def start(self, run: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin a new run of the sgd space, on few images: nobody looks at them."""
+    def start(
+        self, run: str, *arguments: object, space: object = "sgd", **settings: Any
+    ) -> Driver:
+        """Begin a new run, on few images: nobody looks at them."""
         return self._begin(
-            *("--run", run, "--results-dir", self.path, "--space", "sgd", "--images", 200),
+            *("--run", run, "--results-dir", self.path, "--space", space, "--images", 200),
             *arguments,
             **settings,
         )
@@ -179,6 +192,23 @@ def replace(owner: object, name: str, replacement: Any) -> Any:
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     return original
+
+
+def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
+    """Have this process kill itself at a call of a method, before it or after it."""
+    original = getattr(owner, method)
+    left = [call]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, method, dying)
 
 
 def _accuracies(rows: list[Any]) -> list[float]:

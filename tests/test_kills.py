@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import Driver, Searches, epochs_in, history_of, notes_of, outcome_of, searches_in
+from drivers import (
+    Driver,
+    Searches,
+    die_at,
+    epochs_in,
+    history_of,
+    notes_of,
+    outcome_of,
+    searches_in,
+)
 from ray.cluster_utils import Cluster
 from scripted import Script
 
@@ -106,23 +115,6 @@ def test_one_trial_at_a_time_comes_to_what_the_unbroken_search_does(
 def test_two_trials_at_a_time_lose_and_repeat_nothing(searches: Searches) -> None:
     folder = search_with_kills(searches, seed=2, kills=7, trials=25, at_once=2)
     assert len(history_of(folder).trials) == 25
-
-
-def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
-    """Have this process kill itself at a call of a method, before it or after it."""
-    original = getattr(owner, method)
-    left = [call]
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, method, dying)
 
 
 def tear(folder: Path) -> None:

@@ -166,8 +166,8 @@ def test_a_resume_says_what_has_changed_since(tmp_path: Path, cluster: Cluster) 
     space = tmp_path / "mine.yaml"
     space.write_text("epochs: 4\nparameters:\n  lr: {low: 0.001, high: 0.1, log: true}\n")
     with searches_in(tmp_path, cluster.address) as searches:
-        arguments = ("--trials", 2, "--space", space)
-        driver = searches.start("run", *arguments, script=SLOW, prepare=partial(stop_after, 3))
+        settings: dict[str, Any] = {"script": SLOW, "prepare": partial(stop_after, 3)}
+        driver = searches.start("run", "--trials", 2, space=space, **settings)
         assert driver.wait() == 128 + signal.SIGTERM, driver.output
         search = searches.folder("run") / "search.yaml"
         code = yaml.safe_load(search.read_text())["versions"]["code"]

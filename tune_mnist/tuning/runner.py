@@ -27,7 +27,7 @@ from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.scheduler import ExperimentScheduler
 from tune_mnist.tuning.searcher import ExperimentSearcher
 from tune_mnist.tuning.study import SamplerSettings, Study
-from tune_mnist.tuning.supervisor import Supervisor
+from tune_mnist.tuning.supervisor import SearchOverError, Supervisor
 from tune_mnist.tuning.trial import EpochSource, run_trial, train_assignment
 
 # Tune's own bookkeeping would write every result a second time, and snapshot what the run's
@@ -110,7 +110,11 @@ def _fit(
         tune.with_parameters(run_trial, epochs_of=machinery.epochs_of, split=split),
         {"cpu": share.cpus, "gpu": share.gpus},
     )
-    with tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch, _quiet():
+    with (
+        tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch,
+        _quiet(),
+        contextlib.suppress(SearchOverError),
+    ):
         # Not tune.Tuner: it pickles searcher and callbacks for its own way to restore.
         tune.run(
             trainable,

@@ -18,6 +18,13 @@ from tune_mnist.tuning.scheduler import number_of
 HOPELESS = 3  # so many failures before any epoch: it is not the configurations
 
 
+class SearchOverError(BaseException):
+    """Leaves Tune at once; by itself it would wait for workers that are only just starting.
+
+    Nothing is lost: no worker has anything that the driver does not have.
+    """
+
+
 class Supervisor(Callback, Stopper):
     """Watches over a search's trials.
 
@@ -74,7 +81,13 @@ class Supervisor(Callback, Stopper):
         self._record(lambda: self._take_failure(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """End workers that have hung."""
+        """End workers that have hung, or the search.
+
+        Raises:
+            SearchOverError: the search is to end before its time.
+        """
+        if self.stop_all():
+            raise SearchOverError
         now = time.monotonic()
         for trial, last in list(self._last_sign.items()):
             if now - last > self._hang_timeout:
