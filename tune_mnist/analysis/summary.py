@@ -36,12 +36,12 @@ def summary(folder: RunFolder, history: History, metric: Metric, *, epochs: int)
     baseline = next((each for each in trials if each.is_baseline), None)
     parts: list[RenderableType] = [Text("")]
     if ranked:
-        parts.append(_headline(ranked[0], baseline, len(trials), metric))
+        parts.append(headline(ranked[0], baseline, len(trials), metric))
         parts += [Text(""), BestTable(ranked, baseline, metric), Text("")]
     else:
-        parts.append(Text(_nothing(history), style="bold"))
-    parts.append(Text(_cost(history, epochs)))
-    parts += [Text(line, style="red") for line in _failures(history)]
+        parts.append(Text(nothing(history), style="bold"))
+    parts.append(Text(cost(history, epochs)))
+    parts += [Text(line, style="red") for line in failures(history)]
     parts.append(Text(_files(folder)))
     return Group(*parts)
 
@@ -59,7 +59,7 @@ class BestTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the table out for the width that there is."""
-        lines = self._lines()
+        lines = self.lines()
         by_rows = _table(lines[0], lines[1:])
         roomy = options.update(max_width=10_000)
         if Measurement.get(console, roomy, by_rows).maximum <= options.max_width:
@@ -68,7 +68,8 @@ class BestTable:
             turned = list(zip(*lines, strict=True))
             yield _table(turned[0], turned[1:])
 
-    def _lines(self) -> list[tuple[str, ...]]:
+    def lines(self) -> list[tuple[str, ...]]:
+        """Return the table's rows as text, the header first."""
         shown = list(enumerate(self.ranked, start=1))[:ROWS]
         shown += [pair for pair in enumerate(self.ranked, start=1) if pair[1].is_baseline][:1]
         shown = list(dict(shown).items())  # the baseline once
@@ -104,7 +105,8 @@ def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def _headline(winner: Standing, baseline: Standing | None, trials: int, metric: Metric) -> Text:
+def headline(winner: Standing, baseline: Standing | None, trials: int, metric: Metric) -> Text:
+    """Say which trial was the best, what it gained and how far that can be believed."""
     first = f"Best of {count(trials, 'trial')}: trial {winner.record.number}"
     if winner.is_baseline and trials > 1:
         first = f"Of {trials:,} trials none was better than the baseline"
@@ -141,13 +143,15 @@ def _accuracies(standing: Standing, metric: Metric) -> str:
     return f"val accuracy {val}, test {test} at epoch {best['epoch']}"
 
 
-def _nothing(history: History) -> str:
+def nothing(history: History) -> str:
+    """Say what there was in place of a best trial."""
     if not history.trials:
         return "No trial was started."
     return f"None of {count(len(history.trials), 'trial')} finished an epoch to be judged by."
 
 
-def _cost(history: History, epochs: int) -> str:
+def cost(history: History, epochs: int) -> str:
+    """Say how many trials came to what, and what all of them took."""
     states = Counter(record.state for record in history.trials.values())
     counts = [f"{states[state]:,} {state}" for state in ENDS]
     if states["running"]:
@@ -163,7 +167,8 @@ def _cost(history: History, epochs: int) -> str:
     return text
 
 
-def _failures(history: History) -> list[str]:
+def failures(history: History) -> list[str]:
+    """Say what failed or diverged, a line for each of the two."""
     lines = []
     for state in ("failed", "diverged"):
         trials: list[TrialRecord] = [r for r in history.trials.values() if r.state == state]

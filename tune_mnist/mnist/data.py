@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import ConfigError, DataUnavailableError
 from tune_mnist.mnist.fetch import (
     TEST_IMAGES,
     TEST_LABELS,
@@ -89,6 +89,21 @@ def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None =
     except DamagedError:
         fetch(folder, say or _say_to_stderr)
     return _read_mnist(folder)
+
+
+def read_test_set(data_dir: Path | None = None) -> tuple[Uint8s, Uint8s]:
+    """Return the test images [10000, 28, 28] and labels, if they are here; nothing is fetched.
+
+    Raises:
+        DataUnavailableError: they are not.
+    """
+    raw = (data_dir or default_data_dir()).absolute() / "MNIST" / "raw"
+    try:
+        return read_checked(raw, TEST_IMAGES), read_checked(raw, TEST_LABELS)
+    except DamagedError as error:
+        raise DataUnavailableError(
+            f"MNIST's test images are not in {raw}: name their folder with --data-dir"
+        ) from error
 
 
 def _read_mnist(data_dir: Path) -> Mnist:

@@ -1,0 +1,263 @@
+"""report.html: what a run found, how sure that is and what it cost, on one page.
+
+write_report([RunView.read(Path("results/default"))], Path("results/default/report.html"))
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from tune_mnist.analysis import plots
+from tune_mnist.analysis.confirmed import claim, confirmed_lines, read_confirmed
+from tune_mnist.analysis.files import replace_file
+from tune_mnist.analysis.mistakes import find_mistakes
+from tune_mnist.analysis.parameters import ENOUGH_TRIALS, importances, searched_parameters
+from tune_mnist.analysis.pictures import write_pictures
+from tune_mnist.analysis.plots_mistakes import confusion
+from tune_mnist.analysis.plots_parameters import importance_bars, parallel_coordinates, slices
+from tune_mnist.analysis.ranking import gain, number
+from tune_mnist.analysis.repeat import repeat_command
+from tune_mnist.analysis.report_page import Page
+from tune_mnist.analysis.runs import RunView
+from tune_mnist.analysis.summary import BestTable, cost, failures, headline, nothing
+from tune_mnist.analysis.wording import count, duration, percent, points, short_path
+from tune_mnist.errors import TuneMnistError
+
+SHOWN_MISTAKES = 80
+_LONGEST_NAME = 120  # characters; a file's name has its limits
+_AXES_NOTE = "Axes of accuracy are logarithmic in the errors left, so that the top can be seen."
+
+
+def report_path(runs: Sequence[RunView]) -> Path:
+    """Return where a report goes unless told: into the run's folder, or beside the first."""
+    first = runs[0].folder.path
+    if len(runs) == 1:
+        return first / "report.html"
+    names = "-".join(run.folder.name for run in runs)
+    return first.absolute().parent / f"report-{names[:_LONGEST_NAME]}.html"
+
+
+def write_report(
+    runs: Sequence[RunView], path: Path, *, data_dir: Path | None = None, pictures: bool = True
+) -> list[Path]:
+    """Write a page about one run, or one that compares several, and return the files written.
+
+    Args:
+        runs: one or more, at work or ended, however little there is in them.
+        path: of the HTML file.
+        data_dir: the folder of MNIST, for the digits that the best model gets wrong.
+        pictures: whether to draw the main charts as PNG files as well.
+
+    Raises:
+        OSError: it could not be written; an older one is untouched.
+    """
+    title = " and ".join(run.folder.name for run in runs)
+    page = Page(f"{title} · tune_mnist")
+    if len(runs) > 1:
+        _comparison(page, runs)
+    for run in runs:
+        _run(page, run, data_dir, alone=len(runs) == 1)
+    replace_file(path, page.html())
+    return [path, *(write_pictures(runs, path) if pictures else ())]
+
+
+def _comparison(page: Page, runs: Sequence[RunView]) -> None:
+    page.heading(f"{count(len(runs), 'run')} compared", level=1)
+    page.text(_how_comparable(runs), "soft")
+    lines = [("run", "state", "best", "test there", "baseline, test", "gain", "trials", "epochs")]
+    for run in runs:
+        best = run.ranked[0].best if run.ranked else None
+        baseline = run.baseline.best if run.baseline else None
+        lines.append(
+            (
+                run.folder.name,
+                run.state,
+                percent(number(best, run.metric)) if best else "-",
+                percent(number(best, "test_accuracy")) if best else "-",
+                percent(number(baseline, "test_accuracy")) if baseline else "-",
+                points(gain(best, baseline)),
+                f"{len(run.history.trials):,}",
+                f"{len(run.history.rows):,}",
+            )
+        )
+    page.table(lines)
+    for run in runs:
+        if (confirmed := read_confirmed(run.folder)) is not None:
+            page.text(f"{run.folder.name}: {claim(confirmed)}")
+    if any(run.history.rows for run in runs):
+        page.heading("Best so far")
+        page.text(_AXES_NOTE, "soft")
+        page.chart(plots.progress(runs, by_time=False), "best so far against epochs trained")
+        page.chart(plots.progress(runs, by_time=True), "best so far against time")
+
+
+def _how_comparable(runs: Sequence[RunView]) -> str:
+    """Say what the runs differ in that makes their accuracies something else."""
+    names = [
+        name
+        for name in ("metric", "epochs", "images")
+        if len({str(run.asked.get(name)) for run in runs}) > 1
+    ]
+    if names:
+        return f"Not the same question: the runs differ in {' and '.join(names)}."
+    return "The same metric, epochs a trial and training images in all."
+
+
+def _run(page: Page, run: RunView, data_dir: Path | None, *, alone: bool) -> None:
+    page.heading(run.folder.name, level=1)
+    page.text(_what_and_when(run), "soft")
+    confirmed = read_confirmed(run.folder)
+    _verdict(page, run, confirmed)
+    if run.history.rows:
+        _course(page, run, alone=alone)
+        _parameters(page, run)
+    _mistakes(page, run, data_dir)
+    _settings(page, run)
+
+
+def _what_and_when(run: RunView) -> str:
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.begun))
+    said = {
+        "running": "still running as this was written",
+        "interrupted": "interrupted, and can be gone on with",
+        "killed": "killed, and can be gone on with",
+        "failed": "broken off by an error, and can be gone on with",
+    }.get(run.state, run.state)
+    return (
+        f"A search for hyperparameters of a small MNIST net, begun {begun}, {said}; "
+        f"{duration(run.history.elapsed)} of work."
+    )
+
+
+def _verdict(page: Page, run: RunView, confirmed: pd.DataFrame | None) -> None:
+    ranked, baseline = run.ranked, run.baseline
+    if confirmed is not None:
+        page.text(claim(confirmed), "verdict")
+    if ranked:
+        said = headline(ranked[0], baseline, len(run.history.trials), run.metric)
+        page.text(said.plain, "soft" if confirmed is not None else "verdict")
+        best = ranked[0].best or {}
+        facts = [(f"best {plots.name_of_metric(run.metric)}", percent(number(best, run.metric)))]
+        if run.metric != "test_accuracy":
+            facts.append(("test accuracy there", percent(number(best, "test_accuracy"))))
+        if baseline and not ranked[0].is_baseline:
+            facts.append(("points above the baseline", points(gain(best, baseline.best))))
+    else:
+        page.text(nothing(run.history), "verdict")
+        facts = []
+    spent, full = len(run.history.rows), len(run.history.trials) * run.epochs
+    facts.append(("trials", f"{len(run.history.trials):,}"))
+    if full:
+        facts.append((f"epochs, {spent / full:.0%} of all", f"{spent:,}"))
+    page.facts([*facts, ("time", duration(run.history.elapsed))])
+    page.text(cost(run.history, run.epochs), "soft")
+    for line in failures(run.history):
+        page.text(line, "bad")
+    if ranked:
+        page.heading("The best configurations")
+        lines = BestTable(ranked, baseline, run.metric).lines()
+        base = [i for i, line in enumerate(lines[1:]) if line[1].endswith("(baseline)")]
+        page.table(lines, marked=base)
+        page.text(
+            f"In full in {short_path(run.folder.best)}, all trials in {run.folder.trials.name}.",
+            "soft",
+        )
+    if confirmed is not None:
+        page.heading("Confirmed on fresh seeds")
+        page.chart(plots.confirmed_winners(confirmed), "means with their 95% intervals")
+        page.table(confirmed_lines(confirmed))
+        page.text(
+            "At the last epoch, with Student's 95% interval over the seeds. *The mean of each "
+            "seed's best epoch is picked on the test set itself, and so is optimistic.",
+            "soft",
+        )
+
+
+def _course(page: Page, run: RunView, *, alone: bool) -> None:
+    page.heading("Learning curves")
+    note = ""
+    if len(plots.drawn_trials(run)) < len(run.history.trials):
+        note = (
+            f" {len(plots.drawn_trials(run)):,} of {len(run.history.trials):,} trials are drawn."
+        )
+    page.text(f"A cross is where ASHA stopped a trial. {_AXES_NOTE}{note}", "soft")
+    page.chart(plots.learning_curves(run), "accuracy after every epoch of every trial")
+    if alone:
+        page.heading("Progress")
+        page.chart(plots.progress([run], by_time=False), "best so far against epochs trained")
+        page.chart(plots.progress([run], by_time=True), "best so far against time")
+    page.heading("Where the budget went")
+    page.text(
+        "Epochs between the rungs at which trials were stopped, by what became of their trials.",
+        "soft",
+    )
+    page.chart(plots.budget(run), "epochs trained between rungs")
+    page.text("The workers' time, were as many there all along as ever worked at once:", "soft")
+    page.chart(plots.time_spent(run), "shares of the workers' time")
+
+
+def _parameters(page: Page, run: RunView) -> None:
+    searched = searched_parameters(run.search.get("space"))
+    if not searched or not run.ranked:
+        return
+    page.heading("Hyperparameters")
+    page.text(
+        "A line for each trial, greener the better; drag along an axis to pick some. A dash is a "
+        "parameter that does not count in a trial.",
+        "soft",
+    )
+    width = 62 * (len(searched) + 1) + 100  # px
+    page.chart(parallel_coordinates(run, searched), "parallel coordinates", width=width)
+    page.heading("What mattered", level=3)
+    if shares := importances(run.ranked, searched, run.metric):
+        page.text(
+            "Each parameter's share in reaching the top tenth (Optuna's PED-ANOVA) by what the "
+            "trials reached at their best; those stopped early had less time to.",
+            "soft",
+        )
+        page.chart(importance_bars(shares), "importance of each parameter")
+    else:
+        page.text(f"It takes {ENOUGH_TRIALS} trials, not all alike, to tell.", "soft")
+    page.heading("Each against the best accuracy of a trial", level=3)
+    page.text("Star: the best. Diamond: the baseline. Grey: stopped early.", "soft")
+    page.charts([(f"{name} against accuracy", f) for name, f in slices(run, searched).items()])
+
+
+def _mistakes(page: Page, run: RunView, data_dir: Path | None) -> None:
+    page.heading("What the best model gets wrong")
+    try:
+        found = find_mistakes(run.folder, data_dir)
+    except TuneMnistError as error:
+        page.text(f"Not drawn: {error}.", "soft")
+        return
+    wrong, images = len(found.wrong), int(found.confusion.sum())
+    page.text(
+        f"{run.folder.best_model.name}, trial {found.facts.get('trial')} after epoch "
+        f"{found.facts.get('epoch')}, reads {images - wrong:,} of {images:,} test digits right "
+        f"({percent(1 - wrong / images)}) and {wrong:,} wrong. Below each: what it is, what was "
+        "read, how sure; the surest first."
+    )
+    page.pictures(
+        [
+            (
+                each.png(),
+                f"{each.label} → {each.guess} {each.confidence:.0%}",
+                f"test image {each.index}: a {each.label}, read as {each.guess} "
+                f"with {each.confidence:.1%}",
+            )
+            for each in found.wrong[:SHOWN_MISTAKES]
+        ]
+    )
+    if wrong > SHOWN_MISTAKES:
+        page.text(f"And {wrong - SHOWN_MISTAKES:,} more.", "soft")
+    page.chart(confusion(found), "confusion matrix")
+
+
+def _settings(page: Page, run: RunView) -> None:
+    page.heading("To repeat it")
+    page.code(repeat_command(run.search))
+    page.heading("Settings and versions")
+    page.code(yaml.safe_dump(dict(run.search), sort_keys=False, allow_unicode=True))
