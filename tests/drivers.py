@@ -22,6 +22,7 @@ from scripted import Script
 
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.run import RunFolder
+from tune_mnist.tuning.trial import EpochSource
 
 PATIENCE = 60.0  # seconds that anything may take
 
@@ -57,7 +58,7 @@ class Driver:
         self,
         output: Path,
         *arguments: object,
-        script: Script | None = None,
+        script: EpochSource | None = None,
         prepare: Callable[[], None] | None = None,
     ) -> None:
         self._output = output
@@ -118,7 +119,7 @@ class Searches:
     ) -> Driver:
         """Begin a new run, on few images: nobody looks at them."""
         return self._begin(
-            *("--run", run, "--results-dir", self.path, "--space", space, "--images", 200),
+            *("--run", run, "--results-dir", self.path, "--space", space, "--images", 1000),
             *arguments,
             **settings,
         )
@@ -216,7 +217,7 @@ def _accuracies(rows: list[Any]) -> list[float]:
 
 
 def _search(
-    output: Path, arguments: list[str], script: Script, prepare: Callable[[], None] | None
+    output: Path, arguments: list[str], script: EpochSource, prepare: Callable[[], None] | None
 ) -> None:
     from scripted_search import scripted_search
 

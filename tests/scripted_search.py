@@ -12,9 +12,10 @@ from ray import cloudpickle
 from tune_mnist.cli import run
 from tune_mnist.tuning.launch import search
 from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.trial import EpochSource
 
 
-def scripted_search(settings: SearchSettings, script: scripted.Script) -> int:
+def scripted_search(settings: SearchSettings, script: EpochSource) -> int:
     # Workers do not have the tests' folder.
     cloudpickle.register_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
     return search(settings, epochs_of=script)

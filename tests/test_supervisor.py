@@ -1,0 +1,184 @@
+"""What becomes of trials that fail or hang, as Tune's callbacks tell it."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
+from test_experiment import Course
+
+from tune_mnist.errors import SearchFailedError
+from tune_mnist.tuning.scheduler import ExperimentScheduler, number_of
+from tune_mnist.tuning.searcher import ExperimentSearcher
+from tune_mnist.tuning.supervisor import SearchOverError, Supervisor, describe
+
+
+class Watched:
+    """A search without Tune: its trials are what the callbacks see of them."""
+
+    def __init__(self, path: Path, *, retries: int = 1, hang_timeout: float = math.inf) -> None:
+        self.path, self.course = path, Course(path / "run")
+        self.experiment = self.course.experiment
+        self.supervisor = Supervisor(self.experiment, retries=retries, hang_timeout=hang_timeout)
+        self.searcher = ExperimentSearcher(self.experiment, lambda: 2, self.supervisor.stop_all)
+        self.scheduler = ExperimentScheduler(self.experiment)
+
+    def start(self, ray_id: str = "ray") -> Any:
+        """Begin the trial that the searcher suggests."""
+        error_file = self.path / "error.txt"
+        trial: Any = Trial(
+            trial_id=ray_id,
+            config=self.searcher.suggest(ray_id),
+            pickled_error_file=None,
+            error_file=str(error_file),
+            temporary_state=SimpleNamespace(ray_actor=None),
+        )
+        self.supervisor.on_trial_start(0, [], trial)
+        return trial
+
+    def fail(self, trial: Any, error: str = "why") -> None:
+        Path(trial.error_file).write_text(error)
+        self.supervisor.on_trial_error(0, [], trial)
+
+    def report(self, trial: Any, accuracy: float = 0.9) -> str:
+        """Report a trial's next epoch, as Tune does: the scheduler first."""
+        epoch = self.course.history.trials[number_of(trial)].epochs + 1
+        result = {
+            "epoch": epoch,
+            **dict.fromkeys(("train_loss", "val_loss", "test_loss"), 0.1),
+            **dict.fromkeys(("val_accuracy", "test_accuracy"), accuracy),
+            **dict.fromkeys(("seconds", "evaluation_seconds"), 0.0),
+            "test_correct": 0,
+            "diverged_step": None,
+            "state": f"after {epoch}".encode(),
+            "model": None,
+        }
+        decision = self.scheduler.on_trial_result(None, trial, result)
+        self.supervisor.on_trial_result(0, [], trial, result)
+        assert "state" not in result  # Tune would keep it
+        return decision
+
+
+class Trial(SimpleNamespace):
+    """Like Tune's, one is a key by what it is, not by what it holds."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path)
+
+
+def test_a_trial_that_fails_is_suggested_again_before_anything_new(watched: Watched) -> None:
+    first = watched.start()
+    watched.report(first)
+    watched.fail(first, "the worker\ndied")
+    again = watched.start("other")
+    assert number_of(again) == number_of(first)
+    assert again.config["assignment"].state == b"after 1"
+    record = watched.course.history.trials[0]
+    assert (record.state, record.retries, record.reason) == ("running", 1, "the worker died")
+
+
+def test_a_trial_that_fails_too_often_without_an_epoch_is_given_up(watched: Watched) -> None:
+    for _ in range(2):
+        watched.fail(watched.start(), "always")
+    record = watched.course.history.trials[0]
+    assert (record.state, record.retries, record.reason) == ("failed", 1, "always")
+    assert number_of(watched.start()) == 1
+
+
+def test_an_epoch_forgives_earlier_failures(watched: Watched) -> None:
+    for _ in range(4):
+        trial = watched.start()
+        watched.report(trial)
+        watched.fail(trial)
+    assert watched.course.history.trials[0].state == "running"
+    assert watched.course.history.trials[0].epochs == 4
+
+
+def test_the_last_running_trial_may_still_fail_and_be_suggested_again(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.experiment.rules = watched.course.rules.__class__(
+        **{**vars(watched.course.rules), "trials": 1}
+    )
+    trial = watched.start()
+    assert watched.searcher.suggest("x") is None
+    watched.fail(trial)
+    assert number_of(watched.start()) == 0
+
+
+def test_a_trial_that_hangs_is_given_up_at_once(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, retries=5, hang_timeout=-1.0)
+    trial = watched.start()
+    watched.supervisor.on_step_end(0, [])
+    watched.supervisor.on_trial_error(0, [], trial)
+    record = watched.course.history.trials[0]
+    assert record.state == "failed"
+    assert "taken to hang" in record.reason
+
+
+def test_a_search_whose_every_trial_fails_at_once_is_given_up(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, retries=0)
+    for _ in range(3):
+        watched.fail(watched.start(), "no module named nothing")
+    assert isinstance(watched.experiment.broken, SearchFailedError)
+    assert "no module named nothing" in str(watched.experiment.broken)
+    with pytest.raises(SearchOverError):
+        watched.supervisor.on_step_end(0, [])
+    assert watched.searcher.suggest("x") == "FINISHED"
+
+
+def test_a_report_that_cannot_be_written_ends_the_search_not_the_trial(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = watched.start()
+    full = OSError(28, "No space left on device")
+
+    def save(*_: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(watched.course.checkpoints, "save", save)
+    assert watched.report(trial) == "NOOP"
+    assert watched.experiment.broken is full
+    assert watched.supervisor.stop_all()
+
+
+def test_an_end_that_cannot_be_written_ends_the_search(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = watched.start()
+    full = OSError(28, "No space left on device")
+
+    def end_trial(*_: Any) -> None:
+        raise full
+
+    monkeypatch.setattr(watched.course.history, "end_trial", end_trial)
+    watched.report(trial)
+    watched.supervisor.on_trial_complete(0, [], trial)
+    assert watched.experiment.broken is full
+
+
+def test_no_more_trials_are_handed_out_than_there_is_room_for(watched: Watched) -> None:
+    watched.start()
+    watched.start()
+    assert watched.searcher.suggest("x") is None
+
+
+def test_errors_are_described_in_one_short_line() -> None:
+    died = RayActorError(
+        error_msg="The actor died. Worker exit detail: End of file.\n Some common causes include:"
+    )
+    assert describe(died) == "the worker died: End of file."
+    memory = OutOfMemoryError("x" * 5000)  # type: ignore[no-untyped-call]
+    assert (
+        describe(memory) == "out of memory: Ray ended the worker; fewer trials at a time need less"
+    )
+    assert describe(ValueError("a\nb")) == "a b"
