@@ -1,6 +1,7 @@
 """What becomes of trials that fail or hang, as Tune's callbacks tell it."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +32,7 @@ class Watched:
         trial: Any = Trial(
             trial_id=ray_id,
             config=self.searcher.suggest(ray_id),
-            pickled_error_file=None,
             error_file=str(error_file),
-            temporary_state=SimpleNamespace(ray_actor=None),
         )
         self.supervisor.on_trial_start(0, [], trial)
         return trial
@@ -61,14 +60,15 @@ class Watched:
         return decision
 
 
-class Trial(SimpleNamespace):
-    """Like Tune's, one is a key by what it is, not by what it holds."""
+@dataclass(eq=False)
+class Trial:
+    """What there is to see of one of Tune's trials; like those, it is a key by what it is."""
 
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
+    trial_id: str
+    config: Any
+    error_file: str
+    pickled_error_file: str | None = None
+    temporary_state: Any = field(default_factory=lambda: SimpleNamespace(ray_actor=None))
 
 
 @pytest.fixture
