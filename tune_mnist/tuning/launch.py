@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from tune_mnist.analysis.history import History
+from tune_mnist.analysis.listing import listing
 from tune_mnist.analysis.run import RunFolder, check_new_run
 from tune_mnist.analysis.summary import summary
-from tune_mnist.analysis.wording import duration
+from tune_mnist.analysis.wording import duration, short_path
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split, load_mnist, split
@@ -35,19 +36,44 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
     Raises:
         TuneMnistError: the search could not be started, or could not go on.
     """
+    if settings.list_runs:
+        Console().print(listing(settings.results_dir))
+        return 0
     try:
         # Ray's own way as well, from ray.init on; once trials run, a session has a better one.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
         if settings.resume is not None:
-            return _resume(settings, settings.resume, epochs_of)
-        return _start(settings, epochs_of)
+            path, code = settings.resume, _resume(settings, settings.resume, epochs_of)
+        else:
+            path, code = _start(settings, epochs_of)
+        if code == 0 and settings.report:
+            _report(path, settings)
+        return code
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise
         return 128 + signal.SIGTERM
 
 
-def _start(settings: SearchSettings, epochs_of: EpochSource) -> int:
+def _report(path: Path, settings: SearchSettings) -> None:
+    """Draw the report; a search that went well does not fail for a picture of it."""
+    # Imported here, where they are needed: the charts' libraries take a second.
+    from tune_mnist.analysis.report import report_path, write_report
+    from tune_mnist.analysis.runs import RunView
+
+    try:
+        run = RunView.read(path)
+        written = write_report([run], report_path([run]), data_dir=settings.data_dir)
+        tell(f"report: {short_path(written[0])}")
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        tell(
+            f"warning: the report could not be drawn ({what}); nothing else is missing, and "
+            f"python -m tune_mnist.report {path} tries again"
+        )
+
+
+def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]:
     plan = Plan.of(settings)
     name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = settings.results_dir / name
@@ -59,7 +85,7 @@ def _start(settings: SearchSettings, epochs_of: EpochSource) -> int:
         with folder.only_writer():
             with writing(folder):
                 plan.save(folder)
-            return _run(folder, History(folder), plan, settings, share, data, epochs_of)
+            return path, _run(folder, History(folder), plan, settings, share, data, epochs_of)
 
 
 def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int:

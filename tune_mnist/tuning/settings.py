@@ -28,6 +28,7 @@ _MAY_CHANGE_ON_RESUME = (
     "retries",
     "hang_timeout",
     "data_dir",
+    "report",
 )
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -124,6 +125,12 @@ class SearchSettings:
     resume: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
     """Go on with the run in this folder: all it was asked is taken from there. --trials and
     --time-budget may be raised, and what it runs on may change."""
+
+    report: Annotated[bool, Parameter(group=_RUN)] = True
+    """Draw the run's report.html when the search has ended."""
+
+    list_runs: Annotated[bool, Parameter(name="--list", negative="", group=_RUN)] = False
+    """Show the runs in the folder of results with their state and best, and start nothing."""
 
     data_dir: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
     """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
