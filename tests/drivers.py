@@ -135,6 +135,8 @@ class Searches:
 
     def _begin(self, *arguments: object, **settings: Any) -> Driver:
         where = () if self._address is None else ("--address", self._address)
+        if "--report" not in arguments:  # it takes seconds
+            arguments = (*arguments, "--no-report")
         output = self.path / f"output-{len(self._drivers)}.txt"
         driver = Driver(output, *arguments, *where, **settings)
         self._drivers.append(driver)
