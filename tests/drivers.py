@@ -24,7 +24,7 @@ from tune_mnist.analysis.history import History
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.tuning.trial import EpochSource
 
-PATIENCE = 60.0  # seconds that anything may take
+PATIENCE = 240.0  # seconds that anything may take
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tune_mnist.search", "scripted", "scripted_search"])

@@ -1,6 +1,7 @@
 """What can befall a search's trials, machines and disk, each for real, and what comes of it."""
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from ray.cluster_utils import Cluster
 from scripted import Script
 
 from tune_mnist.tuning import mirror
+from tune_mnist.tuning.memory import OUT_OF_MEMORY
 
 pytest_plugins = ["ray_fixtures"]
 
@@ -106,6 +108,12 @@ def test_a_worker_that_dies_between_two_trials_costs_none(suffered: Searches) ->
     assert history.trials[9].epochs == EPOCHS
 
 
+def test_nothing_of_rays_own_is_printed(suffered: Searches) -> None:
+    output = (suffered.path / "output-0.txt").read_text()
+    assert "raylet" not in output
+    assert "Traceback" not in output
+
+
 def test_study_and_tables_tell_the_same_story(suffered: Searches) -> None:
     folder = suffered.folder("suffered")
     table = table_of(folder)
@@ -122,6 +130,32 @@ def test_study_and_tables_tell_the_same_story(suffered: Searches) -> None:
         assert trial.user_attrs["state"] == row["state"]
         assert trial.user_attrs["ray_trial_id"] == row["ray_id"]
     assert len(study_of(folder)) == len(table) == 10
+
+
+def leave_little_memory() -> None:
+    """Have the Ray that this process starts end workers once 1.5 GB more are in use than now."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(facts[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    threshold = f"{(total - free + 1.5 * 2**20) / total:.4f}"
+    os.environ.update(RAY_memory_usage_threshold=threshold, RAY_memory_monitor_refresh_ms="100")
+
+
+def test_a_trial_that_ray_ends_for_its_memory_is_given_up_and_the_search_goes_on(
+    tmp_path: Path,
+) -> None:
+    facts = Path("/proc/meminfo").read_text()
+    if int(facts.partition("MemAvailable:")[2].split()[0]) < 4 << 20:
+        pytest.skip("needs 4 GB of free memory")
+    with searches_in(tmp_path, address=None) as searches:
+        driver = searches.start(
+            *("run", "--trials", 3, "--max-concurrent", 1, "--retries", 1, *NO_STOPPING),
+            script=Script(seconds=0.005, allocating={1: (2,)}),
+            prepare=leave_little_memory,
+        )
+        assert driver.wait() == 0, driver.output
+        row = table_of(searches.folder("run"))[1]
+        assert (row["state"], row["epochs"], row["reason"]) == ("failed", "1", OUT_OF_MEMORY)
+        assert "Traceback" not in driver.output
 
 
 def test_trials_of_a_killed_node_go_on_on_the_node_that_is_left(

@@ -82,6 +82,9 @@ def connected(address: str | None) -> Iterator[None]:
         ClusterError: nothing answers at the address, or it is not a cluster one can join.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray prints 900 characters about every worker that dies, with log_to_driver or without: right
+    # into a live view. What befell a trial is in its reason.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if address is None:
         _start()
     else:

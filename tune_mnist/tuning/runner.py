@@ -22,6 +22,7 @@ from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.checkpoints import Checkpoints
 from tune_mnist.tuning.cluster import Room, Share
 from tune_mnist.tuning.experiment import Experiment, Rules
+from tune_mnist.tuning.memory import memory_kills_survived
 from tune_mnist.tuning.mirror import Mirror
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.scheduler import ExperimentScheduler
@@ -113,6 +114,7 @@ def _fit(
     with (
         tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch,
         _quiet(),
+        memory_kills_survived(),
         contextlib.suppress(SearchOverError),
     ):
         # Not tune.Tuner: it pickles searcher and callbacks for its own way to restore.

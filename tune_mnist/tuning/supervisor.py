@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.tuning.experiment import Experiment
+from tune_mnist.tuning.memory import OUT_OF_MEMORY
 from tune_mnist.tuning.scheduler import number_of
 
 HOPELESS = 3  # so many failures before any epoch: it is not the configurations
@@ -133,10 +134,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         cause = error.cause
         return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-    if isinstance(error, OutOfMemoryError):
-        return "out of memory: Ray ended the worker; fewer trials at a time need less"
     if isinstance(error, RayActorError):
         text = " ".join(str(error).split())
+        if OUT_OF_MEMORY in text:
+            return OUT_OF_MEMORY
         _, _, detail = text.partition("Worker exit detail: ")  # the rest is names and advice
         return f"the worker died: {(detail or text).split(' Some common causes')[0][:300]}"
     return " ".join(str(error).split())[:300]
