@@ -1,1 +1,37 @@
-"""Hyperparameter search for a small MNIST conv net with Ray Tune, Optuna and ASHA."""
+"""Hyperparameter search for a small MNIST conv net with Ray Tune, Optuna and ASHA.
+
+net = tune_mnist.load("results/default")    # the best trial's, ready for inference
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    from tune_mnist.mnist.net import Net
+
+__all__ = ["load"]
+
+
+def load(run: str | os.PathLike[str]) -> Net:
+    """Return the net of a search's best trial, on the CPU and ready for inference.
+
+    It maps images float32 [B, 1, 28, 28], light on dark, to log-probabilities [B, 10]:
+
+        from tune_mnist.mnist.tensors import normalised, scaled
+        digits = net(normalised(scaled(images))).argmax(1)      # of images uint8 [B, 28, 28]
+
+    Args:
+        run: the search's folder, or the file of a model.
+
+    Raises:
+        ConfigError: no model is there, or none that can be read.
+    """
+    # Not above: whoever imports the package may not need torch, which takes seconds.
+    from tune_mnist.mnist.model_file import load_model
+
+    path = Path(run)
+    return load_model(path / "best.pt" if path.is_dir() else path).net
