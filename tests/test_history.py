@@ -238,6 +238,15 @@ def test_the_ways_out_that_the_messages_name_lead_out(search: RecordedSearch) ->
     assert [record.epochs for record in history.unfinished()] == [1, 0, 0]
 
 
+def test_ends_that_do_not_say_how_many_epochs_there_were_are_read(
+    search: RecordedSearch,
+) -> None:
+    """As in logs of the first version."""
+    text = search.folder.events.read_text()
+    search.folder.events.write_text(text.replace(', "epochs": 2}', "}"))
+    assert_same(History.load(search.folder), search.history)
+
+
 def test_what_a_newer_version_adds_to_an_event_is_passed_over(search: RecordedSearch) -> None:
     damage_line(search.folder.events, 2, lambda text: text.replace("{", '{"mood": "good", ', 1))
     assert_same(History.load(search.folder), search.history)

@@ -431,7 +431,7 @@ def test_a_folder_that_is_gone_ends_in_a_reason(
 
 
 def test_two_searches_write_side_by_side(tmp_path: Path) -> None:
-    searches = []
+    searches: list[Search] = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         searches.append(Search(tmp_path / name / "study.db", seed=len(searches)))

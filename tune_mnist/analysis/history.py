@@ -174,7 +174,8 @@ class History:
                     raise ValueError(f"a trial cannot end as {entry['state']!r}")
                 record.state, record.reason = entry["state"], entry["reason"]
                 record.ended, record.ended_at = entry["elapsed"], entry["time"]
-                self._epochs_at_end[record.number] = entry["epochs"]
+                if "epochs" in entry:  # in logs of older versions it is not
+                    self._epochs_at_end[record.number] = entry["epochs"]
             case unknown:
                 raise ValueError(
                     f"event {unknown!r} is not known to this version of tune_mnist: "
