@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from types import NoneType
+from typing import Any, Self, get_args
 
 import tune_mnist
 from tune_mnist.analysis.history import Metric
@@ -19,6 +20,17 @@ from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.space import SearchSpace, load_space
 
 DEFAULT_TRIALS = 50
+_ASKED: dict[str, tuple[type, ...]] = {
+    "metric": (str,),
+    "trials": (int,),
+    "epochs": (int,),
+    "time_budget": (int, float, NoneType),
+    "images": (int, NoneType),
+    "grace_epochs": (int,),
+    "reduction_factor": (int, float),
+    "startup_trials": (int,),
+    "seed": (int,),
+}
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
 
@@ -36,7 +48,10 @@ class Plan:
         Raises:
             SearchSpaceError: its space cannot be used.
         """
-        space = load_space(settings.space)
+        return cls._resolve(settings, load_space(settings.space))
+
+    @classmethod
+    def _resolve(cls, settings: SearchSettings, space: SearchSpace) -> Self:
         return cls(
             rules=Rules(
                 space=space,
@@ -61,27 +76,15 @@ class Plan:
         """
         data = folder.read_search()
         try:
-            asked = data["asked"]
-            metric: Metric = asked["metric"]
-            return cls(
-                rules=Rules(
-                    space=SearchSpace.from_dict(
-                        data["space"], data["space_name"], data["space_source"]
-                    ),
-                    metric=metric,
-                    trials=int(asked["trials"]),
-                    epochs=int(asked["epochs"]),
-                    time_budget=float(asked["time_budget"] or math.inf),
-                    grace_epochs=int(asked["grace_epochs"]),
-                    reduction_factor=float(asked["reduction_factor"]),
-                    startup_trials=int(asked["startup_trials"]),
-                    seed=int(asked["seed"]),
-                ),
-                images=asked["images"],
+            space = SearchSpace.from_dict(
+                data["space"], str(data["space_name"]), str(data["space_source"])
             )
+            # The checks of the command line hold here as well.
+            return cls._resolve(SearchSettings(**_typed(data["asked"])), space)
         except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise RunFolderError(
-                f"{folder.search} is damaged ({type(error).__name__}: {error}): put back a copy"
+                f"{folder.search} is damaged ({' '.join(what.split())}): put back a copy"
             ) from error
 
     def raised(self, settings: SearchSettings) -> Self:
@@ -94,7 +97,11 @@ class Plan:
         return replace(self, rules=rules)
 
     def save(self, folder: RunFolder) -> None:
-        """Write search.yaml."""
+        """Write search.yaml.
+
+        Raises:
+            OSError: it could not be written.
+        """
         rules = self.rules
         folder.write_search(
             {
@@ -110,7 +117,8 @@ class Plan:
                     "seed": rules.seed,
                 },
                 "space_name": rules.space.name,
-                "space_source": rules.space.source,
+                # In full: a search may be resumed from another folder.
+                "space_source": str(Path(rules.space.source).absolute()),
                 "space": rules.space.as_dict(),
                 "versions": versions(),
                 "machine": machine(),
@@ -119,16 +127,36 @@ class Plan:
 
     def differences(self, folder: RunFolder) -> list[str]:
         """Say what has changed since the run was last worked on: versions, code, space file."""
-        found = compare(folder.read_search().get("versions", {}), versions())
+        then = folder.read_search().get("versions")
+        found = compare(then if isinstance(then, Mapping) else {}, versions())
         source = Path(self.rules.space.source)
         if source.is_file():
             try:
                 now = load_space(str(source)).as_dict()
-                then = self.rules.space.as_dict()
-                found += [f"{source}: {change}" for change in compare(then, now)]
+                asked = self.rules.space.as_dict()
+                found += [f"{source}: {change}" for change in compare(asked, now)]
             except TuneMnistError as error:
                 found.append(f"{source} can no longer be used: {error}")
         return found
+
+
+def _typed(asked: Any) -> dict[str, Any]:
+    """Check what search.yaml says was asked: every entry, each of its type.
+
+    Raises:
+        KeyError, TypeError: one is missing, or of another type, or unknown.
+    """
+    if not isinstance(asked, Mapping):
+        raise TypeError(f"asked must be a mapping, but got {asked!r}")
+    if unknown := asked.keys() - _ASKED.keys():
+        raise TypeError(f"asked.{min(unknown, key=str)} is not known to this version")
+    for name, types in _ASKED.items():
+        # In Python, true and false are whole numbers as well.
+        if not isinstance(asked[name], types) or isinstance(asked[name], bool):
+            raise TypeError(f"asked.{name} cannot be {asked[name]!r}")
+    if asked["metric"] not in get_args(Metric):
+        raise TypeError(f"asked.metric cannot be {asked['metric']!r}")
+    return dict(asked)
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

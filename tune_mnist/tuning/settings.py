@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -24,13 +24,16 @@ _MAY_CHANGE_ON_RESUME = (
     "max_concurrent",
     "cpus_per_trial",
     "gpus_per_trial",
+    "pack",
     "address",
     "retries",
     "hang_timeout",
     "data_dir",
     "report",
 )
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_EPOCHS = 1000  # as in a space file
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _UNITS))
 
 
 def parse_duration(text: str) -> float:
@@ -39,9 +42,9 @@ def parse_duration(text: str) -> float:
     Raises:
         ConfigError: the text is no duration.
     """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if parts and "".join(number + unit for number, unit in parts) == text:
-        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if text and (match := _DURATION.fullmatch(text)):
+        parts = zip(match.groups(default="0"), _UNITS.values(), strict=True)
+        return sum(float(number) * seconds for number, seconds in parts)
     try:
         return float(text)
     except ValueError:
@@ -52,6 +55,12 @@ def parse_duration(text: str) -> float:
 
 def _duration(type_: Any, tokens: Any) -> float:
     return parse_duration(tokens[0].value)
+
+
+def _time_option(group: Group) -> Parameter:
+    return Parameter(
+        group=group, converter=_duration, n_tokens=1, show_default=False, metavar="TIME"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +81,7 @@ class SearchSettings:
     epochs: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
     """Budget of a trial in epochs; the space's own (20) unless given."""
 
-    time_budget: Annotated[
-        float | None, Parameter(group=_WHAT, converter=_duration, n_tokens=1, show_default=False)
-    ] = None
+    time_budget: Annotated[float | None, _time_option(_WHAT)] = None
     """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
 
     images: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
@@ -105,15 +112,17 @@ class SearchSettings:
     gpus_per_trial: Annotated[float | None, Parameter(group=_WHERE, show_default=False)] = None
     """GPUs that a trial takes, such as 0.25; a quarter where there is a GPU, else none."""
 
+    pack: Annotated[Literal["off", "auto"], Parameter(group=_WHERE)] = "off"
+    """auto tries for some seconds how many trials at once this machine serves best, and takes
+    the CPUs and GPUs per trial from that."""
+
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
     """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
 
     retries: Annotated[int, Parameter(group=_WHERE)] = 3
-    """Times that a trial whose worker died is gone on with, without an epoch in between."""
+    """Times that a trial is tried again when it fails; each epoch it finishes resets the count."""
 
-    hang_timeout: Annotated[
-        float, Parameter(group=_WHERE, converter=_duration, n_tokens=1, show_default=False)
-    ] = 1800.0
+    hang_timeout: Annotated[float, _time_option(_WHERE)] = 1800.0
     """Give up a trial that has not finished an epoch for this long; 30m unless given."""
 
     run: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
@@ -138,6 +147,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for name in ("trials", "epochs", "images", "grace_epochs", "max_concurrent"):
             self._check(name, lambda value: value >= 1, "at least 1")
+        self._check("epochs", lambda value: value <= _MAX_EPOCHS, f"at most {_MAX_EPOCHS}")
         for name in ("startup_trials", "seed", "retries", "cpus_per_trial", "gpus_per_trial"):
             self._check(name, lambda value: 0 <= value < math.inf, "at least 0")
         for name in ("time_budget", "hang_timeout"):
@@ -148,7 +158,11 @@ class SearchSettings:
             lambda value: value <= 1 or value % 1 == 0,
             "a fraction of one GPU or a whole number",
         )
-        if self.run is not None and (not self.run or Path(self.run).name != self.run):
+        if self.pack == "auto" and (self.gpus_per_trial is not None or self.cpus_per_trial != 1):
+            raise ConfigError(
+                "--pack auto chooses --cpus-per-trial and --gpus-per-trial: leave them out, or it"
+            )
+        if self.run is not None and (Path(self.run).name != self.run or self.run in ("", "..")):
             raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
         if self.resume is not None:
             self._check_resume()

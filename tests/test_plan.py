@@ -1,0 +1,218 @@
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tune_mnist
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.errors import RunFolderError
+from tune_mnist.tuning.plan import DEFAULT_TRIALS, Plan, compare, machine, versions
+from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.space import available_spaces
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "run")
+
+
+SETTINGS = [
+    *(SearchSettings(space=name) for name in available_spaces()),
+    SearchSettings(
+        metric="test_accuracy",
+        trials=3,
+        epochs=7,
+        time_budget=1e-5,
+        images=6000,
+        grace_epochs=2,
+        reduction_factor=2.7182818284590455,
+        startup_trials=0,
+        seed=2**70,
+    ),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.space)
+def test_a_plan_is_read_as_it_was_written(folder: RunFolder, settings: SearchSettings) -> None:
+    plan = Plan.of(settings)
+    plan.save(folder)
+    assert Plan.load(folder) == plan
+    assert Plan.load(folder).differences(folder) == []
+    Plan.load(folder).save(folder)
+    assert Plan.load(folder) == plan
+
+
+def test_what_was_not_asked_comes_from_the_space_and_the_defaults() -> None:
+    plan = Plan.of(SearchSettings(space="quick"))
+    assert plan.rules.epochs == plan.rules.space.epochs == 5
+    assert plan.rules.trials == DEFAULT_TRIALS
+    assert plan.rules.time_budget == math.inf
+    assert plan.images is None
+
+
+def test_search_yaml_can_be_read_by_a_person(folder: RunFolder) -> None:
+    Plan.of(SearchSettings(trials=3)).save(folder)
+    data = yaml.safe_load(folder.search.read_text())
+    assert data["asked"]["trials"] == 3
+    assert data["space"]["parameters"]["lr"] == {"low": 0.001, "high": 0.15, "log": True}
+    assert data["versions"] == versions()
+    assert data["machine"] == machine()
+    assert "!!" not in folder.search.read_text()
+
+
+def test_a_resume_raises_what_it_is_given_and_keeps_the_rest() -> None:
+    plan = Plan.of(SearchSettings(trials=3, time_budget=60.0, seed=4))
+    resume = Path("run")
+    more = plan.raised(SearchSettings(resume=resume, trials=30))
+    assert (more.rules.trials, more.rules.time_budget, more.rules.seed) == (30, 60.0, 4)
+    longer = plan.raised(SearchSettings(resume=resume, time_budget=90.0))
+    assert (longer.rules.trials, longer.rules.time_budget) == (3, 90.0)
+    assert plan.raised(SearchSettings(resume=resume)) == plan
+
+
+def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        del data[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (drop("asked"), "'asked' is missing"),
+        (drop("space"), "'space' is missing"),
+        (drop("space_name"), "'space_name' is missing"),
+        (drop("asked", "seed"), "'seed' is missing"),
+        (put("asked", value=[1]), "asked must be a mapping, but got [1]"),
+        (put("asked", "pruner", value="x"), "asked.pruner is not known to this version"),
+        (put("asked", "trials", value="3"), "asked.trials cannot be '3'"),
+        (put("asked", "trials", value=True), "asked.trials cannot be True"),
+        (put("asked", "trials", value=0), "--trials must be at least 1, but got 0"),
+        (put("asked", "epochs", value=None), "asked.epochs cannot be None"),
+        (put("asked", "epochs", value=10**9), "--epochs must be at most 1000"),
+        (put("asked", "images", value=0.5), "asked.images cannot be 0.5"),
+        (put("asked", "metric", value="accuracy"), "asked.metric cannot be 'accuracy'"),
+        (put("asked", "reduction_factor", value=1), "--reduction-factor must be above 1"),
+        (put("asked", "reduction_factor", value=math.nan), "--reduction-factor must be above"),
+        (put("asked", "time_budget", value=-1), "--time-budget must be above 0 seconds"),
+        (put("asked", "time_budget", value={}), "asked.time_budget cannot be {}"),
+        (put("space", value=None), "must be a mapping"),
+        (put("space", "parameters", "lr", "low", value="a"), "parameters.lr"),
+    ],
+)
+def test_a_damaged_plan_is_one_line_that_names_the_file_and_what_is_wrong(
+    folder: RunFolder, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    Plan.of(SearchSettings()).save(folder)
+    data = folder.read_search()
+    change(data)
+    folder.write_search(data)
+    with pytest.raises(RunFolderError) as caught:
+        Plan.load(folder)
+    assert str(caught.value).startswith(f"{folder.search} is damaged (")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_version_of_code_or_libraries_is_named(folder: RunFolder) -> None:
+    plan = Plan.of(SearchSettings())
+    plan.save(folder)
+    data = folder.read_search()
+    then = data["versions"]
+    now = dict(then)
+    then |= {"torch": "2.0.0", "code": "0123456789ab", "jax": "0.4"}
+    del then["ray"]
+    folder.write_search(data)
+    assert plan.differences(folder) == [
+        f"code was 0123456789ab, is now {now['code']}",
+        "jax was 0.4, is now None",
+        f"ray was None, is now {now['ray']}",
+        f"torch was 2.0.0, is now {now['torch']}",
+    ]
+
+
+@pytest.mark.parametrize("damaged", [None, [1], "2.0"])
+def test_versions_that_cannot_be_read_count_as_other_ones(folder: RunFolder, damaged: Any) -> None:
+    plan = Plan.of(SearchSettings())
+    plan.save(folder)
+    folder.write_search(folder.read_search() | {"versions": damaged})
+    assert len(plan.differences(folder)) == len(versions())
+
+
+def test_a_changed_space_file_is_noticed_from_any_folder(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    space = Path("my space.yaml")
+    space.write_text("parameters:\n  lr: {low: 0.001, high: 0.1}\n")
+    Plan.of(SearchSettings(space=str(space))).save(folder)
+    space.write_text("parameters:\n  lr: {low: 0.001, high: 0.2}\n  dropout: 0.1\n")
+    monkeypatch.chdir(tmp_path)
+    assert Plan.load(folder).differences(folder) == [
+        f"{tmp_path}/here/my space.yaml: parameters.dropout was None, is now 0.1",
+        f"{tmp_path}/here/my space.yaml: parameters.lr.high was 0.1, is now 0.2",
+    ]
+    (tmp_path / "here" / space).write_text("parameters: 7")
+    (difference,) = Plan.load(folder).differences(folder)
+    assert "can no longer be used" in difference
+    (tmp_path / "here" / space).unlink()  # what is gone has not changed
+    assert Plan.load(folder).differences(folder) == []
+
+
+def test_every_difference_of_nested_mappings_is_named() -> None:
+    then = {"a": 1, "b": {"c": [1], "d": {"e": 2}}, "f": None}
+    now = {"a": 1, "b": {"c": [2], "d": 3}, "g": 4}
+    assert compare(then, now) == [
+        "b.c was [1], is now [2]",
+        "b.d was {'e': 2}, is now 3",
+        "g was None, is now 4",
+    ]
+    assert compare(now, now) == []
+
+
+def test_the_same_code_has_the_same_digest_wherever_it_is_installed(tmp_path: Path) -> None:
+    source = Path(tune_mnist.__file__).parent
+    installed = tmp_path / "site-packages" / "tune_mnist"
+    shutil.copytree(source, installed)
+
+    def digest() -> str:
+        code = (
+            "import tune_mnist; from tune_mnist.tuning.plan import versions;"
+            "print(tune_mnist.__file__, versions()['code'])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(installed.parent)},
+        )
+        file, found = done.stdout.split()
+        assert file == str(installed / "__init__.py")
+        return found
+
+    assert digest() == versions()["code"]
+    with (installed / "mnist" / "net.py").open("a") as file:
+        file.write("\n")
+    assert digest() != versions()["code"]

@@ -1,0 +1,161 @@
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from tune_mnist.cli import exit_code
+from tune_mnist.errors import ConfigError
+from tune_mnist.tuning.settings import SearchSettings, flag, parse_duration
+
+
+def settings_of(*arguments: str) -> SearchSettings:
+    """What the command line makes of arguments."""
+    made: list[SearchSettings] = []
+    assert exit_code("search", SearchSettings, made.append, arguments) == 0
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("0.5", 0.5),
+        ("1e3", 1000),
+        ("90s", 90),
+        ("10m", 600),
+        ("1.5h", 5400),
+        ("1h30m", 5400),
+        ("2d", 172_800),
+        ("1d2h3m4.5s", 93_784.5),
+        ("0s", 0),
+        ("-5", -5),
+        ("inf", math.inf),
+    ],
+)
+def test_a_duration_is_read(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", " ", "5min", "10 m", "1h-3m", "-5m", "1h 30m", "m", "h30", "30m1h", "1h1h", "1.h"),
+        *(".5h", "1,5h", "1h30", "soon", "10M", "5m\n", "٣m", "1:30"),
+    ],
+)
+def test_what_is_no_duration_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="a time is written like 90s, 10m") as caught:
+        parse_duration(text)
+    assert f"got '{text}'" in str(caught.value)
+
+
+def test_arguments_become_settings() -> None:
+    assert settings_of() == SearchSettings()
+    assert settings_of(
+        *("--space", "sgd", "--trials", "7", "--time-budget", "1h30m", "--hang-timeout", "90"),
+        *("--metric", "test_accuracy", "--gpus-per-trial", "0.25", "--results-dir", "some where"),
+    ) == SearchSettings(
+        space="sgd",
+        trials=7,
+        time_budget=5400.0,
+        hang_timeout=90.0,
+        metric="test_accuracy",
+        gpus_per_trial=0.25,
+        results_dir=Path("some where"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "0"], "--trials must be at least 1, but got 0"),
+        (["--trials", "many"], 'Invalid value for --trials: unable to convert "many" into int'),
+        (["--epochs", "0"], "--epochs must be at least 1, but got 0"),
+        (["--epochs", "1001"], "--epochs must be at most 1000, but got 1001"),
+        (["--images", "-1"], "--images must be at least 1, but got -1"),
+        (["--grace-epochs", "0"], "--grace-epochs must be at least 1, but got 0"),
+        (["--max-concurrent", "0"], "--max-concurrent must be at least 1, but got 0"),
+        (["--startup-trials", "-1"], "--startup-trials must be at least 0, but got -1"),
+        (["--seed", "-1"], "--seed must be at least 0, but got -1"),
+        (["--retries", "-1"], "--retries must be at least 0, but got -1"),
+        (["--cpus-per-trial", "-0.5"], "--cpus-per-trial must be at least 0, but got -0.5"),
+        (["--cpus-per-trial", "nan"], "--cpus-per-trial must be at least 0, but got nan"),
+        (["--cpus-per-trial", "inf"], "--cpus-per-trial must be at least 0, but got inf"),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be a fraction of one GPU or a whole"),
+        (["--reduction-factor", "1"], "--reduction-factor must be above 1, but got 1"),
+        (["--reduction-factor", "nan"], "--reduction-factor must be above 1, but got nan"),
+        (["--reduction-factor", "inf"], "--reduction-factor must be above 1, but got inf"),
+        (["--time-budget", "0"], "--time-budget must be above 0 seconds, but got 0"),
+        (["--time-budget=-90"], "--time-budget must be above 0 seconds, but got -90"),
+        (["--time-budget", "nan"], "--time-budget must be above 0 seconds, but got nan"),
+        (["--time-budget", "5min"], "Invalid value for --time-budget: a time is written like 90s"),
+        (["--time-budget="], "Invalid value for --time-budget: a time is written like 90s"),
+        (["--hang-timeout", "0s"], "--hang-timeout must be above 0 seconds, but got 0"),
+        (["--metric", "accuracy"], 'Invalid value "accuracy" for --metric. Choose from: "val_'),
+        (["--run", "a/b"], "--run must be a plain name, without folders, but got 'a/b'"),
+        (["--run", ""], "--run must be a plain name, without folders, but got ''"),
+        (["--run", "."], "--run must be a plain name, without folders, but got '.'"),
+        (["--run", ".."], "--run must be a plain name, without folders, but got '..'"),
+        (["--run", "a/"], "--run must be a plain name, without folders, but got 'a/'"),
+        (["--resume", "x", "--epochs", "3"], "--epochs cannot be changed with --resume, which"),
+        (["--resume", "x", "--seed", "3"], "--seed cannot be changed with --resume, which takes"),
+        (["--resume", "x", "--run", "y"], "--run cannot be changed with --resume, which takes"),
+        (["--trails", "3"], "Unknown option: --trails. Did you mean --trials?"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_option_rule_and_value(
+    arguments: Sequence[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("search", SearchSettings, lambda _: None, arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {"trials": 100},
+        {"time_budget": 60.0},
+        {"max_concurrent": 2},
+        {"cpus_per_trial": 2.0},
+        {"gpus_per_trial": 0.5},
+        {"address": "auto"},
+        {"retries": 0},
+        {"hang_timeout": 5.0},
+        {"data_dir": Path("data")},
+    ],
+)
+def test_a_resume_may_raise_the_budget_and_change_the_machines(allowed: dict[str, Any]) -> None:
+    SearchSettings(resume=Path("run"), **allowed)
+
+
+def test_every_option_is_explained() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tune_mnist.search", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    text = " ".join(line.strip("│ ") for line in done.stdout.splitlines())
+    assert done.stderr == ""
+    for name, hint in get_type_hints(SearchSettings, include_extras=True).items():
+        (parameter,) = hint.__metadata__
+        for option in parameter.name or [flag(name)]:
+            assert f"{option} " in text
+    for words in (
+        "python -m tune_mnist.search [OPTIONS]",
+        "--time-budget TIME Stop after this long: 90s, 10m, 1.5h.",
+        "--hang-timeout TIME",
+        "[choices: val_accuracy, test_accuracy]",
+        "[default: val_accuracy]",
+    ):
+        assert words in text
+    assert "None" not in text
