@@ -17,6 +17,7 @@ from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import Share, connected, node_resources
 from tune_mnist.tuning.display import start_line
+from tune_mnist.tuning.packing import Probe, best_of, largest_node, probe_all
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.runner import Machinery, run_session, writing
@@ -24,6 +25,7 @@ from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
 DEFAULT_GPU_SHARE = 0.25
+PACK_SECONDS = 5.0  # that each packing is tried
 
 
 def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) -> int:
@@ -80,7 +82,7 @@ def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]
     check_new_run(path)
     data = _load(settings, plan)
     with connected(settings.address):
-        share = _share(settings)
+        share = _share(settings, data)
         folder = RunFolder.create(path)
         with folder.only_writer():
             with writing(folder):
@@ -101,7 +103,7 @@ def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         data = _load(settings, plan)
         with connected(settings.address):
-            share = _share(settings)
+            share = _share(settings, data)
             with writing(folder):
                 plan.save(folder)
             return _run(folder, history, plan, settings, share, data, epochs_of)
@@ -143,12 +145,14 @@ def _load(settings: SearchSettings, plan: Plan) -> Split:
     return split(load_mnist(settings.data_dir), holdout=holdout, images=plan.images)
 
 
-def _share(settings: SearchSettings) -> Share:
+def _share(settings: SearchSettings, data: Split) -> Share:
     """Settle what one trial takes, and see that at least one fits.
 
     Raises:
         ClusterError: no node has that much.
     """
+    if settings.pack == "auto":
+        return _tried_share(data)
     nodes = node_resources()
     gpus = settings.gpus_per_trial
     if gpus is None:
@@ -163,6 +167,17 @@ def _share(settings: SearchSettings) -> Share:
             f"is {offers}; ask for less with --cpus-per-trial or --gpus-per-trial"
         )
     return share
+
+
+def _tried_share(data: Split) -> Share:
+    """Try what serves the machine best, and say so."""
+
+    def say(probe: Probe) -> None:
+        tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
+
+    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say))
+    tell(f"pack: {best.packing} it is; without trying: {best.packing.options()}")
+    return best.packing.share
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:

@@ -1,0 +1,233 @@
+"""How many trials at once serve a machine best: tried on it, for seconds, before a search.
+
+One trial on all cores, two on half of them each, four ...: small nets leave more of a processor
+idle the more threads one of them is given, and one of them fills no GPU.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_mnist.errors import ClusterError
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.data import Split
+from tune_mnist.tuning.cluster import Share
+
+PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is tried
+WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
+AS_GOOD = 0.97  # of two packings this close, the one with fewer trials at once is taken
+MEMORY_SHARE = 0.9  # of what there is, at most
+_EPOCHS = 1000  # more than any probe trains
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster: what it is tried on."""
+
+    id: str
+    cpus: int
+    gpus: int
+    megabytes: float  # of memory for workers, by Ray's count
+
+
+@dataclass(frozen=True)
+class Packing:
+    """So many trials at once on a node, each with its share."""
+
+    at_once: int
+    share: Share
+
+    def __str__(self) -> str:
+        trials = "1 trial" if self.at_once == 1 else f"{self.at_once} trials"
+        parts = [f"{self.share.cpus:g} CPU{'s' * (self.share.cpus > 1)}"]
+        if self.share.gpus:
+            parts.append(f"{self.share.gpus:g} GPU{'s' * (self.share.gpus > 1)}")
+        return f"{trials} on {' and '.join(parts)}{' each' * (self.at_once > 1)}"
+
+    def options(self) -> str:
+        """Return what to give the search command for it."""
+        options = f"--cpus-per-trial {self.share.cpus:g}"
+        if self.share.gpus:
+            options += f" --gpus-per-trial {self.share.gpus:g}"
+        return options
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a packing came to."""
+
+    packing: Packing
+    epochs_per_hour: float  # full-size epochs with their evaluation, of all trials at once
+    megabytes: float  # a trial holds: of the GPU's memory where there is one, else resident
+
+
+def largest_node() -> Node:
+    """Return the connected cluster's node with the most GPUs, else CPUs.
+
+    Raises:
+        ClusterError: no node has a CPU.
+    """
+    nodes = [
+        Node(
+            id=node["NodeID"],
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            megabytes=node["Resources"].get("memory", math.inf) / 1e6,
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    node = max(nodes, key=lambda each: (each.gpus, each.cpus), default=None)
+    if node is None or node.cpus < 1:
+        raise ClusterError("no machine of the cluster has a whole CPU: there is nothing to try")
+    return node
+
+
+def packings(node: Node) -> list[Packing]:
+    """Return what there is to try on a node: 1, 2, 4 ... trials at once.
+
+    On a GPU they share that one; where there are more, each is used alike.
+    """
+    if node.gpus:
+        cores = node.cpus / node.gpus  # for the trials of one GPU
+        counts = [2**power for power in range(6) if 2**power <= 2 * cores]
+        return [
+            Packing(count, Share(cpus=round(min(1.0, cores / count), 4), gpus=1 / count))
+            for count in counts or [1]
+        ]
+    counts = [2**power for power in range(node.cpus.bit_length()) if 2**power <= node.cpus]
+    if counts[-1] != node.cpus:
+        counts.append(node.cpus)
+    return [Packing(count, Share(cpus=float(node.cpus // count), gpus=0.0)) for count in counts]
+
+
+def probe_all(
+    node: Node,
+    split: Split,
+    seconds: float,
+    say: Callable[[Probe], None] = lambda probe: None,
+    environment: dict[str, str] | None = None,
+) -> list[Probe]:
+    """Try a node's packings from few trials to many, as long as more may still be better.
+
+    Args:
+        node: where.
+        split: what is trained on; only a part of it on a CPU.
+        seconds: how long each is tried.
+        say: is told of each at once.
+        environment: variables for the processes.
+    """
+    probes: list[Probe] = []
+    for packing in packings(node):
+        if probes and not _may_be_better(packing, probes, node):
+            break
+        probes.append(probe_packing(node, packing, split, seconds, environment))
+        say(probes[-1])
+    return probes
+
+
+def best_of(probes: Sequence[Probe]) -> Probe:
+    """Return the one with the most epochs an hour; of near equals the one with fewer trials."""
+    most = max(probe.epochs_per_hour for probe in probes)
+    good = [probe for probe in probes if probe.epochs_per_hour >= AS_GOOD * most]
+    return min(good, key=lambda probe: probe.packing.at_once)
+
+
+def probe_packing(
+    node: Node,
+    packing: Packing,
+    split: Split,
+    seconds: float,
+    environment: dict[str, str] | None = None,
+) -> Probe:
+    """Train so many trials at once for a while, in processes that end with it."""
+    share = packing.share
+    worker: Any = ray.remote(_Trial).options(
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+        runtime_env={"env_vars": environment} if environment else None,
+    )
+    data = ray.put(part_of(split, 1 if share.gpus else PART_ON_CPU))
+    trials = [worker.remote(data, max(1, int(share.cpus))) for _ in range(packing.at_once)]
+    try:
+        ray.get([trial.train_for.remote(0.0) for trial in trials])  # what only a first epoch takes
+        found = ray.get([trial.train_for.remote(seconds) for trial in trials])
+    finally:
+        for trial in trials:
+            ray.kill(trial)
+    part = len(split.train_labels) / len(ray.get(data).train_labels)
+    rate = sum(epochs / took for epochs, took, _ in found) / part
+    held = [megabytes for _, _, megabytes in found]
+    return Probe(
+        packing=packing,
+        epochs_per_hour=3600 * rate,
+        # On a GPU each sees what all of them hold there.
+        megabytes=max(held) / packing.at_once if share.gpus else max(held),
+    )
+
+
+def part_of(split: Split, part: int) -> Split:
+    """Return one of so many parts of each of a split's sets; two batches at least to train on."""
+
+    def first(array: Any, least: int) -> Any:
+        return array[: max(len(array) // part, min(least, len(array)))]
+
+    changed = {
+        name: first(array, 256 if name.startswith("train") else 1)
+        for name, array in vars(split).items()
+    }
+    return replace(split, **changed)
+
+
+class _Trial:
+    """A process that trains the baseline."""
+
+    def __init__(self, split: Split, threads: int) -> None:
+        import torch
+
+        from tune_mnist.mnist.fused import keep_freed_memory
+        from tune_mnist.mnist.training import train
+
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._on_gpu = torch.cuda.is_available()
+        device = "cuda" if self._on_gpu else "cpu"
+        self._results = train(TrainConfig(), split, epochs=_EPOCHS, seed=0, device=device)
+
+    def train_for(self, seconds: float) -> tuple[int, float, float]:
+        """Train whole epochs, one at least; returns how many, their seconds and megabytes held."""
+        began, epochs = time.perf_counter(), 0
+        while epochs == 0 or time.perf_counter() - began < seconds:
+            next(self._results)
+            epochs += 1
+        return epochs, time.perf_counter() - began, self._megabytes()
+
+    def _megabytes(self) -> float:
+        if self._on_gpu:
+            import torch
+
+            free, total = torch.cuda.mem_get_info()
+            return (total - free) / 1e6
+        import resource
+
+        try:
+            pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return pages * resource.getpagesize() / 1e6
+
+
+def _may_be_better(packing: Packing, probes: Sequence[Probe], node: Node) -> bool:
+    """Say whether a tighter packing is worth a try after those before it."""
+    best = max(probe.epochs_per_hour for probe in probes)
+    fits = packing.share.gpus > 0 or (
+        packing.at_once * probes[-1].megabytes < MEMORY_SHARE * node.megabytes
+    )
+    return fits and probes[-1].epochs_per_hour >= WORSE * best
