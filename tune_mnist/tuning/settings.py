@@ -116,10 +116,6 @@ class SearchSettings:
     """auto tries for some seconds how many trials at once this machine serves best, and takes
     the CPUs and GPUs per trial from that."""
 
-    pack: Annotated[Literal["off", "auto"], Parameter(group=_WHERE)] = "off"
-    """auto tries for some seconds how many trials at once this machine serves best, and takes
-    the CPUs and GPUs per trial from that."""
-
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
     """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
 
@@ -162,10 +158,6 @@ class SearchSettings:
             lambda value: value <= 1 or value % 1 == 0,
             "a fraction of one GPU or a whole number",
         )
-        if self.pack == "auto" and (self.gpus_per_trial is not None or self.cpus_per_trial != 1):
-            raise ConfigError(
-                "--pack auto chooses --cpus-per-trial and --gpus-per-trial: leave them out, or it"
-            )
         if self.pack == "auto" and (self.gpus_per_trial is not None or self.cpus_per_trial != 1):
             raise ConfigError(
                 "--pack auto chooses --cpus-per-trial and --gpus-per-trial: leave them out, or it"
