@@ -7,6 +7,7 @@ python -m tune_mnist.bench pack             how many trials at once serve best
 """
 
 from tune_mnist.benchmarks.step import StepSettings, step
+from tune_mnist.benchmarks.turnaround import TurnaroundSettings, turnaround
 from tune_mnist.cli import Command, run_one_of
 
 if __name__ == "__main__":
@@ -15,5 +16,6 @@ if __name__ == "__main__":
         "Measure what tune_mnist costs, part by part. A part takes minutes, --quick less.",
         {
             "step": Command(StepSettings, step),
+            "turnaround": Command(TurnaroundSettings, turnaround),
         },
     )

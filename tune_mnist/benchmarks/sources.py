@@ -54,6 +54,7 @@ class Note:
     epoch: int
     began: float  # the first step
     ended: float  # right before the report
+    training: float  # seconds of it, without the evaluation
     resident: float  # MB, at the report
     idle: float  # MB, before the worker's first trial
 
@@ -90,6 +91,7 @@ class Watched:
                 epoch=metrics["epoch"],
                 began=ended - metrics["seconds"] - metrics["evaluation_seconds"],
                 ended=ended,
+                training=metrics["seconds"],
                 resident=resident_megabytes(),
                 idle=idle,
             )
