@@ -144,7 +144,7 @@ def test_every_option_is_explained() -> None:
         check=True,
         env=os.environ | {"COLUMNS": "100"},
     )
-    text = " ".join(line.strip("│ ") for line in done.stdout.splitlines())
+    text = " ".join(" ".join(line.strip("│ ") for line in done.stdout.splitlines()).split())
     assert done.stderr == ""
     for name, hint in get_type_hints(SearchSettings, include_extras=True).items():
         (parameter,) = hint.__metadata__
