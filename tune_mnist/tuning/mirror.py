@@ -59,14 +59,13 @@ class Mirror:
         """
         self._closing.set()
         self._work_to_do.set()
-        while True:
+        while self._thread.is_alive() and not self._given_up:
             before = self._steps
             self._thread.join(CLOSING_PATIENCE)
-            if not self._thread.is_alive():
-                return self._failure
-            if self._steps == before:
+            if self._thread.is_alive() and self._steps == before:
                 self._given_up = True
-                return self._failure or f"no progress for {CLOSING_PATIENCE:g} s"
+                self._failure = self._failure or f"no progress for {CLOSING_PATIENCE:g} s"
+        return self._failure
 
     def _work(self) -> None:
         pause = RETRY_AFTER
@@ -93,25 +92,26 @@ class Mirror:
         self._close_file()
 
     def _write_changes(self) -> None:
-        if self._storage is None or _inode(self._path) != self._inode:
-            self._close_file()
-            self._open_file()
-        with self._lock:
-            changed = sorted(self._changed)
-        for number in changed:
-            trial = self._latest[number]
+        self._see_to_the_file()
+        while self._changed and not self._given_up:
+            with self._lock:
+                trial = self._latest[min(self._changed)]
+            # Before each: Optuna tries for many seconds to write a file that has been deleted.
+            self._see_to_the_file()
             try:
                 self._write(trial)
             except _DisagreementError:
                 self._start_anew("outdated")
-                return self._write_changes()
+                continue
             with self._lock:
-                if self._latest[number] is trial:
-                    self._changed.discard(number)
+                if self._latest[trial.number] is trial:
+                    self._changed.discard(trial.number)
             self._steps += 1
-            if self._given_up:
-                break
-        return None
+
+    def _see_to_the_file(self) -> None:
+        if self._storage is None or _inode(self._path) != self._inode:
+            self._close_file()
+            self._open_file()
 
     def _check_file(self) -> None:
         """See, at the end, that nobody has spoilt the file or added to it."""
