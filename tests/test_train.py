@@ -161,7 +161,7 @@ def test_a_missing_gpu_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_baseline_is_trained_unless_told_otherwise(tmp_path: Path) -> None:
     assert chosen_config(TrainSettings()) == TrainConfig()
-    assert TrainSettings().epochs == 20
+    assert chosen_epochs(TrainSettings()) == 20
     assert describe(TrainConfig()) == "Configuration: baseline"
     path = tmp_path / "mine.yaml"
     path.write_text("lr: 0.3\ndropout: 0.2\n")

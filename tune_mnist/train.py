@@ -9,16 +9,12 @@ All 60,000 training images are trained on, and the test set is measured after ev
 """
 
 import os
-import shutil
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tune_mnist.analysis.files import replace_file
 from tune_mnist.analysis.history import History
@@ -27,16 +23,14 @@ from tune_mnist.cli import Interrupted, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
 from tune_mnist.mnist.config_file import override, read_config
+from tune_mnist.mnist.step_bar import StepBar
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
 # --help and a misspelt option are answered at once.
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tune_mnist.mnist.training import EpochResult
 
 DEFAULT_EPOCHS = 20
-DRAW_EVERY = 0.1  # seconds
 
 AtLeast0 = Parameter(validator=Number(gte=0))
 AtLeast1 = Parameter(validator=Number(gte=1))
@@ -199,57 +193,6 @@ def describe(config: TrainConfig) -> str:
     }
     shown = " ".join(f"{name}={value}" for name, value in changed.items())
     return f"Configuration: baseline{' with ' if shown else ''}{shown}"
-
-
-class StepBar:
-    """The progress of an epoch: a live bar on a terminal, elsewhere one line when it has ended."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def __enter__(self) -> None:
-        self.done = 0
-        self.prefix = ""
-        self.began = self.drawn = time.perf_counter()
-        self.bar = None
-        if sys.stdout.isatty():
-            # Told its size: a container's terminal may say 0 x 0, where tqdm would draw nothing.
-            self.bar = tqdm(total=self.steps, file=sys.stdout, ncols=columns(), nrows=2)
-
-    def step(self, number: int, loss: "Tensor") -> None:
-        """Take note of a step (1-based) and its loss."""
-        self.done = number
-        now = time.perf_counter()
-        last = number == self.steps
-        # Looking at the loss waits for a GPU: only as often as an eye can follow.
-        if last or now - self.drawn >= DRAW_EVERY:
-            self.drawn = now
-            self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
-            if self.bar is not None:
-                self.bar.n, self.bar.ncols = number, columns()
-                self.bar.set_description(self.prefix)
-        if last:
-            self._finish()  # now and not after the evaluation, which is none of the epoch's steps
-
-    def _finish(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.prefix:
-            elapsed = time.perf_counter() - self.began
-            tell(
-                tqdm.format_meter(
-                    self.done, self.steps, elapsed, prefix=self.prefix, ncols=100, ascii=True
-                )
-            )
-
-    def __exit__(self, *exception: object) -> None:
-        if self.done < self.steps:  # diverged or interrupted
-            self._finish()
-
-
-def columns() -> int:
-    """Return the terminal's present width."""
-    return shutil.get_terminal_size().columns
 
 
 def check_converging(result: "EpochResult", config: TrainConfig) -> None:
