@@ -6,6 +6,7 @@ python -m tune_mnist.bench peers            one search against Ray's recipe, Opt
 python -m tune_mnist.bench pack             how many trials at once serve best
 """
 
+from tune_mnist.benchmarks.peers import PeersSettings, peers
 from tune_mnist.benchmarks.step import StepSettings, step
 from tune_mnist.benchmarks.turnaround import TurnaroundSettings, turnaround
 from tune_mnist.cli import Command, run_one_of
@@ -17,5 +18,6 @@ if __name__ == "__main__":
         {
             "step": Command(StepSettings, step),
             "turnaround": Command(TurnaroundSettings, turnaround),
+            "peers": Command(PeersSettings, peers),
         },
     )
