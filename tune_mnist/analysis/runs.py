@@ -46,6 +46,7 @@ class RunView:
         """
         folder = RunFolder.open(path)
         search = folder.read_search()
+        refuse_confirmation(folder, search)
         try:
             metric, epochs = search["asked"]["metric"], int(search["asked"]["epochs"])
             if metric not in get_args(Metric) or epochs < 1:
@@ -90,6 +91,20 @@ class RunView:
             return self.folder.search.stat().st_mtime
         except OSError:
             return math.nan
+
+
+def refuse_confirmation(folder: RunFolder, search: Mapping[str, Any]) -> None:
+    """See that a folder is a search's, and not that of the confirmation within it.
+
+    Raises:
+        RunFolderError: it is the other.
+    """
+    if "confirmation" in search:
+        run = folder.path.absolute().parent
+        raise RunFolderError(
+            f"{folder.path} is the confirmation of a search, which is {run}: "
+            f"python -m tune_mnist.confirm {run} goes on with it"
+        )
 
 
 def is_at_work(folder: RunFolder) -> bool:

@@ -7,7 +7,7 @@ the trial before it starts, the checkpoint before its epoch's row, the row befor
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -34,6 +34,15 @@ OPTUNA_STATES: dict[State, TrialState] = {
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A trial that is settled before the first one starts."""
+
+    config: TrainConfig
+    seed: int
+    origin: Origin
+
+
+@dataclass(frozen=True)
 class Rules:
     """What a search goes by."""
 
@@ -46,6 +55,7 @@ class Rules:
     reduction_factor: float
     startup_trials: int
     seed: int
+    listed: Sequence[Listed] = ()  # all the trials; without it, the space's and the sampler's
 
 
 class Experiment:
@@ -95,12 +105,12 @@ class Experiment:
             self.history.rerun_trial(record.number, self.elapsed, ray_id=ray_id, error="")
             return self.assignment(record.number)
         number = len(self.history.trials)
-        origin, config = self._propose(number, ray_id)
+        trial = self._propose(number, ray_id)
         record = TrialRecord(
             number=number,
-            config=config.as_dict(),
-            seed=_trial_seed(self.rules.seed, number),
-            origin=origin,
+            config=trial.config.as_dict(),
+            seed=trial.seed,
+            origin=trial.origin,
             ray_id=ray_id,
         )
         self.history.start_trial(record, self.elapsed)
@@ -192,16 +202,18 @@ class Experiment:
         self.best = (record, row)
         return True
 
-    def _propose(self, number: int, ray_id: str) -> tuple[Origin, TrainConfig]:
+    def _propose(self, number: int, ray_id: str) -> Listed:
         """Choose trial `number`'s configuration and start it in the study."""
-        space = self.rules.space
-        if number == 0:
-            baseline = space.baseline()
-            self._study.add(_template(0, space, baseline, {"ray_trial_id": ray_id}))
-            return "baseline", baseline
+        space, seed = self.rules.space, _trial_seed(self.rules.seed, number)
+        if self.rules.listed or number == 0:
+            listed = self.rules.listed or [Listed(space.baseline(), seed, "baseline")]
+            settled = listed[number]
+            template = _template(number, space, settled.config, {"ray_trial_id": ray_id})
+            self._study.add(template)
+            return settled
         fixed = space.start[number - 1] if number <= len(space.start) else {}
         sampled = self._study.ask(number, space.sample, fixed, {"ray_trial_id": ray_id})
-        return ("start" if fixed else "sampled"), TrainConfig.from_mapping(sampled)
+        return Listed(TrainConfig.from_mapping(sampled), seed, "start" if fixed else "sampled")
 
     def _take_up_history(self) -> None:
         """Rebuild study, rungs and best from the record, and queue what was broken off."""

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,21 +12,21 @@ from tune_mnist.analysis.history import History
 from tune_mnist.analysis.listing import listing
 from tune_mnist.analysis.run import RunFolder, check_new_run
 from tune_mnist.analysis.summary import summary
-from tune_mnist.analysis.wording import duration, short_path
+from tune_mnist.analysis.wording import duration
 from tune_mnist.cli import tell
-from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split, load_mnist, split
-from tune_mnist.tuning.cluster import Share, connected, node_resources
+from tune_mnist.tuning.cluster import Share, connected
+from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
 from tune_mnist.tuning.display import start_line
-from tune_mnist.tuning.packing import Probe, best_of, largest_node, probe_all
+from tune_mnist.tuning.drawing import draw_report
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.runner import Machinery, run_session, writing
 from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.sharing import settle_share
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
-DEFAULT_GPU_SHARE = 0.25
-PACK_SECONDS = 5.0  # that each packing is tried
+CONFIRMING = 0.5  # of a time budget: what --confirm may have of it
 
 
 def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) -> int:
@@ -44,35 +45,22 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
     try:
         # Ray's own way as well, from ray.init on; once trials run, a session has a better one.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        searching = settings
+        if settings.confirm and settings.time_budget is not None:
+            searching = replace(settings, time_budget=(1 - CONFIRMING) * settings.time_budget)
         if settings.resume is not None:
-            path, code = settings.resume, _resume(settings, settings.resume, epochs_of)
+            path, code = settings.resume, _resume(searching, settings.resume, epochs_of)
         else:
-            path, code = _start(settings, epochs_of)
+            path, code = _start(searching, epochs_of)
+        if code == 0 and settings.confirm:
+            code = confirm_run(_confirming(path, settings), epochs_of)
         if code == 0 and settings.report:
-            _report(path, settings)
+            draw_report(path, settings.data_dir)
         return code
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise
         return 128 + signal.SIGTERM
-
-
-def _report(path: Path, settings: SearchSettings) -> None:
-    """Draw the report; a search that went well does not fail for a picture of it."""
-    # Imported here, where they are needed: the charts' libraries take a second.
-    from tune_mnist.analysis.report import report_path, write_report
-    from tune_mnist.analysis.runs import RunView
-
-    try:
-        run = RunView.read(path)
-        written = write_report([run], report_path([run]), data_dir=settings.data_dir)
-        tell(f"report: {short_path(written[0])}")
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        tell(
-            f"warning: the report could not be drawn ({what}); nothing else is missing, and "
-            f"python -m tune_mnist.report {path} tries again"
-        )
 
 
 def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]:
@@ -82,7 +70,7 @@ def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]
     check_new_run(path)
     data = _load(settings, plan)
     with connected(settings.address):
-        share = _share(settings, data)
+        share = settle_share(settings, data)
         folder = RunFolder.create(path)
         with folder.only_writer():
             with writing(folder):
@@ -103,7 +91,7 @@ def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         data = _load(settings, plan)
         with connected(settings.address):
-            share = _share(settings, data)
+            share = settle_share(settings, data)
             with writing(folder):
                 plan.save(folder)
             return _run(folder, history, plan, settings, share, data, epochs_of)
@@ -140,44 +128,31 @@ def _run(
     return 0
 
 
+def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
+    """Return what to confirm the search's winners with: its own machine, and the time left."""
+    left = None
+    if settings.time_budget is not None:
+        spent = History.load(RunFolder.open(path)).elapsed
+        left = max(settings.time_budget - spent, 1.0)
+    return ConfirmSettings(
+        run=path,
+        images=Plan.load(RunFolder.open(path)).images,
+        time_budget=left,
+        max_concurrent=settings.max_concurrent,
+        cpus_per_trial=settings.cpus_per_trial,
+        gpus_per_trial=settings.gpus_per_trial,
+        pack=settings.pack,
+        address=settings.address,
+        retries=settings.retries,
+        hang_timeout=settings.hang_timeout,
+        report=False,  # the search's own follows
+        data_dir=settings.data_dir,
+    )
+
+
 def _load(settings: SearchSettings, plan: Plan) -> Split:
     holdout = plan.rules.metric == "val_accuracy"
     return split(load_mnist(settings.data_dir), holdout=holdout, images=plan.images)
-
-
-def _share(settings: SearchSettings, data: Split) -> Share:
-    """Settle what one trial takes, and see that at least one fits.
-
-    Raises:
-        ClusterError: no node has that much.
-    """
-    if settings.pack == "auto":
-        return _tried_share(data)
-    nodes = node_resources()
-    gpus = settings.gpus_per_trial
-    if gpus is None:
-        gpus = DEFAULT_GPU_SHARE if any(node.get("GPU") for node in nodes) else 0.0
-    share = Share(cpus=settings.cpus_per_trial, gpus=gpus)
-    if share.slots() == 0:
-        offers = "; ".join(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
-        )
-        raise ClusterError(
-            f"no machine can run a trial of {share.cpus:g} CPUs and {share.gpus:g} GPUs: there "
-            f"is {offers}; ask for less with --cpus-per-trial or --gpus-per-trial"
-        )
-    return share
-
-
-def _tried_share(data: Split) -> Share:
-    """Try what serves the machine best, and say so."""
-
-    def say(probe: Probe) -> None:
-        tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
-
-    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say))
-    tell(f"pack: {best.packing} it is; without trying: {best.packing.options()}")
-    return best.packing.share
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, Self, get_args
 import tune_mnist
 from tune_mnist.analysis.history import Metric
 from tune_mnist.analysis.run import RunFolder
+from tune_mnist.analysis.runs import refuse_confirmation
 from tune_mnist.errors import RunFolderError, TuneMnistError
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.settings import SearchSettings
@@ -75,6 +76,7 @@ class Plan:
             RunFolderError: search.yaml is damaged.
         """
         data = folder.read_search()
+        refuse_confirmation(folder, data)
         try:
             space = SearchSpace.from_dict(
                 data["space"], str(data["space_name"]), str(data["space_source"])

@@ -30,6 +30,7 @@ _MAY_CHANGE_ON_RESUME = (
     "hang_timeout",
     "data_dir",
     "report",
+    "confirm",
 )
 _MAX_EPOCHS = 1000  # as in a space file
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -57,7 +58,8 @@ def _duration(type_: Any, tokens: Any) -> float:
     return parse_duration(tokens[0].value)
 
 
-def _time_option(group: Group) -> Parameter:
+def time_option(group: Group) -> Parameter:
+    """Return how a field that is a time is given on the command line."""
     return Parameter(
         group=group, converter=_duration, n_tokens=1, show_default=False, metavar="TIME"
     )
@@ -81,7 +83,7 @@ class SearchSettings:
     epochs: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
     """Budget of a trial in epochs; the space's own (20) unless given."""
 
-    time_budget: Annotated[float | None, _time_option(_WHAT)] = None
+    time_budget: Annotated[float | None, time_option(_WHAT)] = None
     """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
 
     images: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
@@ -122,7 +124,7 @@ class SearchSettings:
     retries: Annotated[int, Parameter(group=_WHERE)] = 3
     """Times that a trial is tried again when it fails; each epoch it finishes resets the count."""
 
-    hang_timeout: Annotated[float, _time_option(_WHERE)] = 1800.0
+    hang_timeout: Annotated[float, time_option(_WHERE)] = 1800.0
     """Give up a trial that has not finished an epoch for this long; 30m unless given."""
 
     run: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
@@ -134,6 +136,10 @@ class SearchSettings:
     resume: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
     """Go on with the run in this folder: all it was asked is taken from there. --trials and
     --time-budget may be raised, and what it runs on may change."""
+
+    confirm: Annotated[bool, Parameter(group=_RUN, negative="")] = False
+    """Then train the three best and the baseline again, on all images and five fresh seeds; of
+    a time budget, half is kept for it."""
 
     report: Annotated[bool, Parameter(group=_RUN)] = True
     """Draw the run's report.html when the search has ended."""

@@ -1,0 +1,145 @@
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import scripted
+from drivers import epochs_in
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+from reported import all_failed, rich
+from scripted import Script
+
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.report import write_report
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.analysis.runs import RunView
+from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
+from tune_mnist.tuning.plan import Plan
+
+pytest_plugins = ["ray_fixtures"]
+
+SCRIPT = Script(seconds=0.01)
+
+
+@pytest.fixture
+def settings(cluster: Cluster, tmp_path: Path) -> Iterator[ConfirmSettings]:
+    """What confirms two winners of a recorded search on three seeds."""
+    cloudpickle.register_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
+    before = signal.getsignal(signal.SIGTERM)
+    run = rich(tmp_path).folder.path
+    yield ConfirmSettings(
+        run=run, top=2, seeds=3, images=1000, address=cluster.address, report=False
+    )
+    signal.signal(signal.SIGTERM, before)
+    cloudpickle.unregister_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
+
+
+def _history(settings: ConfirmSettings) -> History:
+    assert settings.run is not None
+    return History.load(RunFolder.open(settings.run / "confirm"))
+
+
+@contextmanager
+def _interrupted_after(epochs: int, settings: ConfirmSettings) -> Iterator[None]:
+    """Press Ctrl-C once so many epochs are on disk."""
+    assert settings.run is not None
+    folder, over = settings.run / "confirm", threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            if epochs_in(folder) >= epochs:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
+    settings: ConfirmSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert confirm_run(settings, SCRIPT) == 0
+    assert settings.run is not None
+    run = RunView.read(settings.run)
+    records = list(_history(settings).trials.values())
+    assert [record.state for record in records] == ["complete"] * 9
+    assert {record.epochs for record in records} == {9}
+    assert [record.origin for record in records] == ["baseline", "start", "start"] * 3
+    winners = [each.record.config for each in run.ranked if not each.is_baseline][:2]
+    for position, config in enumerate([run.standings[0].record.config, *winners]):
+        assert all(record.config == config for record in records[position::3])
+    seeds = [record.seed for record in records]
+    assert len({*seeds[::3]}) == 3
+    assert seeds[::3] == seeds[1::3] == seeds[2::3]
+    assert not {*seeds} & {record.seed for record in run.history.trials.values()}
+
+    table = pd.read_csv(settings.run / "confirmed.csv")
+    names = ["baseline", *(f"trial {e.record.number}" for e in run.ranked[:2])]
+    assert list(table["configuration"]) == names
+    assert list(table["n"]) == [3, 3, 3]
+    for row, record in zip(table.itertuples(), records, strict=False):
+        assert row.test_accuracy_mean == pytest.approx(record.rows[-1]["test_accuracy"], abs=1e-6)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Over 3 fresh seeds on 1,000 training images {names[1]} reaches" in said
+    page = settings.run / "report.html"
+    write_report([RunView.read(settings.run)], page, pictures=False)
+    assert f"Over 3 fresh seeds on 1,000 training images {names[1]} reaches" in page.read_text()
+    assert "Confirmed on fresh seeds" in page.read_text()
+
+
+def test_one_that_was_broken_off_goes_on_and_more_seeds_add_to_it(
+    settings: ConfirmSettings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _interrupted_after(20, settings):
+        assert confirm_run(settings, Script(seconds=0.1)) == 130
+    assert "the same command goes on with it" in capsys.readouterr().out
+    first = _history(settings)
+    assert first.closed_as == "SIGINT"
+    assert 20 <= len(first.rows) < 3 * 3 * 9
+    assert confirm_run(settings, SCRIPT) == 0
+    assert " of them done in " in " ".join(capsys.readouterr().out.split())
+    second = _history(settings)
+    assert [row["epoch"] for _, row in second.rows[: len(first.rows)]] == [
+        row["epoch"] for _, row in first.rows
+    ]
+    assert confirm_run(replace(settings, seeds=4), SCRIPT) == 0
+    third = _history(settings)
+    assert [r.state for r in third.trials.values()] == ["complete"] * 12
+    assert [r.seed for r in third.trials.values()][:9] == [r.seed for r in second.trials.values()]
+    sessions = third.sessions
+    assert confirm_run(replace(settings, seeds=4), SCRIPT) == 0  # and nothing is left to do
+    assert _history(settings).sessions == sessions
+    with pytest.raises(RunFolderError, match="with other epochs"):
+        confirm_run(replace(settings, seeds=4, epochs=3), SCRIPT)
+    with pytest.raises(RunFolderError, match="with other configurations"):
+        confirm_run(replace(settings, seeds=4, top=1), SCRIPT)
+
+
+def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to confirm"):
+        confirm_run(ConfirmSettings(run=all_failed(tmp_path).folder.path))
+    with pytest.raises(ConfigError, match="name the search's folder"):
+        confirm_run(ConfirmSettings())
+    with pytest.raises(RunFolderError, match="is no run's folder"):
+        confirm_run(ConfirmSettings(run=tmp_path / "none"))
+
+
+def test_a_confirmation_is_not_taken_for_a_search(tmp_path: Path) -> None:
+    folder = rich(tmp_path).folder
+    inner = RunFolder.create(folder.path / "confirm")
+    inner.write_search({"confirmation": {}})
+    for read in (lambda: RunView.read(inner.path), lambda: Plan.load(inner)):
+        with pytest.raises(RunFolderError, match=r"python -m tune_mnist\.confirm .*/rich goes on"):
+            read()

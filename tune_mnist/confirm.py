@@ -1,0 +1,11 @@
+"""Confirm a search's winners on fresh seeds.
+
+python -m tune_mnist.confirm results/default                3 winners, 5 seeds, all images
+python -m tune_mnist.confirm results/default --top 1 --seeds 2 --epochs 3 --images 6000
+"""
+
+from tune_mnist.cli import run
+from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
+
+if __name__ == "__main__":
+    run("confirm", ConfirmSettings, confirm_run)
