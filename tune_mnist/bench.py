@@ -6,12 +6,18 @@ python -m tune_mnist.bench peers            one search against Ray's recipe, Opt
 python -m tune_mnist.bench pack             how many trials at once serve best
 """
 
+import signal
+import sys
+
+from tune_mnist.benchmarks.pack import PackSettings, pack
 from tune_mnist.benchmarks.peers import PeersSettings, peers
 from tune_mnist.benchmarks.step import StepSettings, step
 from tune_mnist.benchmarks.turnaround import TurnaroundSettings, turnaround
 from tune_mnist.cli import Command, run_one_of
 
 if __name__ == "__main__":
+    # What is being measured ends with us.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_one_of(
         "bench",
         "Measure what tune_mnist costs, part by part. A part takes minutes, --quick less.",
@@ -19,5 +25,6 @@ if __name__ == "__main__":
             "step": Command(StepSettings, step),
             "turnaround": Command(TurnaroundSettings, turnaround),
             "peers": Command(PeersSettings, peers),
+            "pack": Command(PackSettings, pack),
         },
     )

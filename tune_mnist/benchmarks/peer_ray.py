@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ray
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -40,6 +41,7 @@ def main() -> None:
     task = Task.read(sys.argv[1])
     searched, constants = task.searched()
     space = {name: domain(distribution) for name, distribution in searched.items()}
+    ray.init(address="local")  # by itself it would join whatever cluster this machine runs
     tuner = tune.Tuner(
         tune.with_resources(train_mnist, {"cpu": 1}),
         param_space={**space, **constants, "task": sys.argv[1]},
