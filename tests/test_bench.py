@@ -114,15 +114,16 @@ def test_step_prints_the_ratios_last(capsys: pytest.CaptureFixture[str]) -> None
 def test_turnaround_prints_its_keys_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = Observation(0.0, 30.0, two_workers() * 2, [300.0, 320.0])
+    even = [note(3, 5, epoch, epoch - 1.0, epoch + 0.5) for epoch in range(1, 19)]
+    seen = Observation(0.0, 30.0, [*two_workers(), even], [300.0, 320.0])
     monkeypatch.setattr(turnaround_module, "watch_search", lambda *_: seen)
     monkeypatch.setattr(turnaround_module, "time_to_first_step", lambda *_: 7.0)
     turnaround(TurnaroundSettings(quick=True, trials=8))
     found = last_line(capsys)
     assert found["turnaround_s"] == pytest.approx(0.25)
     assert found["first_step_s"] == 7.0
-    assert found["busy_share"] == pytest.approx(0.988, abs=1e-3)
-    assert found["ms_per_report"] == pytest.approx(20 / 9 * 1e3, rel=1e-3)
+    assert 0.9 < found["steps_share"] < found["busy_share"]
+    assert found["ms_per_report"] == pytest.approx(28.5 / 22 * 1e3, rel=1e-3)
     assert found["many_trials_ratio"] == 1.0
     assert found["driver_mb"] == 320.0
     assert found["trial_added_mb"] == 200.0
