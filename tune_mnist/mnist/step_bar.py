@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 DRAW_EVERY = 0.1  # seconds
 
 
+class _Bar(tqdm):  # type: ignore[misc]
+    def __del__(self) -> None:
+        """Do not close: StepBar does, and Ctrl-C may have kept this one from being finished."""
+
+
 class StepBar:
     """The progress of an epoch: a live bar on a terminal, elsewhere one line when it has ended."""
 
@@ -28,7 +33,7 @@ class StepBar:
         self.bar = None
         if sys.stdout.isatty():
             # Told its size: a container's terminal may say 0 x 0, where tqdm would draw nothing.
-            self.bar = tqdm(total=self.steps, file=sys.stdout, ncols=columns(), nrows=2)
+            self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=columns(), nrows=2)
 
     def step(self, number: int, loss: "Tensor") -> None:
         """Take note of a step (1-based) and its loss."""
