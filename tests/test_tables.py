@@ -156,7 +156,7 @@ def test_the_first_epoch_at_the_reference_accuracy_is_found(search: RecordedSear
     single_precision = 0.98829999
     search.trial([0.8], [single_precision])
     _, best = _written(search)
-    first = best.set_index("trial")["first_epoch_at_98.83%"]
+    first = best.set_index("trial")["first_epoch_at_9883"]
     assert (first[0], first[2]) == (2, 1)
     assert first.isna()[1]
 

@@ -38,7 +38,7 @@ best.csv, the ten best trials by their best epoch and the ten best by their last
     last_epoch, last_METRIC, last_test_accuracy
                             as in trials.csv
     gain_at_last            last_test_accuracy minus the baseline trial's
-    first_epoch_at_98.83%   first epoch with a test accuracy of at least 98.83%, the best of the
+    first_epoch_at_9883     first epoch with a test accuracy of at least 98.83%, the best of the
                             baseline's reference log
     seconds, seed, config_NAME
                             as in trials.csv
@@ -65,7 +65,7 @@ from tune_mnist.analysis.run import RunFolder
 from tune_mnist.mnist.config import TrainConfig
 
 REFERENCE_ACCURACY = 0.9883  # best test accuracy of the baseline's reference log
-FIRST_AT_REFERENCE = f"first_epoch_at_{REFERENCE_ACCURACY:.2%}"
+FIRST_AT_REFERENCE = "first_epoch_at_9883"
 BEST_ROWS = 10  # of each ranking
 
 _LAST = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
