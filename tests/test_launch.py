@@ -25,7 +25,7 @@ from scripted import Script
 
 from tune_mnist.analysis.history import History
 from tune_mnist.errors import SearchFailedError
-from tune_mnist.tuning import launch
+from tune_mnist.tuning import sharing
 
 pytest_plugins = ["ray_fixtures"]
 
@@ -199,7 +199,7 @@ def stop_before_the_first_trial() -> None:
     def stopping() -> Any:
         signal.raise_signal(signal.SIGTERM)
 
-    replace(launch, "node_resources", stopping)
+    replace(sharing, "node_resources", stopping)
 
 
 def test_sigterm_before_the_first_trial_has_its_exit_code_too(searches: Searches) -> None:
