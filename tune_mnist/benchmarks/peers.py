@@ -157,7 +157,7 @@ def _command(system: System, task: Task) -> list[str]:
                 *("--space", task.space, "--trials", str(task.trials)),
                 *("--images", str(task.images), "--epochs", str(task.epochs)),
                 *("--max-concurrent", str(task.at_once), "--seed", str(task.seed)),
-                *("--data-dir", task.data_dir),
+                *("--data-dir", task.data_dir, "--no-report"),  # the others draw none
             ]
         case "optuna_threads" | "optuna_processes":
             return [f"{module}optuna", task.write(), system.removeprefix("optuna_")]

@@ -88,7 +88,7 @@ def started(module: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[by
         TuneMnistError: it failed.
     """
     output = folder / "output"
-    where = ["--results-dir", str(folder), "--run", "run"]
+    where = ["--results-dir", str(folder), "--run", "run", "--no-report"]
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *module, *where], stdout=file, stderr=subprocess.STDOUT
