@@ -41,7 +41,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, modelled: int, best: int) -> None:
 def test_the_sampler_sees_everything_in_a_search_of_usual_size() -> None:
     study = new_study()
     run_trials(study, 30)
-    assert MODELLED >= 500
+    assert MODELLED >= 250  # TPE takes a tenth of them for good ones, 25 at most
     assert modelled(study.trials()) == study.trials()
 
 

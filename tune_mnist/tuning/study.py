@@ -21,8 +21,8 @@ from tune_mnist.tuning.mirror import STUDY_NAME, Mirror
 
 # Finished trials that the sampler's model is made of. TPE asks which region the best 25 come from
 # and how the others spread; its work grows with their number, to 60 ms a proposal for 2,000.
-MODELLED = 500  # at most
-MODELLED_BEST = 100  # of these the best; the others are the latest
+MODELLED = 250  # at most; from so many on TPE takes those 25
+MODELLED_BEST = 50  # of these the best; the others are the latest
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
