@@ -20,10 +20,17 @@ class Trivial:
 
     state_size: int = 300_000  # bytes, about what a real state takes
     model_size: int = 120_000
+    # The first trials last until every worker has started. Tune gives a worker that is free to a
+    # trial whose own worker is still starting, and ends that one: trials shorter than a start
+    # would all run on the first worker.
+    first: int = 0  # trials that wait
+    wait: float = 8.0  # seconds
 
     def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
         """Report every epoch at once; accuracies rise, and differ between trials."""
         done = int(assignment.state.split()[0]) if assignment.state else 0
+        if assignment.number < self.first:
+            time.sleep(self.wait)
         skill = (assignment.number * 0.6180339887) % 1  # evenly spread and in no order
         for epoch in range(done + 1, assignment.epochs + 1):
             accuracy = 0.9 + 0.05 * skill + 0.04 * epoch / assignment.epochs

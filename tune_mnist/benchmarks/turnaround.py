@@ -19,7 +19,7 @@ from tune_mnist.benchmarks.watched_search import Observation, time_to_first_step
 from tune_mnist.cli import tell
 from tune_mnist.mnist.data import load_mnist
 
-EPOCHS = 10  # of a trivial trial, all of which train to their end
+EPOCHS = 5  # of a trivial trial, all of which train to their end
 FEW = 100  # trials of the searches that a long one is compared with
 
 

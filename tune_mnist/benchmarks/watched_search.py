@@ -6,6 +6,7 @@ The first argument is what a trial does (`trivial` or `real`), the second the fo
 the others are the search's own.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,9 @@ def main(source: str, notes: str, arguments: Sequence[str]) -> int:
     from tune_mnist.tuning.settings import SearchSettings
     from tune_mnist.tuning.trial import EpochSource, train_assignment
 
-    trial: EpochSource = train_assignment if source == "real" else Trivial()
+    trial: EpochSource = (
+        train_assignment if source == "real" else Trivial(first=os.cpu_count() or 1)
+    )
     watched = Watched(trial, Path(notes), loads_torch=source == "real")
     return exit_code("search", SearchSettings, partial(search, epochs_of=watched), arguments)
 
