@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.listing import listing
@@ -113,7 +114,7 @@ def _run(
     )
     console = Console()
     at_once = min(share.slots(), settings.max_concurrent or share.slots())
-    console.print(start_line(folder, plan.rules, history, share, at_once, data))
+    console.print(Text(start_line(folder, plan.rules, history, share, at_once, data)))
     with Progress(console) as progress:
         ending = run_session(folder, history, plan.rules, machinery, data, progress)
     console.print(summary(folder, history, plan.rules.metric, epochs=plan.rules.epochs))
