@@ -104,6 +104,11 @@ def load_weights(weights: bytes) -> Net:
     return net.eval()
 
 
+def raw_weights(result: EpochResult) -> bytes:
+    """Return the weights as the last step left them, which `weights` may be the average of."""
+    return _pack(_unpack(result.state)["net"])
+
+
 class _Run:
     """The moving parts of one training run."""
 
