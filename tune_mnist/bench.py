@@ -4,11 +4,13 @@ python -m tune_mnist.bench step             the training step on one core
 python -m tune_mnist.bench turnaround       from trial to trial, and what a report costs
 python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
 python -m tune_mnist.bench pack             how many trials at once serve best
+python -m tune_mnist.bench curves           record learning curves, an hour and more
 """
 
 import signal
 import sys
 
+from tune_mnist.benchmarks.curves import CurvesSettings, curves
 from tune_mnist.benchmarks.pack import PackSettings, pack
 from tune_mnist.benchmarks.peers import PeersSettings, peers
 from tune_mnist.benchmarks.step import StepSettings, step
@@ -26,5 +28,6 @@ if __name__ == "__main__":
             "turnaround": Command(TurnaroundSettings, turnaround),
             "peers": Command(PeersSettings, peers),
             "pack": Command(PackSettings, pack),
+            "curves": Command(CurvesSettings, curves),
         },
     )

@@ -1,0 +1,169 @@
+"""`bench curves`: whole learning curves of random configurations, recorded once to be replayed.
+
+Every configuration trains its full budget; nothing is stopped. After each epoch both the weights
+as they are and their running average are scored, so that a replay can judge by either. Broken
+off, it goes on where it was.
+"""
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import optuna
+import pandas as pd
+import torch
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from torch import Tensor
+
+from tune_mnist.benchmarks.measurements import write_file
+from tune_mnist.cli import tell
+from tune_mnist.mnist.config import TrainConfig, Value
+from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.mnist.evaluation import Score, evaluate
+from tune_mnist.mnist.fused import keep_freed_memory
+from tune_mnist.mnist.tensors import SplitTensors
+from tune_mnist.mnist.training import EpochResult, load_weights, raw_weights, train
+from tune_mnist.tuning.space import load_space
+
+AtLeast1 = Parameter(validator=Number(gte=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvesSettings:
+    """Train random configurations of a space to their end and record every epoch."""
+
+    save: Path = Path("results/bench/curves.csv")
+    """The CSV file; configurations that it holds are not trained again."""
+
+    space: str = "default"
+    """Search space that they are drawn from."""
+
+    configs: Annotated[int, AtLeast1] = 64
+    """Configurations in all."""
+
+    epochs: Annotated[int | None, AtLeast1, Parameter(show_default=False)] = None
+    """Epochs of each; the space's own (20) unless given."""
+
+    images: Annotated[int, AtLeast1] = 6000
+    """Training images."""
+
+    at_once: Annotated[int | None, AtLeast1, Parameter(show_default=False)] = None
+    """Trainings at once, one core each; one for every core unless given."""
+
+    data_dir: Path | None = None
+    """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One curve to be recorded."""
+
+    number: int
+    config: Mapping[str, Value]
+    epochs: int
+    images: int
+    data_dir: Path | None
+
+
+def curves(settings: CurvesSettings) -> None:
+    """Record what is not recorded yet."""
+    load_mnist(settings.data_dir)  # fetched once and not by each of the processes
+    recorded = pd.read_csv(settings.save) if settings.save.exists() else pd.DataFrame()
+    known = set() if recorded.empty else set(recorded["config"])
+    waiting = [each for each in _drawn(settings) if each.number not in known]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(settings.at_once or _cores(), mp_context=context) as pool:
+        for future in as_completed([pool.submit(record, each) for each in waiting]):
+            curve = pd.DataFrame(future.result())
+            recorded = pd.concat([recorded, curve], ignore_index=True)
+            recorded = recorded.sort_values(["config", "epoch"], ignore_index=True)
+            write_file(settings.save, recorded.to_csv(index=False, lineterminator="\n"))
+            last = curve.iloc[-1]
+            tell(
+                f"{recorded['config'].nunique()} of {settings.configs}: configuration "
+                f"{last['config']} ends at {last['test_accuracy']:.2%} on the test images, "
+                f"{last['averaged_test_accuracy']:.2%} averaged"
+            )
+
+
+def _drawn(settings: CurvesSettings) -> list[Recording]:
+    """Draw the configurations, the same ones every time."""
+    space = load_space(settings.space)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    configs = [space.config(space.sample(study.ask())) for _ in range(settings.configs)]
+    epochs = settings.epochs or space.epochs
+    return [
+        Recording(number, config.as_dict(), epochs, settings.images, settings.data_dir)
+        for number, config in enumerate(configs)
+    ]
+
+
+def _cores() -> int:
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return len(affinity) or os.cpu_count() or 1
+
+
+def record(recording: Recording) -> list[dict[str, Any]]:
+    """Train one configuration and return its rows, one an epoch."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    data = split(load_mnist(recording.data_dir), holdout=True, images=recording.images)
+    config = TrainConfig.from_mapping(
+        {**recording.config, "ema_decay": _one_epoch_decay(recording)}
+    )
+    return list(_rows(recording, config, data))
+
+
+def _one_epoch_decay(recording: Recording) -> float:
+    """Return the decay per step that looks back over one epoch, whatever an epoch's length."""
+    steps = math.ceil(recording.images / int(recording.config["batch_size"]))
+    return 1 - 1 / max(steps, 2)
+
+
+def _rows(recording: Recording, config: TrainConfig, data: Split) -> Iterator[dict[str, Any]]:
+    tensors = SplitTensors.on(data, "cpu")
+    # The test images are scored once, at the end: they take most of an evaluation's time.
+    none = {"test_images": data.test_images[:0], "test_labels": data.test_labels[:0]}
+    columns = {
+        f"config_{name}": value
+        for name, value in recording.config.items()
+        if name != "ema_decay"  # both are recorded
+    }
+    for result in train(
+        config, replace(data, **none), epochs=recording.epochs, seed=recording.number
+    ):
+        raw = _score(raw_weights(result), result, tensors.val_images, tensors.val_labels)
+        row = {
+            "config": recording.number,
+            "epoch": result.epoch,
+            "train_loss": _rounded(result.train_loss),
+            "val_accuracy": raw.accuracy,
+            "val_loss": _rounded(raw.loss),
+            "averaged_val_accuracy": result.val_accuracy,
+            "averaged_val_loss": _rounded(result.val_loss),
+            "test_accuracy": math.nan,
+            "averaged_test_accuracy": math.nan,
+        }
+        if result.epoch == recording.epochs:
+            test = tensors.test_images, tensors.test_labels
+            row["test_accuracy"] = _score(raw_weights(result), result, *test).accuracy
+            row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
+        yield {**row, "diverged_step": result.diverged_step, **columns}
+
+
+def _score(weights: bytes, result: EpochResult, images: Tensor, labels: Tensor) -> Score:
+    """Score weights of an epoch, unless it diverged."""
+    if result.diverged_step is not None:
+        return Score()
+    return evaluate(load_weights(weights), images, labels)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
