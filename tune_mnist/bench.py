@@ -5,6 +5,7 @@ python -m tune_mnist.bench turnaround       from trial to trial, and what a repo
 python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
 python -m tune_mnist.bench pack             how many trials at once serve best
 python -m tune_mnist.bench curves           record learning curves, an hour and more
+python -m tune_mnist.bench replay           searches on recorded curves, ours and others
 """
 
 import signal
@@ -13,6 +14,7 @@ import sys
 from tune_mnist.benchmarks.curves import CurvesSettings, curves
 from tune_mnist.benchmarks.pack import PackSettings, pack
 from tune_mnist.benchmarks.peers import PeersSettings, peers
+from tune_mnist.benchmarks.replay import ReplaySettings, replay
 from tune_mnist.benchmarks.step import StepSettings, step
 from tune_mnist.benchmarks.turnaround import TurnaroundSettings, turnaround
 from tune_mnist.cli import Command, run_one_of
@@ -29,5 +31,6 @@ if __name__ == "__main__":
             "peers": Command(PeersSettings, peers),
             "pack": Command(PackSettings, pack),
             "curves": Command(CurvesSettings, curves),
+            "replay": Command(ReplaySettings, replay),
         },
     )

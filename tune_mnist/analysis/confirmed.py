@@ -29,12 +29,12 @@ import pandas as pd
 
 from tune_mnist.analysis.files import replace_file
 from tune_mnist.analysis.history import TrialRecord
+from tune_mnist.analysis.intervals import interval
 from tune_mnist.analysis.ranking import number
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.analysis.wording import count, percent, points
 from tune_mnist.errors import RunFolderError
 
-CONFIDENCE = 0.95
 ALL_IMAGES = 60_000
 _COLUMNS = (
     *("configuration", "trial", "rank", "seeds", "n", "epochs", "images"),
@@ -78,9 +78,9 @@ def confirmed_table(
     winner = _winner(candidates)
     rows = []
     for candidate, trainings, last, best in zip(candidates, records, lasts, bests, strict=True):
-        mean, low, high = _interval(list(last.values()))
-        gain = _interval(_paired(last, lasts[0]))
-        behind = _interval(_paired(lasts[winner], last))
+        mean, low, high = interval(list(last.values()))
+        gain = interval(_paired(last, lasts[0]))
+        behind = interval(_paired(lasts[winner], last))
         rows.append(
             {
                 "configuration": candidate.name,
@@ -96,7 +96,7 @@ def confirmed_table(
                 "interval_high": high,
                 **dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True)),
                 **dict(zip(("behind", "behind_low", "behind_high"), behind, strict=True)),
-                "optimistic_best_epoch_mean": _interval(best)[0],
+                "optimistic_best_epoch_mean": interval(best)[0],
                 **{f"config_{name}": value for name, value in candidate.config.items()},
             }
         )
@@ -232,21 +232,6 @@ def _by_seed(trainings: Sequence[TrialRecord], epochs: int) -> dict[int, float]:
 
 def _paired(left: Mapping[int, float], right: Mapping[int, float]) -> list[float]:
     return [left[seed] - right[seed] for seed in left if seed in right]
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean and 95% interval; NaN where there are too few values."""
-    if not values:
-        return math.nan, math.nan, math.nan
-    series = pd.Series(values, dtype=float)
-    mean = float(series.mean())
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    from scipy import stats  # slow to import, and only needed here
-
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    half = quantile * float(series.std()) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 def _range(low: str, high: str) -> str:
