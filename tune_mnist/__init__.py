@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tune_mnist.mnist.net import Net
 
 __all__ = ["load"]
+__version__ = "0.1.0"  # here, as a cluster may have the code without its being installed
 
 
 def load(run: str | os.PathLike[str]) -> Net:

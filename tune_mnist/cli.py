@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
+from tune_mnist import __version__
 from tune_mnist.errors import TuneMnistError
 
 Settings = TypeVar("Settings")
@@ -112,7 +112,7 @@ def _app(name: str, about: str | None) -> App:
     return App(
         name=f"python -m tune_mnist.{name}",
         help=about,
-        version=version("tune_mnist"),
+        version=__version__,
         group_parameters=_OPTIONS,
         group_commands=_OPTIONS,
         print_error=False,

@@ -176,7 +176,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -
 def versions() -> dict[str, str]:
     """Return the versions that results depend on; `code` is a digest of this package's source."""
     return {
-        "tune_mnist": version("tune_mnist"),
+        "tune_mnist": tune_mnist.__version__,
         "code": _code_digest(),
         "python": platform.python_version(),
         **{name: version(name) for name in _PACKAGES},
