@@ -11,7 +11,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
-from tune_mnist.mnist.net import CLASSES
 from tune_mnist.tuning.space import SearchSpace
 
 Floats = npt.NDArray[np.float64]
@@ -19,6 +18,7 @@ Weights = Literal["raw", "averaged"]
 
 PREFIX: dict[Weights, str] = {"raw": "", "averaged": "averaged_"}
 SCORES = ("val_accuracy", "val_loss", "test_accuracy")
+CHANCE = 0.1  # accuracy of a guess among ten digits
 OTHER_KIND = 1000.0  # more than any distance between two configurations of one kind
 
 
@@ -63,7 +63,7 @@ class RecordedCurves:
         configs = [_config(rows.iloc[0]) for rows in by_config]
         prefix = PREFIX[weights]
         test = _matrix(by_config, f"{prefix}test_accuracy")[:, -1]
-        test[np.isnan(test)] = 1 / CLASSES
+        test[np.isnan(test)] = CHANCE
         return cls(
             space,
             configs,

@@ -6,6 +6,7 @@ validation accuracy seen so far, of equals the lower loss.
 """
 
 import itertools
+import logging
 import math
 import multiprocessing
 import os
@@ -91,6 +92,7 @@ def replay(settings: ReplaySettings) -> None:
 
 def regrets_of(work: Replay) -> list[list[float]]:
     """Run the searches and return each one's regret at the budgets."""
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # warns of each loss that is NaN
     settings, entry = work.settings, line_up(work.settings.compare)[work.name]
     space = load_space(settings.space)
     table = read_curves(settings.curves)

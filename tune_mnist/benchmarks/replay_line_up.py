@@ -70,12 +70,12 @@ def _ray(space: SearchSpace, epochs: int, seed: int) -> Search:
 
 
 def _optuna_halving(space: SearchSpace, epochs: int, seed: int) -> Search:
-    return Optuna(space, epochs, TPESampler(seed=seed), SuccessiveHalvingPruner())
+    return Optuna(space, epochs, TPESampler(seed=seed), SuccessiveHalvingPruner(), seed)
 
 
 def _optuna_hyperband(space: SearchSpace, epochs: int, seed: int) -> Search:
     pruner = HyperbandPruner(max_resource=epochs)
-    return Optuna(space, epochs, TPESampler(seed=seed), pruner)
+    return Optuna(space, epochs, TPESampler(seed=seed), pruner, seed)
 
 
 SYSTEMS: dict[str, Entry] = {

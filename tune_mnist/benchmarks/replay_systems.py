@@ -119,10 +119,14 @@ class Optuna:
     epochs: int
     sampler: BaseSampler
     pruner: BasePruner
+    seed: int
 
     def __post_init__(self) -> None:
         self._study = optuna.create_study(
-            direction="maximize", sampler=self.sampler, pruner=self.pruner
+            study_name=str(self.seed),  # Hyperband draws a trial's bracket from it
+            direction="maximize",
+            sampler=self.sampler,
+            pruner=self.pruner,
         )
         self._trials: dict[int, optuna.Trial] = {}
 

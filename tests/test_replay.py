@@ -1,0 +1,243 @@
+"""Searches replayed on learning curves whose best is known."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from tune_mnist.analysis.history import History
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.benchmarks.curves import CurvesSettings, Recording, curves, record
+from tune_mnist.benchmarks.rank_correlations import rank_correlations
+from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
+from tune_mnist.benchmarks.replay import ReplaySettings, epochs_of, picks, replay
+from tune_mnist.benchmarks.replay_line_up import line_up
+from tune_mnist.benchmarks.replay_systems import Ours, Random
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.tuning.experiment import Experiment, Rules
+from tune_mnist.tuning.space import SearchSpace, load_space
+from tune_mnist.tuning.study import SamplerSettings, Study
+
+EPOCHS = 9
+DIVERGING = 5  # the configuration that does, after its second epoch
+Rising = Callable[[float, int], float]  # how good a configuration is, epoch -> accuracy
+
+
+def steady(quality: float, epoch: int) -> float:
+    """Keep the order from the first epoch on."""
+    return 0.9 + 0.1 * quality * epoch / EPOCHS
+
+
+def late(quality: float, epoch: int) -> float:
+    """Begin in the opposite order."""
+    return 0.95 + 0.05 * quality * (epoch - EPOCHS / 2) / EPOCHS
+
+
+def space() -> SearchSpace:
+    return replace(load_space("default"), start=(), epochs=EPOCHS)
+
+
+def table(rising: Rising = steady, configs: int = 24) -> pd.DataFrame:
+    """Make up what `bench curves` would have recorded: the higher the rate the better."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    rows = []
+    for number in range(configs):
+        config = space().config(space().sample(study.ask()))
+        quality = (np.log10(config.lr) + 3) / 2.2
+        for epoch in range(1, EPOCHS + 1):
+            diverged = number == DIVERGING and epoch > 2
+            accuracy = np.nan if diverged else rising(quality, epoch)
+            last = accuracy if epoch == EPOCHS else np.nan
+            scores = {"val_accuracy": accuracy, "val_loss": 1 - accuracy, "test_accuracy": last}
+            row: dict[str, Any] = {"config": number, "epoch": epoch}
+            rows.append(
+                row
+                | scores
+                | {f"averaged_{name}": value for name, value in scores.items()}
+                | {f"config_{name}": value for name, value in config.as_dict().items()}
+            )
+            if diverged:
+                break
+    return pd.DataFrame(rows)
+
+
+def recorded(rising: Rising = steady) -> RecordedCurves:
+    return RecordedCurves.of(table(rising), space(), "averaged")
+
+
+def test_a_recorded_configuration_stands_in_for_itself() -> None:
+    known = recorded()
+    assert [known.nearest(config) for config in known.configs] == list(range(len(known.configs)))
+
+
+def test_the_stand_in_has_the_same_optimizer_and_schedule_where_any_has() -> None:
+    known = recorded()
+    kinds = {(config.optimizer, config.schedule) for config in known.configs}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2))
+    for _ in range(50):
+        asked = space().config(space().sample(study.ask()))
+        found = known.configs[known.nearest(asked)]
+        if (asked.optimizer, asked.schedule) in kinds:
+            assert (found.optimizer, found.schedule) == (asked.optimizer, asked.schedule)
+
+
+def test_a_diverged_configuration_ends_no_better_than_a_guess() -> None:
+    known = recorded()
+    assert known.test_accuracy[DIVERGING] == 0.1
+    assert np.isnan(known.val_accuracy[DIVERGING, 2:]).all()
+
+
+def test_the_pick_is_the_highest_so_far_and_of_equals_the_lower_loss() -> None:
+    known = recorded()
+    accuracy = np.zeros_like(known.val_accuracy)
+    loss = np.ones_like(accuracy)
+    loss[3] = 0.5
+    known = replace(known, val_accuracy=accuracy, val_loss=loss)
+
+    class InOrder(Random):
+        def propose(self, number: int) -> TrainConfig:
+            return known.configs[number % len(known.configs)]
+
+    search = InOrder(space(), EPOCHS, 0)
+    found = picks(search, known, budgets=(1, 3 * EPOCHS, 3 * EPOCHS + 1), at_once=1)
+    assert found == [0, 0, 3]
+
+
+def test_trials_take_turns_and_an_ended_one_makes_room() -> None:
+    search = Random(space(), 2, 0)
+    spent = [epoch for _, epoch in islice(epochs_of(search, recorded(), 2), 6)]
+    assert spent == [1, 1, 2, 2, 1, 1]
+
+
+def test_picking_after_one_epoch_goes_wrong_where_the_order_turns() -> None:
+    regrets = {}
+    for name, rising in (("steady", steady), ("late", late)):
+        known = recorded(rising)
+        (pick,) = picks(Random(space(), 1, 0), known, budgets=(200,), at_once=4)
+        regrets[name] = known.test_accuracy.max() - known.test_accuracy[pick]
+    assert regrets["steady"] < 0.002
+    assert regrets["late"] > 0.02
+
+
+@pytest.mark.parametrize("compared", ["systems", "stopping", "sampling"])
+def test_every_search_of_a_line_up_ends_near_the_best_and_repeats_itself(compared: str) -> None:
+    known = recorded()
+    for name, entry in line_up(compared).items():  # type: ignore[arg-type]
+        found = [
+            picks(entry.build(space(), EPOCHS, 3), known, budgets=(30, 90), at_once=3)
+            for _ in range(2)
+        ]
+        assert found[0] == found[1], name
+        assert known.test_accuracy.max() - known.test_accuracy[found[0][1]] < 0.03, name
+
+
+def test_ours_does_on_curves_what_the_real_search_does(tmp_path: Path) -> None:
+    known = recorded()
+    search = Ours(space(), EPOCHS, 0, grace_epochs=1, reduction_factor=3, startup_trials=6)
+    wanted = list(islice(epochs_of(search, known, 3), 120))
+    assert wanted == list(islice(epochs_of(Real(tmp_path), known, 3), 120))
+
+
+class Real:
+    """The object that runs a real search, with the same settings."""
+
+    def __init__(self, path: Path) -> None:
+        folder = RunFolder.create(path / "run")
+        rules = Rules(
+            space=space(),
+            metric="val_accuracy",
+            trials=1000,
+            epochs=EPOCHS,
+            time_budget=float("inf"),
+            grace_epochs=1,
+            reduction_factor=3,
+            startup_trials=6,
+            seed=0,
+        )
+        study = Study(SamplerSettings(0, 6), "val_accuracy", mirror=None)
+        history = History(folder)
+        history.open_session({"trials": 1000, "elapsed": 0.0})
+        self._experiment = Experiment(rules, history, study, Checkpoints(folder))
+
+    def propose(self, number: int) -> TrainConfig:
+        return TrainConfig.from_mapping(self._experiment.next_trial(str(number)).config)
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        diverged = 1 if np.isnan(value) else None
+        metrics = dict.fromkeys(("train_loss", "val_loss", "test_loss", "test_accuracy"), 0.5)
+        times = {"seconds": 1.0, "evaluation_seconds": 1.0, "test_correct": 1}
+        row = {**metrics, **times, "epoch": epoch, "val_accuracy": value}
+        return self._experiment.report(number, {**row, "diverged_step": diverged}, b"", None)
+
+    def end(self, number: int, value: float, *, complete: bool) -> None:
+        self._experiment.finish(number)
+
+
+def test_a_replay_compares_with_ours_pair_by_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "curves.csv"
+    table(late).to_csv(file, index=False)
+    settings = ReplaySettings(
+        curves=file, compare="sampling", repetitions=3, budgets=(40, 60), save=tmp_path / "all.csv"
+    )
+    replay(settings)
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert found["n"] == 3 and found["epochs"] == 60
+    assert found["behind_ours"]["ours"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    saved = pd.read_csv(tmp_path / "all.csv")
+    ours = saved[(saved["subject"] == "ours") & (saved["quantity"] == "regret_at_60")]["value"]
+    assert len(ours) == 3
+    assert found["regret"]["ours"] == pytest.approx(ours.mean(), rel=1e-3)
+    assert "rank correlation with the end" in out
+
+
+def test_rank_correlations_tell_steady_curves_from_turning_ones() -> None:
+    without = table(steady).query(f"config != {DIVERGING}")
+    assert rank_correlations(without).splitlines()[1].split() == [
+        *("all", "raw", "1.00", "1.00", "1.00", "23")
+    ]
+    turning = table(late).query(f"config != {DIVERGING}")
+    assert rank_correlations(turning).splitlines()[1].split() == [
+        *("all", "raw", "-1.00", "-1.00", "1.00", "23")
+    ]
+
+
+def test_a_file_that_holds_no_curves_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bench curves makes it"):
+        read_curves(tmp_path / "none.csv")
+    (tmp_path / "other.csv").write_text("config,epoch\n0,1\n")
+    with pytest.raises(ConfigError, match="has no column"):
+        read_curves(tmp_path / "other.csv")
+
+
+def test_a_recorded_curve_scores_raw_and_averaged_weights_each_epoch_and_tests_at_the_end() -> (
+    None
+):
+    config = TrainConfig(lr=0.05, dropout=0.0).as_dict()
+    first, last = record(Recording(0, config, epochs=2, images=640, data_dir=None))
+    assert np.isnan(first["test_accuracy"]) and np.isnan(first["averaged_test_accuracy"])
+    assert 0.1 < last["test_accuracy"] <= 1 and 0.1 < last["averaged_test_accuracy"] <= 1
+    assert last["val_loss"] != last["averaged_val_loss"]
+    assert "config_ema_decay" not in last
+
+
+def test_recording_trains_nothing_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "curves.csv"
+    table(configs=3).to_csv(file, index=False)
+    before = file.read_bytes()
+    curves(CurvesSettings(save=file, configs=3))
+    assert file.read_bytes() == before
+    assert capsys.readouterr().out == ""
