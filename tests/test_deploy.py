@@ -1,0 +1,217 @@
+"""What lies in deploy/: against the schemas of those who read it, and run where that can be."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+import tune_mnist
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "tune_mnist" / "deploy"
+IMAGE = f"tune-mnist:{tune_mnist.__version__}"
+KUBERNETES = "1.34"
+RAYJOBS = ("rayjob-cpu.yaml", "rayjob-gpu.yaml")
+PINNED = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if "==" in line
+)
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def rayjob(name: str) -> dict[str, Any]:
+    _, job = documents(name)
+    return job
+
+
+def check_rayjob(job: dict[str, Any]) -> None:
+    schema = yaml.safe_load(
+        (Path(__file__).parent / "data" / "kuberay_rayjob.schema.yaml").read_text()
+    )
+    jsonschema.Draft202012Validator(schema).validate(job)
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        check_kubernetes({"apiVersion": "v1", "kind": "Pod", **group["template"]})
+
+
+def check_kubernetes(document: dict[str, Any]) -> None:
+    kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", RAYJOBS)
+def test_rayjobs_are_what_kuberay_and_kubernetes_take(name: str) -> None:
+    volume, job = documents(name)
+    check_kubernetes(volume)
+    check_rayjob(job)
+
+
+def test_the_pod_that_fetches_results_mounts_the_rayjobs_volume() -> None:
+    (pod,) = documents("fetch.yaml")
+    check_kubernetes(pod)
+    claims = {documents(name)[0]["metadata"]["name"] for name in RAYJOBS}
+    assert {
+        each["persistentVolumeClaim"]["claimName"] for each in pod["spec"]["volumes"]
+    } == claims
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("spec", "shutdownAfterFinish"), True),
+        (("spec", "shutdownAfterJobFinishes"), False),  # ttlSecondsAfterFinished needs it
+        (("spec", "activeDeadlineSeconds"), "9h"),
+        (("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
+        (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplicas"), "4"),
+        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "volume"), []),
+    ],
+)
+def test_a_mistake_in_a_rayjob_would_be_seen(where: tuple[Any, ...], value: object) -> None:
+    job = rayjob("rayjob-cpu.yaml")
+    place: Any = job
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check_rayjob(job)
+
+
+@pytest.mark.parametrize("name", RAYJOBS)
+def test_rayjobs_end_in_order_before_their_deadline_and_leave_no_cluster(name: str) -> None:
+    spec = rayjob(name)["spec"]
+    found = re.search(r"--time-budget (\d+)h", spec["entrypoint"])
+    assert found
+    assert int(found[1]) * 3600 < spec["activeDeadlineSeconds"]
+    assert spec["shutdownAfterJobFinishes"]
+
+
+def test_only_the_gpu_rayjob_asks_for_gpus_and_shares_them() -> None:
+    for name, is_gpu in zip(RAYJOBS, (False, True), strict=True):
+        spec = rayjob(name)["spec"]
+        (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert ("nvidia.com/gpu" in limits) == is_gpu
+        assert ("--gpus-per-trial 0.25" in spec["entrypoint"]) == is_gpu
+
+
+def test_ray_up_takes_the_cluster_of_virtual_machines() -> None:
+    (config,) = documents("cluster.yaml")
+    validate_config(prepare_config(config))
+    config["available_node_types"]["cpu"]["minimum_workers"] = 4
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(config)
+
+
+def test_versions_are_those_of_the_constraints() -> None:
+    for name in RAYJOBS:
+        assert rayjob(name)["spec"]["rayClusterSpec"]["rayVersion"] == PINNED["ray"]
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert "pip install --no-cache-dir -c constraints.txt '.[cluster]'" in dockerfile
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        needed = tomllib.load(file)["project"]["requires-python"]
+    assert f"FROM python:{needed.removeprefix('>=')}-slim" in dockerfile
+
+
+def test_every_file_names_the_image_of_this_version() -> None:
+    for path in DEPLOY.iterdir():
+        images = set(re.findall(r"tune-mnist:[\w.]+", path.read_text()))
+        assert images <= {IMAGE}, path
+        assert images or path.name == "slurm.sh", path
+
+
+def test_the_image_gets_all_files_that_it_takes_to_install_the_package(tmp_path: Path) -> None:
+    """The Dockerfile's COPY lines make a folder from which the package can be built."""
+    context = tmp_path / "context"
+    context.mkdir()
+    for line in re.findall(r"^COPY (.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in map(ROOT.joinpath, sources):
+            if source.is_dir():
+                shutil.copytree(source, context / target)
+            else:
+                shutil.copy(source, context / target)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path)]
+    done = subprocess.run([*command, str(context)], capture_output=True, text=True, check=False)
+    if "No matching distribution" in done.stderr or "No module named pip" in done.stderr:
+        pytest.skip(f"no pip, or no package index within reach: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"tune_mnist/deploy/{path.name}" for path in DEPLOY.iterdir()} <= set(names)
+    assert "tune_mnist/search_spaces/default.yaml" in names
+
+
+def recorded(tmp_path: Path, *commands: str) -> dict[str, str]:
+    """An environment in which these commands only write down what they were given."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for command in commands:
+        program = programs / command
+        program.write_text(f'#!/bin/sh\necho {command} "$@" >> {tmp_path}/said\n')
+        program.chmod(0o755)
+    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+def said(tmp_path: Path) -> list[str]:
+    file = tmp_path / "said"
+    lines = file.read_text().splitlines()
+    file.unlink()
+    return lines
+
+
+@pytest.mark.parametrize("name", RAYJOBS)
+def test_a_rayjob_starts_its_search_and_a_retry_goes_on_with_it(name: str, tmp_path: Path) -> None:
+    # As KubeRay's submitter, a shell, hands it to Ray, and Ray to a shell.
+    given = rayjob(name)["spec"]["entrypoint"].replace("/results", str(tmp_path))
+    handed_on = shlex.join(shlex.split(given))
+    environment = recorded(tmp_path, "python")
+    subprocess.run(handed_on, shell=True, env=environment, check=True)
+    (start,) = said(tmp_path)
+    run = re.search(r"--run (\w+)", start)
+    assert start.startswith("python -m tune_mnist.search --address auto")
+    assert f"--results-dir {tmp_path}" in start
+    assert run
+    (tmp_path / run[1]).mkdir()
+    (tmp_path / run[1] / "search.yaml").touch()
+    subprocess.run(handed_on, shell=True, env=environment, check=True)
+    (resume,) = said(tmp_path)
+    assert f"--resume {tmp_path}/{run[1]}" in resume
+    assert "--trials" not in resume
+
+
+def test_a_slurm_job_starts_its_search_and_given_again_goes_on_with_it(tmp_path: Path) -> None:
+    environment = recorded(tmp_path, "ray", "srun") | {
+        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_CPUS_PER_TASK": "16",
+    }
+    program = tmp_path / "programs" / "scontrol"
+    program.write_text("#!/bin/sh\nprintf 'node1\\nnode2\\nnode3\\n'\n")
+    program.chmod(0o755)
+    command = ["bash", str(DEPLOY / "slurm.sh"), "--space", "quick"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    _, start = said(tmp_path)
+    steps, search = start.split(" -- ")
+    assert steps == ("srun ray symmetric-run --address node1:6379 --min-nodes 3 --num-cpus 16")
+    assert search.startswith("python -m tune_mnist.search --address auto")
+    assert search.endswith("--run slurm --space quick")
+    (tmp_path / "results" / "slurm").mkdir(parents=True)
+    (tmp_path / "results" / "slurm" / "search.yaml").touch()
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert said(tmp_path)[1].endswith("--resume results/slurm")
