@@ -67,6 +67,11 @@ class RunFolder:
         """The last states of unfinished trials."""
         return self.path / "checkpoints"
 
+    @property
+    def tensorboard(self) -> Path:
+        """The trials' curves for TensorBoard, a folder each."""
+        return self.path / "tensorboard"
+
     @classmethod
     def create(cls, path: Path) -> Self:
         """Make a new run's folder; of two that try at once, one succeeds.

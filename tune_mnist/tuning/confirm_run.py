@@ -17,6 +17,7 @@ from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirmation import SEEDS, TOP, Confirmation, confirm
 from tune_mnist.tuning.drawing import draw_report
+from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.runner import Machinery
 from tune_mnist.tuning.settings import SearchSettings, time_option
 from tune_mnist.tuning.sharing import settle_share
@@ -79,6 +80,9 @@ class ConfirmSettings:
     report: Annotated[bool, Parameter(group=_WHERE)] = True
     """Draw the run's report.html again, with what was confirmed."""
 
+    mlflow: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
+    """Also log the trainings to MLflow: the URI of a tracking server or store."""
+
     data_dir: Annotated[Path | None, Parameter(group=_WHERE, show_default=False)] = None
     """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
 
@@ -117,6 +121,8 @@ def confirm_run(settings: ConfirmSettings, epochs_of: EpochSource = train_assign
 
 def _confirm(settings: ConfirmSettings, path: Path, epochs_of: EpochSource) -> int:
     run = RunView.read(path)
+    if settings.mlflow is not None:
+        check_mlflow(settings.mlflow)
     asked = Confirmation.of(
         run,
         top=settings.top,
@@ -132,9 +138,12 @@ def _confirm(settings: ConfirmSettings, path: Path, epochs_of: EpochSource) -> i
             settings.retries,
             settings.hang_timeout,
             epochs_of,
+            mlflow_trackers(settings.mlflow, f"{run.folder.name} confirmed"),
         )
         budget = settings.time_budget or math.inf
         ending = confirm(run, asked, machinery, data, time_budget=budget)
+    for warning in ending.warnings if ending else ():
+        tell(f"warning: {warning}")
     if ending and ending.signal:
         tell("interrupted; the same command goes on with it")
         return 128 + ending.signal

@@ -20,6 +20,7 @@ from tune_mnist.tuning.cluster import Share, connected
 from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
 from tune_mnist.tuning.display import start_line
 from tune_mnist.tuning.drawing import draw_report
+from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.runner import Machinery, run_session, writing
@@ -46,6 +47,8 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
     try:
         # Ray's own way as well, from ray.init on; once trials run, a session has a better one.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        if settings.mlflow is not None:
+            check_mlflow(settings.mlflow)
         searching = settings
         if settings.confirm and settings.time_budget is not None:
             searching = replace(settings, time_budget=(1 - CONFIRMING) * settings.time_budget)
@@ -110,7 +113,12 @@ def _run(
     with writing(folder):
         history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
     machinery = Machinery(
-        share, settings.max_concurrent, settings.retries, settings.hang_timeout, epochs_of
+        share,
+        settings.max_concurrent,
+        settings.retries,
+        settings.hang_timeout,
+        epochs_of,
+        mlflow_trackers(settings.mlflow, folder.name),
     )
     console = Console()
     at_once = min(share.slots(), settings.max_concurrent or share.slots())
@@ -118,11 +126,8 @@ def _run(
     with Progress(console) as progress:
         ending = run_session(folder, history, plan.rules, machinery, data, progress)
     console.print(summary(folder, history, plan.rules.metric, epochs=plan.rules.epochs))
-    if ending.study_failure:
-        tell(
-            f"warning: {folder.study} is behind ({ending.study_failure}); nothing is lost: "
-            f"--resume {folder.path} brings it up to date"
-        )
+    for warning in ending.warnings:
+        tell(f"warning: {warning}: --resume {folder.path} brings it up to date")
     if ending.signal:
         tell(f"interrupted; go on with: python -m tune_mnist.search --resume {folder.path}")
         return 128 + ending.signal
@@ -146,6 +151,7 @@ def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
         address=settings.address,
         retries=settings.retries,
         hang_timeout=settings.hang_timeout,
+        mlflow=settings.mlflow,
         report=False,  # the search's own follows
         data_dir=settings.data_dir,
     )

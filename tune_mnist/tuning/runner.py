@@ -7,8 +7,8 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import FrameType
 
 from ray import tune
@@ -29,6 +29,8 @@ from tune_mnist.tuning.scheduler import ExperimentScheduler
 from tune_mnist.tuning.searcher import ExperimentSearcher
 from tune_mnist.tuning.study import SamplerSettings, Study
 from tune_mnist.tuning.supervisor import SearchOverError, Supervisor
+from tune_mnist.tuning.tensorboard import EventFiles
+from tune_mnist.tuning.tracking import Tracker, Tracking
 from tune_mnist.tuning.trial import EpochSource, run_trial, train_assignment
 
 # Tune's own bookkeeping would write every result a second time, and snapshot what the run's
@@ -53,6 +55,8 @@ class Machinery:
     retries: int
     hang_timeout: float
     epochs_of: EpochSource = train_assignment
+    # What is shown its course, beside TensorBoard, by what people call it.
+    trackers: Mapping[str, Callable[[], Tracker]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Ending:
     """How a session of a search ended."""
 
     signal: int | None  # that ended it in order before its time
-    study_failure: str | None  # why study.db could not be brought up to date
+    warnings: tuple[str, ...]  # what could not be brought up to date, and is not needed
 
 
 def run_session(
@@ -89,13 +93,15 @@ def run_session(
     supervisor = Supervisor(
         experiment, retries=machinery.retries, hang_timeout=machinery.hang_timeout
     )
+    trackers = {"TensorBoard": lambda: EventFiles(folder.tensorboard), **machinery.trackers}
+    tracking = [Tracking(name, history, start) for name, start in trackers.items()]
     progress.watch(experiment, folder)
     with _heeding_signals(supervisor) as received:
         try:
             _fit(experiment, supervisor, machinery, split, progress)
         except Exception as error:
             experiment.broken = experiment.broken or error
-    return _close(experiment, folder, received)
+    return _close(experiment, folder, received, tracking)
 
 
 def _fit(
@@ -144,13 +150,18 @@ def _close(
     experiment: Experiment,
     folder: RunFolder,
     received: list[int],
+    tracking: list[Tracking],
 ) -> Ending:
     """Write the tables and the last word, or say why the search could not go on."""
+    behind = [each.close() for each in tracking]
     if experiment.broken is None:
         try:
-            note = experiment.close(_why(experiment, received))
+            study_failure = experiment.close(_why(experiment, received))
+            if study_failure is not None:
+                behind.insert(0, f"{folder.study} is behind ({study_failure}); nothing is lost")
             write_tables(folder, experiment.history, experiment.rules.metric)
-            return Ending(received[0] if received else None, note)
+            warnings = tuple(each for each in behind if each is not None)
+            return Ending(received[0] if received else None, warnings)
         except OSError as error:
             experiment.broken = error
     with contextlib.suppress(OSError):  # the folder may be what is broken

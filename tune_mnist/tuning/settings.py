@@ -31,6 +31,7 @@ _MAY_CHANGE_ON_RESUME = (
     "data_dir",
     "report",
     "confirm",
+    "mlflow",
 )
 _MAX_EPOCHS = 1000  # as in a space file
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -143,6 +144,10 @@ class SearchSettings:
 
     report: Annotated[bool, Parameter(group=_RUN)] = True
     """Draw the run's report.html when the search has ended."""
+
+    mlflow: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
+    """Also log the trials to MLflow, in an experiment named after the run: the URI of a tracking
+    server or store, such as http://HOST:5000 or sqlite:///mlflow.db."""
 
     list_runs: Annotated[bool, Parameter(name="--list", negative="", group=_RUN)] = False
     """Show the runs in the folder of results with their state and best, and start nothing."""
