@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tune_mnist.mnist.augment import affine, augments, random_affine
+from tune_mnist.mnist.augment import affine, affine_limits, augments, random_affine
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist
 from tune_mnist.mnist.tensors import scaled
@@ -44,7 +44,7 @@ def test_only_amounts_above_zero_distort() -> None:
 
 
 def test_zero_amounts_change_nothing(images: Tensor) -> None:
-    found = random_affine(images, TrainConfig(), generator())
+    found = random_affine(images, affine_limits(TrainConfig()), generator())
     torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
 
 
@@ -79,14 +79,16 @@ def test_scaling_by_two_doubles_lengths_about_the_centre() -> None:
 
 def test_the_same_seed_distorts_the_same_way(images: Tensor) -> None:
     config = TrainConfig(rotation=20, shift=0.1, scale=0.2)
-    first = random_affine(images, config, generator())
-    assert torch.equal(first, random_affine(images, config, generator()))
-    assert not torch.equal(first, random_affine(images.clone(), config, torch.Generator()))
+    first = random_affine(images, affine_limits(config), generator())
+    assert torch.equal(first, random_affine(images, affine_limits(config), generator()))
+    assert not torch.equal(
+        first, random_affine(images.clone(), affine_limits(config), torch.Generator())
+    )
 
 
 def test_images_are_distorted_each_by_its_own_amounts(images: Tensor) -> None:
     same = images[:1].expand(8, -1, -1, -1)
-    found = random_affine(same, TrainConfig(rotation=30), generator())
+    found = random_affine(same, affine_limits(TrainConfig(rotation=30)), generator())
     assert len({tuple(image.flatten().tolist()) for image in found}) == 8
 
 
@@ -108,7 +110,7 @@ def centres(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 14, 2000)
-    x, y = centres(random_affine(before, TrainConfig(shift=0.2), generator()))
+    x, y = centres(random_affine(before, affine_limits(TrainConfig(shift=0.2)), generator()))
     for moved in (x - 0.5, y - 0.5):
         assert 0.98 * 5.6 < moved.abs().max() < 5.6 + 0.01
         assert moved.min() < 0 < moved.max()
@@ -116,7 +118,7 @@ def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
 
 def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 22, 2000)  # right of the middle
-    x, y = centres(random_affine(before, TrainConfig(rotation=30), generator()))
+    x, y = centres(random_affine(before, affine_limits(TrainConfig(rotation=30)), generator()))
     start = math.degrees(math.atan2(-0.5, 8.5))
     angles = torch.rad2deg(torch.atan2(-y, x)) - start  # y points down
     assert 29 < angles.abs().max() < 30.3
@@ -126,7 +128,7 @@ def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
 
 def test_scales_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 22, 2000)
-    x, _ = centres(random_affine(before, TrainConfig(scale=0.25), generator()))
+    x, _ = centres(random_affine(before, affine_limits(TrainConfig(scale=0.25)), generator()))
     factors = x / 8.5
     assert 0.74 < factors.min() < 0.76
     assert 1.24 < factors.max() < 1.26

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist import training
+from tune_mnist.mnist import host_run
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.evaluation import Score, evaluate
+from tune_mnist.mnist.losses import smoothed_loss
 from tune_mnist.mnist.tensors import normalised, scaled
 from tune_mnist.mnist.training import EpochResult, load_weights, train
 
@@ -195,7 +196,7 @@ def test_every_image_is_seen_once_an_epoch_in_another_order(
         seen.append(images.clone())
         return scaled(images)
 
-    monkeypatch.setattr(training, "scaled", note)
+    monkeypatch.setattr(host_run, "scaled", note)
     list(train(PLAIN, data, epochs=2, seed=1))
     first, second = torch.cat(seen[:5]).flatten(1), torch.cat(seen[5:]).flatten(1)
     assert not torch.equal(first, second)
@@ -218,7 +219,7 @@ def test_a_diverged_epoch_ends_early_and_is_the_last(data: Split) -> None:
     result = results[-1]
     assert result.diverged_step is not None
     assert result.diverged_step <= steps[-1] < 75
-    assert steps[-1] < result.diverged_step + training.DIVERGENCE_CHECK_EVERY
+    assert steps[-1] < result.diverged_step + host_run.DIVERGENCE_CHECK_EVERY
     assert result.epoch == len(results) < 3
     assert not math.isfinite(result.train_loss)
     for value in (result.val_loss, result.val_accuracy, result.test_loss, result.test_accuracy):
@@ -229,7 +230,7 @@ def test_a_net_lost_only_in_evaluation_has_diverged(
     data: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = Score(images=200, correct=20, loss=math.inf)
-    monkeypatch.setattr(training, "evaluate", lambda *_: lost)
+    monkeypatch.setattr(host_run, "evaluate", lambda *_: lost)
     (result,) = train(PLAIN, data, epochs=3, seed=1)
     assert result.diverged_step == 5
     assert math.isfinite(result.train_loss)
@@ -278,7 +279,7 @@ def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 10, generator=generator)
     labels = torch.randint(10, (50,), generator=generator)
-    found = training._smoothed_loss(functional.log_softmax(logits, 1), labels, smoothing)
+    found = smoothed_loss(functional.log_softmax(logits, 1), labels, smoothing)
     torch.testing.assert_close(
         found, functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     )

@@ -1,6 +1,8 @@
 """Random affine distortions of a batch of images, on the device the batch is on."""
 
 import math
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,21 +16,33 @@ def augments(config: TrainConfig) -> bool:
     return config.rotation > 0 or config.shift > 0 or config.scale > 0
 
 
-def random_affine(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+def affine_limits(config: TrainConfig) -> tuple[float, float, float]:
+    """Return the largest turn (radians), change of scale and shift (fraction of the side)."""
+    return math.radians(config.rotation), config.scale, config.shift
+
+
+def random_affine(
+    images: Tensor,
+    limits: Sequence[float] | Sequence[Tensor],
+    generator: torch.Generator,
+) -> Tensor:
     """Rotate and scale each image about its centre, then shift it, by its own random amounts.
 
     Args:
         images: float32 [B, 1, H, W] with a background of 0, which fills what moves in.
-        config: gives the largest rotation (degrees), shift (fraction of the side) and scale.
+        limits: the largest amounts, as `affine_limits` has them; or scalar tensors on the images'
+            device, whose values nobody waits for.
         generator: draws the amounts, uniformly; on the images' device.
 
     Returns:
         Images of the same shape, sampled bilinearly.
     """
-    limits = (math.radians(config.rotation), config.scale, config.shift, config.shift)
+    turn, zoom, shift = limits
     size = (4, images.shape[0])
     draws = torch.rand(size, generator=generator, device=images.device).mul_(2).sub_(1)
-    angle, scale, right, down = (draw * limit for draw, limit in zip(draws, limits, strict=True))
+    angle, scale, right, down = (
+        draw * limit for draw, limit in zip(draws, (turn, zoom, shift, shift), strict=True)
+    )
     return affine(images, angle=angle, scale=1 + scale, right=right, down=down)
 
 
@@ -55,6 +69,7 @@ def affine(images: Tensor, *, angle: Tensor, scale: Tensor, right: Tensor, down:
     return F.grid_sample(images, grid, align_corners=False)
 
 
+@cache
 def _pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     """Return x, y and 1 of every pixel's centre, [3, H * W], in an image that spans [-1, 1]."""
     x = (2 * torch.arange(width, device=device) + 1) / width - 1

@@ -1,6 +1,7 @@
 """The net's mathematics in fewer passes over memory, on the same parameters and buffers."""
 
 import ctypes
+import math
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any, NamedTuple, cast
@@ -41,8 +42,8 @@ def training_forward(
     Args:
         net: its own dropout rates and training flag are not looked at.
         images: float32 [B, 1, 28, 28].
-        dropout: rate in [0, 1); a float 0 draws nothing from the generator. On a GPU it may be a
-            scalar tensor there, which a captured graph then reads anew at each replay.
+        dropout: rate in [0, 1); a float 0 draws nothing from the generator. It may be a scalar
+            tensor, whose value nobody waits for: a captured graph reads it anew at each replay.
         generator: source of the masks, on the images' device; None is torch's own.
 
     Returns:
@@ -50,9 +51,9 @@ def training_forward(
     """
     if not isinstance(dropout, Tensor):
         check_dropout(dropout)
-    if kernels.COMPILED and _is_plain(images):
+    if kernels.COMPILED and not isinstance(dropout, Tensor) and _is_plain(images):
         parameters = list(net.features.parameters())
-        features = _CompiledFeatures.apply(net, images, float(dropout), generator, *parameters)
+        features = _CompiledFeatures.apply(net, images, dropout, generator, *parameters)
     else:
         features = _train_features(net, images, dropout, generator)
     return F.log_softmax(net.classifier(features.flatten(1)), dim=1)
@@ -165,13 +166,13 @@ def _train_features(
     """Apply the convolutional part by torch's operations: any device, no wait for a GPU."""
     h = _channels_last(images)
     drops = isinstance(dropout, Tensor) or dropout > 0
-    on_cpu = images.device.type == "cpu"
-    seeds = iter(_draw_seeds(generator, NORMS) if drops and on_cpu else ())
+    factors = _draw_factors(net, images, dropout, generator) if drops else None
     for convolution, norm, pooled in _blocks(net):
         h = F.conv2d(h, convolution.weight, convolution.bias)
         if norm is None:
             continue
-        _present(norm.num_batches_tracked).add_(1)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
         h = F.batch_norm(
             F.relu(h),
             norm.running_mean,
@@ -182,16 +183,49 @@ def _train_features(
             momentum=cast(float, norm.momentum),
             eps=norm.eps,
         )
-        if drops:
-            keep = torch.empty_like(h, dtype=torch.uint8 if on_cpu else torch.float32)
-            if on_cpu:
-                kernels.draw_keep(next(seeds), float(dropout), _flat(keep))
-            else:  # uniform numbers are multiples of 2^-24
-                keep.uniform_(generator=generator).ge_(dropout)
-            h = h * keep.to(h.dtype).mul_(1 / (1 - dropout))
+        if factors is not None:
+            h = h * next(factors).to(h.dtype)
         if pooled:
             h = F.max_pool2d(h, 2)
     return h
+
+
+def _draw_factors(
+    net: Net, images: Tensor, dropout: float | Tensor, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Yield what each dropout multiplies by: 0 at the rate asked for, else 1 / (1 - rate)."""
+    shapes = list(_dropped_shapes(net, images))
+    sizes = [math.prod(shape) for shape in shapes]
+    if isinstance(dropout, Tensor) or images.device.type != "cpu":
+        # All at once: a GPU starts a kernel for about as long as it draws. Uniform numbers are
+        # multiples of 2^-24.
+        drawn = torch.rand(sum(sizes), generator=generator, device=images.device)
+        flat = iter(torch.split(drawn.ge_(dropout).mul_(1 / (1 - dropout)), sizes))
+    else:
+        flat = _draw_on_cpu(sizes, dropout, generator)
+    for part, shape in zip(flat, shapes, strict=True):
+        yield part.view(shape).permute(0, 3, 1, 2)
+
+
+def _dropped_shapes(net: Net, images: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """Yield images, height, width and channels of what each dropout is applied to."""
+    height, width = IMAGE_SHAPE[1:]
+    for convolution, norm, pooled in _blocks(net):
+        height -= convolution.kernel_size[0] - 1
+        width -= convolution.kernel_size[1] - 1
+        if norm is not None:
+            yield len(images), height, width, convolution.out_channels
+        if pooled:
+            height, width = height // 2, width // 2
+
+
+def _draw_on_cpu(
+    sizes: list[int], dropout: float, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    for size, seed in zip(sizes, _draw_seeds(generator, len(sizes)), strict=True):
+        keep = np.empty(size, np.uint8)
+        kernels.draw_keep(seed, dropout, keep)
+        yield torch.from_numpy(keep).to(torch.float32).mul_(1 / (1 - dropout))
 
 
 def _flat(tensor: Tensor) -> Any:

@@ -69,12 +69,19 @@ def _cosine(start: float, end: float, progress: Floats) -> Floats:
     return way
 
 
+def averaging_decay(decay: float, steps: npt.NDArray[np.integer]) -> Floats:
+    """Return what an average keeps of itself at its next step, after so many.
+
+    The decay grows to its value as (1 + n) / (10 + n), so that the random start is forgotten at
+    once (TensorFlow's ExponentialMovingAverage with num_updates).
+    """
+    return np.minimum(decay, (1 + steps) / (10 + steps))
+
+
 class Average:
     """The exponential moving average of a net's weights and batch-norm statistics.
 
-    The decay grows to its value as (1 + n) / (10 + n) over the first n steps, so that the random
-    start is forgotten at once (TensorFlow's ExponentialMovingAverage with num_updates). torch's
-    AveragedModel takes ten times as long (0.26 ms on one core) and waits for a GPU at each step.
+    torch's AveragedModel takes ten times as long (0.26 ms on one core).
     """
 
     def __init__(self, net: Net, decay: float) -> None:
@@ -90,8 +97,8 @@ class Average:
 
     def update(self) -> None:
         """Take the net's present weights into the average."""
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        decay = averaging_decay(self.decay, np.array(self.steps))
+        torch._foreach_lerp_(self._averages, self._weights, float(1 - decay))
         torch._foreach_copy_(self._average_counts, self._counts)  # batch norm's batches seen
         self.steps += 1
 

@@ -36,13 +36,34 @@ class SplitTensors:
     def on(cls, split: Split, device: str) -> Self:
         """Put a split on a device."""
         return cls(
-            train_images=_tensor(split.train_images).to(device),
-            train_labels=_tensor(split.train_labels).to(device, torch.int64),
-            val_images=_tensor(split.val_images).to(device),
-            val_labels=_tensor(split.val_labels).to(device, torch.int64),
-            test_images=_tensor(split.test_images).to(device),
-            test_labels=_tensor(split.test_labels).to(device, torch.int64),
+            **{
+                name: _tensor(array).to(device, _dtype(name))
+                for name, array in vars(split).items()
+            }
         )
+
+    @classmethod
+    def room_for(cls, split: Split, device: str) -> Self:
+        """Return tensors on a device that a split as large can be put into."""
+        return cls(
+            **{
+                name: torch.empty(array.shape, dtype=_dtype(name), device=device)
+                for name, array in vars(split).items()
+            }
+        )
+
+    def fits(self, split: Split) -> bool:
+        """Say whether a split is as large as what these tensors hold."""
+        return all(getattr(self, name).shape == array.shape for name, array in vars(split).items())
+
+    def fill(self, split: Split) -> None:
+        """Put a split in the place of what these tensors hold, which stay where they are."""
+        for name, array in vars(split).items():
+            getattr(self, name).copy_(_tensor(array))
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.int64 if name.endswith("labels") else torch.uint8
 
 
 def _tensor(array: npt.NDArray[np.uint8]) -> Tensor:

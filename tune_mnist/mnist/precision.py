@@ -1,0 +1,46 @@
+"""How precisely a GPU computes the training steps.
+
+float32 is the default: only its losses can be compared with a CPU's, step by step. Evaluation is
+always in float32, and so are weights, their updates and batch norm's statistics.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from tune_mnist.errors import ConfigError
+
+Precision = Literal["float32", "tf32", "bf16"]
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Raise ConfigError unless the device computes as precisely as asked, and no more so."""
+    if precision != "float32" and torch.device(device).type == "cpu":
+        raise ConfigError(f"precision {precision} is for GPUs: a CPU computes in float32")
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Have CUDA compute float32 convolutions and products as they are, or rounded to TF32."""
+    cudnn: Any = torch.backends.cudnn  # whose `conv` its type lacks
+    settings = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:  # torch's own default is TF32 for convolutions
+        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def forward_in(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which a forward pass computes in bfloat16 where that is asked for."""
+    return torch.autocast(
+        device.type,
+        dtype=torch.bfloat16,
+        enabled=precision == "bf16",
+        cache_enabled=False,  # a captured graph must read the weights anew at each replay
+    )
