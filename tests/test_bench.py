@@ -27,7 +27,8 @@ from tune_mnist.mnist.data import Mnist, default_data_dir, split
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.optim import learning_rates
 from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.packing import Node, Packing, Probe
+from tune_mnist.tuning.nodes import Node
+from tune_mnist.tuning.packing import Packing, Probe
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -1,37 +1,11 @@
-"""How many trials fit, and what is said where no cluster answers."""
+"""What is said where no cluster answers."""
 
 import socket
 
 import pytest
 
 from tune_mnist.errors import ClusterError
-from tune_mnist.tuning.cluster import Share, connected
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "node", "fits"),
-    [
-        (1, 0, {"CPU": 4.0}, 4),
-        (2, 0, {"CPU": 5.0}, 2),
-        (0.5, 0, {"CPU": 2.0}, 4),
-        (1, 0, {}, 0),
-        (1, 0.25, {"CPU": 16.0, "GPU": 1.0}, 4),
-        (1, 0.25, {"CPU": 2.0, "GPU": 1.0}, 2),
-        (1, 0.4, {"CPU": 16.0, "GPU": 2.0}, 4),  # two on each: a trial uses one GPU's part
-        (1, 2, {"CPU": 16.0, "GPU": 5.0}, 2),
-        (0, 0.5, {"CPU": 1.0, "GPU": 2.0}, 4),
-        (1, 0.25, {"CPU": 16.0}, 0),
-    ],
-)
-def test_a_node_takes_as_many_trials_as_fit(
-    cpus: float, gpus: float, node: dict[str, float], fits: int
-) -> None:
-    assert Share(cpus, gpus).slots_of(node) == fits
-
-
-def test_a_trial_takes_something() -> None:
-    with pytest.raises(ClusterError, match="above 0"):
-        Share(0, 0)
+from tune_mnist.tuning.cluster import connected
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:", ":6379", "host:port"])

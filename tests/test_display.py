@@ -9,9 +9,9 @@ from recorded import RecordedSearch
 from rich.console import Console, Group
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.cluster import Share
 from tune_mnist.tuning.display import finished_line, live_view, start_line
 from tune_mnist.tuning.experiment import Rules
+from tune_mnist.tuning.nodes import Share
 from tune_mnist.tuning.space import load_space
 from tune_mnist.tuning.tally import Tally
 

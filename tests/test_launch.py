@@ -199,7 +199,7 @@ def stop_before_the_first_trial() -> None:
     def stopping() -> Any:
         signal.raise_signal(signal.SIGTERM)
 
-    replace(sharing, "node_resources", stopping)
+    replace(sharing, "living_nodes", stopping)
 
 
 def test_sigterm_before_the_first_trial_has_its_exit_code_too(searches: Searches) -> None:

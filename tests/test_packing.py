@@ -2,9 +2,8 @@ import pytest
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import Mnist, split
-from tune_mnist.tuning.cluster import Share
+from tune_mnist.tuning.nodes import Node, Share
 from tune_mnist.tuning.packing import (
-    Node,
     Packing,
     Probe,
     best_of,
@@ -46,8 +45,7 @@ def test_trials_at_once_double_until_the_machine_is_full(
 def test_every_packing_fits_its_node() -> None:
     for machine in (node(3), node(7), node(96), node(5, gpus=2), node(64, gpus=4)):
         for packing in packings(machine):
-            resources = {"CPU": float(machine.cpus), "GPU": float(machine.gpus)}
-            assert packing.share.slots_of(resources) >= packing.at_once
+            assert packing.share.slots_on(machine) >= packing.at_once
 
 
 def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials() -> None:

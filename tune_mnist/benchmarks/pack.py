@@ -21,8 +21,8 @@ from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.cli import tell
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import connected
+from tune_mnist.tuning.nodes import Node
 from tune_mnist.tuning.packing import (
-    Node,
     Packing,
     Probe,
     best_of,

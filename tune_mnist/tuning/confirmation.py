@@ -28,6 +28,7 @@ from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.experiment import Listed, Rules
+from tune_mnist.tuning.nodes import living_nodes
 from tune_mnist.tuning.plan import machine, versions
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.runner import Ending, Machinery, run_session, writing
@@ -230,8 +231,7 @@ def _start_line(
     machinery: Machinery,
     split: Split,
 ) -> str:
-    slots = machinery.share.slots()
-    at_once = min(slots, machinery.max_concurrent or slots)
+    at_once = machinery.share.at_once(living_nodes(), machinery.max_concurrent)
     done = len(history.trials) - len(history.unfinished())
     so_far = f", {done:,} of them done in {duration(history.elapsed)}" if done else ""
     return (

@@ -1,5 +1,8 @@
 """How a running search looks: one view for a terminal, single lines for everything else."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from rich.text import Text
 
 from tune_mnist.analysis.history import History, Metric, Row, State, TrialRecord
@@ -7,12 +10,13 @@ from tune_mnist.analysis.ranking import Standing, number
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.analysis.wording import count, duration, percent, short_path
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.cluster import Share
 from tune_mnist.tuning.experiment import Rules
+from tune_mnist.tuning.nodes import Node, Share, in_words
 from tune_mnist.tuning.tally import Running, Tally
 
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _LABEL = 10  # columns
+_NODES_NAMED = 6  # of a larger cluster, alike nodes are counted
 
 
 def start_line(
@@ -30,15 +34,33 @@ def start_line(
         )
     if rules.time_budget < float("inf"):
         what += f", for at most {duration(rules.time_budget)}"
-    workers = [f"{at_once * share.cpus:g} CPU{'s' * (at_once * share.cpus != 1)}"]
-    if share.gpus:
-        workers.append(f"{at_once * share.gpus:g} GPU{'s' * (at_once * share.gpus != 1)}")
+    workers = in_words(at_once * share.cpus, at_once * share.gpus)
     held_out = len(data.val_images)
     steering = f"held-out {held_out:,} steer" if held_out else "the test set steers"
     return (
-        f"{where}: {what}, {at_once} at a time on {' and '.join(workers)}, "
+        f"{where}: {what}, {at_once} at a time on {workers}, "
         f"{count(len(data.train_images), 'training image')}, {steering}"
     )
+
+
+def nodes_line(nodes: Sequence[Node], share: Share) -> str:
+    """Say how many trials run where; of a large cluster, how many nodes are alike."""
+    parts = []
+    if len(nodes) <= _NODES_NAMED:
+        parts = [f"{node.address} {_takes(node, share)}" for node in nodes]
+    else:
+        alike = Counter((node.cpus, node.gpus, _takes(node, share)) for node in nodes)
+        for (cpus, gpus, takes), number in alike.most_common():
+            parts.append(f"{number} of {in_words(cpus, gpus)} {takes}{' each' * (number > 1)}")
+    return f"{len(nodes)} nodes: {', '.join(parts)}"
+
+
+def _takes(node: Node, share: Share) -> str:
+    fits = share.slots_on(node)
+    if fits:
+        return count(fits, "trial")
+    has = in_words(node.cpus, node.gpus)
+    return f"no trial ({has}{', no GPU' * (share.gpus > node.gpus == 0)})"
 
 
 def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:

@@ -16,10 +16,11 @@ from tune_mnist.analysis.summary import summary
 from tune_mnist.analysis.wording import duration
 from tune_mnist.cli import tell
 from tune_mnist.mnist.data import Split, load_mnist, split
-from tune_mnist.tuning.cluster import Share, connected
+from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
-from tune_mnist.tuning.display import start_line
+from tune_mnist.tuning.display import nodes_line, start_line
 from tune_mnist.tuning.drawing import draw_report
+from tune_mnist.tuning.nodes import Share, living_nodes
 from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
@@ -121,8 +122,11 @@ def _run(
         mlflow_trackers(settings.mlflow, folder.name),
     )
     console = Console()
-    at_once = min(share.slots(), settings.max_concurrent or share.slots())
+    nodes = living_nodes()
+    at_once = share.at_once(nodes, settings.max_concurrent)
     console.print(Text(start_line(folder, plan.rules, history, share, at_once, data)))
+    if len(nodes) > 1:
+        console.print(Text(nodes_line(nodes, share)))
     with Progress(console) as progress:
         ending = run_session(folder, history, plan.rules, machinery, data, progress)
     console.print(summary(folder, history, plan.rules.metric, epochs=plan.rules.epochs))

@@ -4,7 +4,6 @@ One trial on all cores, two on half of them each, four ...: small nets leave mor
 idle the more threads one of them is given, and one of them fills no GPU.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,23 +16,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.cluster import Share
+from tune_mnist.tuning.nodes import Node, Share, in_words, living_nodes
 
 PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is tried
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
 AS_GOOD = 0.97  # of two packings this close, the one with fewer trials at once is taken
 MEMORY_SHARE = 0.9  # of what there is, at most
 _EPOCHS = 1000  # more than any probe trains
-
-
-@dataclass(frozen=True)
-class Node:
-    """A machine of the cluster: what it is tried on."""
-
-    id: str
-    cpus: int
-    gpus: int
-    megabytes: float  # of memory for workers, by Ray's count
 
 
 @dataclass(frozen=True)
@@ -45,10 +34,8 @@ class Packing:
 
     def __str__(self) -> str:
         trials = "1 trial" if self.at_once == 1 else f"{self.at_once} trials"
-        parts = [f"{self.share.cpus:g} CPU{'s' * (self.share.cpus > 1)}"]
-        if self.share.gpus:
-            parts.append(f"{self.share.gpus:g} GPU{'s' * (self.share.gpus > 1)}")
-        return f"{trials} on {' and '.join(parts)}{' each' * (self.at_once > 1)}"
+        parts = in_words(self.share.cpus, self.share.gpus)
+        return f"{trials} on {parts}{' each' * (self.at_once > 1)}"
 
     def options(self) -> str:
         """Return what to give the search command for it."""
@@ -73,16 +60,7 @@ def largest_node() -> Node:
     Raises:
         ClusterError: no node has a CPU.
     """
-    nodes = [
-        Node(
-            id=node["NodeID"],
-            cpus=int(node["Resources"].get("CPU", 0)),
-            gpus=int(node["Resources"].get("GPU", 0)),
-            megabytes=node["Resources"].get("memory", math.inf) / 1e6,
-        )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
-    ]
+    nodes = living_nodes()
     node = max(nodes, key=lambda each: (each.gpus, each.cpus), default=None)
     if node is None or node.cpus < 1:
         raise ClusterError("no machine of the cluster has a whole CPU: there is nothing to try")
@@ -94,17 +72,18 @@ def packings(node: Node) -> list[Packing]:
 
     On a GPU they share that one; where there are more, each is used alike.
     """
+    cpus = int(node.cpus)
     if node.gpus:
-        cores = node.cpus / node.gpus  # for the trials of one GPU
+        cores = cpus / node.gpus  # for the trials of one GPU
         counts = [2**power for power in range(6) if 2**power <= 2 * cores]
         return [
             Packing(count, Share(cpus=round(min(1.0, cores / count), 4), gpus=1 / count))
             for count in counts or [1]
         ]
-    counts = [2**power for power in range(node.cpus.bit_length()) if 2**power <= node.cpus]
-    if counts[-1] != node.cpus:
-        counts.append(node.cpus)
-    return [Packing(count, Share(cpus=float(node.cpus // count), gpus=0.0)) for count in counts]
+    counts = [2**power for power in range(cpus.bit_length()) if 2**power <= cpus]
+    if counts[-1] != cpus:
+        counts.append(cpus)
+    return [Packing(count, Share(cpus=float(cpus // count), gpus=0.0)) for count in counts]
 
 
 def probe_all(

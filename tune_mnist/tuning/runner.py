@@ -20,10 +20,10 @@ from tune_mnist.analysis.tables import write_tables
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.checkpoints import Checkpoints
-from tune_mnist.tuning.cluster import Room, Share
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.memory import memory_kills_survived
 from tune_mnist.tuning.mirror import Mirror
+from tune_mnist.tuning.nodes import Room, Share
 from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.scheduler import ExperimentScheduler
 from tune_mnist.tuning.searcher import ExperimentSearcher

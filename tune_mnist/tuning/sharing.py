@@ -1,9 +1,12 @@
 """What one trial takes of the machines: as asked, or as tried."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.cluster import Share, node_resources
+from tune_mnist.tuning.nodes import Node, Share, in_words, living_nodes
 from tune_mnist.tuning.packing import Probe, best_of, largest_node, probe_all
 from tune_mnist.tuning.settings import SearchSettings
 
@@ -19,20 +22,24 @@ def settle_share(settings: SearchSettings, data: Split) -> Share:
     """
     if settings.pack == "auto":
         return _tried_share(data)
-    nodes = node_resources()
+    nodes = living_nodes()
     gpus = settings.gpus_per_trial
     if gpus is None:
-        gpus = DEFAULT_GPU_SHARE if any(node.get("GPU") for node in nodes) else 0.0
+        gpus = DEFAULT_GPU_SHARE if any(node.gpus for node in nodes) else 0.0
     share = Share(cpus=settings.cpus_per_trial, gpus=gpus)
-    if share.slots() == 0:
-        offers = "; ".join(
-            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes
-        )
+    if share.slots(nodes) == 0:
         raise ClusterError(
-            f"no machine can run a trial of {share.cpus:g} CPUs and {share.gpus:g} GPUs: there "
-            f"is {offers}; ask for less with --cpus-per-trial or --gpus-per-trial"
+            f"no machine can run a trial of {in_words(share.cpus, share.gpus)}: {_there_is(nodes)}"
+            "; ask for less with --cpus-per-trial or --gpus-per-trial"
         )
     return share
+
+
+def _there_is(nodes: Sequence[Node]) -> str:
+    offers = Counter(in_words(node.cpus, node.gpus) for node in nodes)
+    return "there is " + ", ".join(
+        f"{number} of {offer}" for offer, number in offers.most_common()
+    )
 
 
 def _tried_share(data: Split) -> Share:
