@@ -1,9 +1,9 @@
 """Starting a search, or going on with one: everything from the settings to the exit code."""
 
+import math
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -29,8 +29,6 @@ from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.sharing import settle_share
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
-CONFIRMING = 0.5  # of a time budget: what --confirm may have of it
-
 
 def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) -> int:
     """Run or resume a search and return the exit code.
@@ -50,14 +48,11 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
         if settings.mlflow is not None:
             check_mlflow(settings.mlflow)
-        searching = settings
-        if settings.confirm and settings.time_budget is not None:
-            searching = replace(settings, time_budget=(1 - CONFIRMING) * settings.time_budget)
         if settings.resume is not None:
-            path, code = settings.resume, _resume(searching, settings.resume, epochs_of)
+            path, code = settings.resume, _resume(settings, settings.resume, epochs_of)
         else:
-            path, code = _start(searching, epochs_of)
-        if code == 0 and settings.confirm:
+            path, code = _start(settings, epochs_of)
+        if code == 0 and (settings.confirm or Plan.load(RunFolder.open(path)).confirm):
             code = confirm_run(_confirming(path, settings), epochs_of)
         if code == 0 and settings.report:
             draw_report(path, settings.data_dir)
@@ -121,15 +116,15 @@ def _run(
         epochs_of,
         mlflow_trackers(settings.mlflow, folder.name),
     )
-    console = Console()
+    rules, console = plan.search_rules, Console()
     nodes = living_nodes()
     at_once = share.at_once(nodes, settings.max_concurrent)
-    console.print(Text(start_line(folder, plan.rules, history, share, at_once, data)))
+    console.print(Text(start_line(folder, rules, history, share, at_once, data)))
     if len(nodes) > 1:
         console.print(Text(nodes_line(nodes, share)))
     with Progress(console) as progress:
-        ending = run_session(folder, history, plan.rules, machinery, data, progress)
-    console.print(summary(folder, history, plan.rules.metric, epochs=plan.rules.epochs))
+        ending = run_session(folder, history, rules, machinery, data, progress)
+    console.print(summary(folder, history, rules.metric, epochs=rules.epochs))
     for warning in ending.warnings:
         tell(f"warning: {warning}: --resume {folder.path} brings it up to date")
     if ending.signal:
@@ -140,14 +135,13 @@ def _run(
 
 def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
     """Return what to confirm the search's winners with: its own machine, and the time left."""
-    left = None
-    if settings.time_budget is not None:
-        spent = History.load(RunFolder.open(path)).elapsed
-        left = max(settings.time_budget - spent, 1.0)
+    folder = RunFolder.open(path)
+    plan = Plan.load(folder).raised(settings)
+    left = max(plan.rules.time_budget - History.load(folder).elapsed, 1.0)
     return ConfirmSettings(
         run=path,
-        images=Plan.load(RunFolder.open(path)).images,
-        time_budget=left,
+        images=plan.images,
+        time_budget=left if math.isfinite(left) else None,
         max_concurrent=settings.max_concurrent,
         cpus_per_trial=settings.cpus_per_trial,
         gpus_per_trial=settings.gpus_per_trial,
@@ -172,9 +166,10 @@ def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
-    if history.elapsed >= plan.rules.time_budget:
+    if history.elapsed >= plan.search_rules.time_budget:
+        part = "the search's part of " if plan.confirm else ""
         return (
-            f"the time budget of {duration(plan.rules.time_budget)} is used up; "
+            f"{part}the time budget of {duration(plan.rules.time_budget)} is used up; "
             "--time-budget with a longer time goes on"
         )
     return None

@@ -36,10 +36,10 @@ class MlflowRuns:
     """
 
     def __init__(self, tracking_uri: str, experiment: str) -> None:
-        _quieten()
         from mlflow.tracking import MlflowClient
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
+        _quieten()
         self._client = MlflowClient(tracking_uri)
         callback: Any = MLflowLoggerCallback(tracking_uri, experiment_name=experiment)
         callback.setup()
@@ -119,9 +119,9 @@ def check_mlflow(tracking_uri: str) -> None:
         raise ConfigError(
             "--mlflow needs MLflow's client, which is not installed: pip install mlflow-skinny"
         )
-    _quieten()
     from mlflow.tracking import MlflowClient
 
+    _quieten()
     try:
         MlflowClient(tracking_uri).search_experiments(max_results=1)
     except Exception as error:  # its stores have many ways to say no
@@ -132,7 +132,7 @@ def check_mlflow(tracking_uri: str) -> None:
 
 
 def _quieten() -> None:
-    """Keep MLflow, and what makes its databases, from writing into the live view."""
+    """Keep MLflow, once it is imported, from writing into the live view and waiting for long."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _RETRIES)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)

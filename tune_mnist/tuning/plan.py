@@ -21,6 +21,7 @@ from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.space import SearchSpace, load_space
 
 DEFAULT_TRIALS = 50
+CONFIRMING = 0.5  # of a time budget: what --confirm may have of it
 _ASKED: dict[str, tuple[type, ...]] = {
     "metric": (str,),
     "trials": (int,),
@@ -41,6 +42,13 @@ class Plan:
 
     rules: Rules
     images: int | None  # training images; None: all there are
+    confirm: bool = False  # whether the winners are confirmed at the end, in the time budget
+
+    @property
+    def search_rules(self) -> Rules:
+        """The rules of the search proper, whose time is what is not kept for confirming."""
+        part = 1 - CONFIRMING if self.confirm else 1.0
+        return replace(self.rules, time_budget=part * self.rules.time_budget)
 
     @classmethod
     def of(cls, settings: SearchSettings) -> Self:
@@ -66,6 +74,7 @@ class Plan:
                 seed=settings.seed,
             ),
             images=settings.images,
+            confirm=settings.confirm,
         )
 
     @classmethod
@@ -82,7 +91,8 @@ class Plan:
                 data["space"], str(data["space_name"]), str(data["space_source"])
             )
             # The checks of the command line hold here as well.
-            return cls._resolve(SearchSettings(**_typed(data["asked"])), space)
+            confirm = bool(data.get("confirm", False))  # older versions did not note it
+            return cls._resolve(SearchSettings(**_typed(data["asked"]), confirm=confirm), space)
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise RunFolderError(
@@ -90,13 +100,13 @@ class Plan:
             ) from error
 
     def raised(self, settings: SearchSettings) -> Self:
-        """Return the plan with another number of trials or time budget, where given."""
+        """Return the plan with what else is asked of it now: trials, time, a confirmation."""
         rules = replace(
             self.rules,
             trials=settings.trials or self.rules.trials,
             time_budget=settings.time_budget or self.rules.time_budget,
         )
-        return replace(self, rules=rules)
+        return replace(self, rules=rules, confirm=self.confirm or settings.confirm)
 
     def save(self, folder: RunFolder) -> None:
         """Write search.yaml.
@@ -118,6 +128,7 @@ class Plan:
                     "startup_trials": rules.startup_trials,
                     "seed": rules.seed,
                 },
+                "confirm": self.confirm,
                 "space_name": rules.space.name,
                 # In full: a search may be resumed from another folder.
                 "space_source": str(Path(rules.space.source).absolute()),
