@@ -128,6 +128,11 @@ class Searches:
         """Begin to go on with a run."""
         return self._begin("--resume", self.folder(run), *arguments, **settings)
 
+    def resume_at(self, uri: str, machine: str, *arguments: object, **settings: Any) -> Driver:
+        """Begin to go on with a copy, with a results folder of another machine's."""
+        place = ("--resume", uri, "--results-dir", self.path / machine)
+        return self._begin(*place, *arguments, **settings)
+
     def close(self) -> None:
         """End what still runs."""
         for driver in self._drivers:

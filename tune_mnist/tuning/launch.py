@@ -4,6 +4,8 @@ import math
 import signal
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,13 +22,15 @@ from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
 from tune_mnist.tuning.display import nodes_line, start_line
 from tune_mnist.tuning.drawing import draw_report
-from tune_mnist.tuning.nodes import Share, living_nodes
 from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
+from tune_mnist.tuning.nodes import Share, living_nodes
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.progress import Progress
+from tune_mnist.tuning.remote import RemoteRun
 from tune_mnist.tuning.runner import Machinery, run_session, writing
 from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.sharing import settle_share
+from tune_mnist.tuning.storage import check_new_copy, folder_for, kept_in_line
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
 
@@ -48,26 +52,32 @@ def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) 
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
         if settings.mlflow is not None:
             check_mlflow(settings.mlflow)
-        if settings.resume is not None:
-            path, code = settings.resume, _resume(settings, settings.resume, epochs_of)
-        else:
-            path, code = _start(settings, epochs_of)
-        if code == 0 and (settings.confirm or Plan.load(RunFolder.open(path)).confirm):
-            code = confirm_run(_confirming(path, settings), epochs_of)
-        if code == 0 and settings.report:
-            draw_report(path, settings.data_dir)
-        return code
+        with ExitStack() as copies:  # kept in line until nothing more is written
+            if settings.resume is not None:
+                path, code = _resume(settings, settings.resume, epochs_of, copies)
+            else:
+                path, code = _start(settings, epochs_of, copies)
+            if code == 0 and (settings.confirm or Plan.load(RunFolder.open(path)).confirm):
+                code = confirm_run(_confirming(path, settings), epochs_of)
+            if code == 0 and settings.report:
+                draw_report(path, settings.data_dir)
+            return code
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise
         return 128 + signal.SIGTERM
 
 
-def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]:
+def _start(
+    settings: SearchSettings, epochs_of: EpochSource, copies: ExitStack
+) -> tuple[Path, int]:
     plan = Plan.of(settings)
     name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = settings.results_dir / name
     check_new_run(path)
+    copy = RemoteRun.within(plan.storage, name) if plan.storage else None
+    if copy:
+        check_new_copy(copy)
     data = _load(settings, plan)
     with connected(settings.address):
         share = settle_share(settings, data)
@@ -75,18 +85,27 @@ def _start(settings: SearchSettings, epochs_of: EpochSource) -> tuple[Path, int]
         with folder.only_writer():
             with writing(folder):
                 plan.save(folder)
+            if copy:
+                copies.enter_context(kept_in_line(folder, copy))
             return path, _run(folder, History(folder), plan, settings, share, data, epochs_of)
 
 
-def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int:
-    folder = RunFolder.open(path)
+def _resume(
+    settings: SearchSettings, resume: Path | str, epochs_of: EpochSource, copies: ExitStack
+) -> tuple[Path, int]:
+    copy = RemoteRun(resume) if isinstance(resume, str) else None
+    folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
     with folder.only_writer():
+        if copy is None and (storage := Plan.load(folder).raised(settings).storage):
+            copy = RemoteRun.within(storage, folder.name)
+        if copy:
+            copies.enter_context(kept_in_line(folder, copy))
         before = Plan.load(folder)
-        plan = before.raised(settings)
+        plan = replace(before.raised(settings), storage=copy.storage if copy else None)
         history = History.load(folder)
         if over := _why_nothing_is_left(plan, history):
             tell(f"{folder.path}: {over}")
-            return 0
+            return folder.path, 0
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         data = _load(settings, plan)
@@ -94,7 +113,7 @@ def _resume(settings: SearchSettings, path: Path, epochs_of: EpochSource) -> int
             share = settle_share(settings, data)
             with writing(folder):
                 plan.save(folder)
-            return _run(folder, history, plan, settings, share, data, epochs_of)
+            return folder.path, _run(*(folder, history, plan, settings, share, data, epochs_of))
 
 
 def _run(

@@ -19,6 +19,7 @@ from tune_mnist.errors import RunFolderError, TuneMnistError
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.space import SearchSpace, load_space
+from tune_mnist.tuning.uri import storage_uri
 
 DEFAULT_TRIALS = 50
 CONFIRMING = 0.5  # of a time budget: what --confirm may have of it
@@ -42,6 +43,7 @@ class Plan:
 
     rules: Rules
     images: int | None  # training images; None: all there are
+    storage: str | None = None  # where a copy of the run is kept, a URI
     confirm: bool = False  # whether the winners are confirmed at the end, in the time budget
 
     @property
@@ -74,6 +76,7 @@ class Plan:
                 seed=settings.seed,
             ),
             images=settings.images,
+            storage=None if settings.storage is None else storage_uri(settings.storage),
             confirm=settings.confirm,
         )
 
@@ -91,8 +94,12 @@ class Plan:
                 data["space"], str(data["space_name"]), str(data["space_source"])
             )
             # The checks of the command line hold here as well.
-            confirm = bool(data.get("confirm", False))  # older versions did not note it
-            return cls._resolve(SearchSettings(**_typed(data["asked"]), confirm=confirm), space)
+            asked = SearchSettings(
+                **_typed(data["asked"]),
+                storage=_storage(data),
+                confirm=bool(data.get("confirm", False)),  # older versions did not note it
+            )
+            return cls._resolve(asked, space)
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise RunFolderError(
@@ -100,13 +107,18 @@ class Plan:
             ) from error
 
     def raised(self, settings: SearchSettings) -> Self:
-        """Return the plan with what else is asked of it now: trials, time, a confirmation."""
+        """Return the plan with what else is asked of it now: trials, time, storage, ..."""
         rules = replace(
             self.rules,
             trials=settings.trials or self.rules.trials,
             time_budget=settings.time_budget or self.rules.time_budget,
         )
-        return replace(self, rules=rules, confirm=self.confirm or settings.confirm)
+        return replace(
+            self,
+            rules=rules,
+            storage=storage_uri(settings.storage) if settings.storage else self.storage,
+            confirm=self.confirm or settings.confirm,
+        )
 
     def save(self, folder: RunFolder) -> None:
         """Write search.yaml.
@@ -128,6 +140,7 @@ class Plan:
                     "startup_trials": rules.startup_trials,
                     "seed": rules.seed,
                 },
+                "storage": self.storage,
                 "confirm": self.confirm,
                 "space_name": rules.space.name,
                 # In full: a search may be resumed from another folder.
@@ -170,6 +183,13 @@ def _typed(asked: Any) -> dict[str, Any]:
     if asked["metric"] not in get_args(Metric):
         raise TypeError(f"asked.metric cannot be {asked['metric']!r}")
     return dict(asked)
+
+
+def _storage(data: Mapping[str, Any]) -> str | None:
+    storage = data.get("storage")  # older versions knew of none
+    if not isinstance(storage, str | None):
+        raise TypeError(f"storage cannot be {storage!r}")
+    return storage
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

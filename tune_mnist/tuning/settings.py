@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 
 from tune_mnist.analysis.history import Metric
 from tune_mnist.errors import ConfigError
+from tune_mnist.tuning.uri import is_uri, storage_uri
 
 _WHAT = Group.create_ordered("What to search")
 _HOW = Group.create_ordered("How to search")
@@ -29,6 +30,7 @@ _MAY_CHANGE_ON_RESUME = (
     "retries",
     "hang_timeout",
     "data_dir",
+    "storage",
     "report",
     "confirm",
     "mlflow",
@@ -57,6 +59,11 @@ def parse_duration(text: str) -> float:
 
 def _duration(type_: Any, tokens: Any) -> float:
     return parse_duration(tokens[0].value)
+
+
+def _folder_or_uri(type_: Any, tokens: Any) -> Path | str:
+    text = str(tokens[0].value)
+    return text if is_uri(text) else Path(text)
 
 
 def time_option(group: Group) -> Parameter:
@@ -134,9 +141,18 @@ class SearchSettings:
     results_dir: Annotated[Path, Parameter(group=_RUN)] = Path("results")
     """Folder in which the run's folder is made."""
 
-    resume: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
-    """Go on with the run in this folder: all it was asked is taken from there. --trials and
-    --time-budget may be raised, and what it runs on may change."""
+    storage: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
+    """Keep a copy of the run here as well, within seconds: s3://BUCKET/FOLDER, gs://..., abfs://...
+    or a shared folder. --resume s3://BUCKET/FOLDER/RUN goes on with it on any machine."""
+
+    resume: Annotated[
+        Path | str | None,
+        Parameter(
+            group=_RUN, show_default=False, converter=_folder_or_uri, n_tokens=1, metavar="RUN"
+        ),
+    ] = None
+    """Go on with the run in this folder, or with the copy at this URI: all it was asked is taken
+    from there. --trials and --time-budget may be raised, and what it runs on may change."""
 
     confirm: Annotated[bool, Parameter(group=_RUN, negative="")] = False
     """Then train the three best and the baseline again, on all images and five fresh seeds; of
@@ -175,6 +191,8 @@ class SearchSettings:
             )
         if self.run is not None and (Path(self.run).name != self.run or self.run in ("", "..")):
             raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
+        if self.storage is not None:
+            storage_uri(self.storage)
         if self.resume is not None:
             self._check_resume()
 
@@ -184,8 +202,13 @@ class SearchSettings:
             raise ConfigError(f"{flag(name)} must be {rule}, but got {value:g}")
 
     def _check_resume(self) -> None:
+        may_change = set(_MAY_CHANGE_ON_RESUME)
+        if isinstance(self.resume, str):
+            storage_uri(self.resume)
+            # The copy's folder is where it is; the local one may be made anywhere.
+            may_change = may_change - {"storage"} | {"results_dir"}
         for entry in fields(self):
-            fixed = entry.name not in _MAY_CHANGE_ON_RESUME
+            fixed = entry.name not in may_change
             if fixed and getattr(self, entry.name) != entry.default:
                 raise ConfigError(
                     f"{flag(entry.name)} cannot be changed with --resume, which takes it from "

@@ -1,0 +1,172 @@
+"""A small S3: as much of its protocol as Arrow speaks to keep, list and delete whole files."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase, BytesIO
+from time import gmtime, strftime, time
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+BUCKET = "bucket"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class S3(ThreadingHTTPServer):
+    """One bucket, in memory."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.objects: dict[str, tuple[bytes, float]] = {}  # content, when it was put
+        self.puts: list[str] = []
+        self.refuses = False  # to take anything
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def uri(self, path: str) -> str:
+        """Return the URI of a folder in the bucket."""
+        return f"s3://{BUCKET}/{path}?endpoint_override=127.0.0.1:{self.server_port}&scheme=http"
+
+    def contents(self, folder: str) -> dict[str, bytes]:
+        """Return the files in a folder, but for those that begin with a dot."""
+        found = {
+            key.removeprefix(f"{folder}/"): content
+            for key, (content, _) in list(self.objects.items())
+            if key.startswith(f"{folder}/") and not key.endswith("/")
+        }
+        return {name: content for name, content in found.items() if not name.startswith(".")}
+
+    def lines(self, key: str) -> int:
+        """Count an object's lines."""
+        return self.objects[key][0].count(b"\n") if key in self.objects else 0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: S3
+
+    def do_PUT(self) -> None:
+        content = self._body()
+        if self.server.refuses:
+            self._fail(403, "AccessDenied")
+        elif self._key is None:
+            self._fail(404, "NoSuchBucket")
+        else:
+            self.server.objects[self._key] = content, time()
+            self.server.puts.append(self._key)
+            self._answer(200)
+
+    def do_DELETE(self) -> None:
+        self.server.objects.pop(self._key or "", None)
+        self._answer(204)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        if self._key is None:
+            self._fail(404, "NoSuchBucket")
+        elif "list-type" in query:
+            self._list(query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
+        elif self._key == "":
+            self._answer(200)
+        elif self._key not in self.server.objects:
+            self._fail(404, "NoSuchKey")
+        else:
+            content, when = self.server.objects[self._key]
+            modified = formatdate(when, usegmt=True)
+            total = len(content)
+            if unit := self.headers.get("Range"):
+                first, _, last = unit.removeprefix("bytes=").partition("-")
+                content = content[int(first) : int(last or total) + 1]
+                where = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
+                self._answer(206, content, {"Content-Range": where, "Last-Modified": modified})
+            else:
+                self._answer(200, content, {"Last-Modified": modified})
+
+    def _list(self, prefix: str, delimiter: str) -> None:
+        parts, folders = [], set()
+        for key, (content, when) in sorted(self.server.objects.items()):
+            rest = key.removeprefix(prefix)
+            if not key.startswith(prefix):
+                continue
+            if delimiter and delimiter in rest:
+                folders.add(prefix + rest.partition(delimiter)[0] + delimiter)
+                continue
+            modified = strftime("%Y-%m-%dT%H:%M:%S.000Z", gmtime(when))
+            parts.append(
+                f"<Contents><Key>{escape(key)}</Key><LastModified>{modified}</LastModified>"
+                f"<Size>{len(content)}</Size></Contents>"
+            )
+        parts += [
+            f"<CommonPrefixes><Prefix>{escape(each)}</Prefix></CommonPrefixes>"
+            for each in sorted(folders)
+        ]
+        self._answer(
+            200,
+            f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(parts)}</KeyCount>"
+            f"{''.join(parts)}</ListBucketResult>".encode(),
+        )
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        content = b"".join(_chunks(self.rfile))
+        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+            return b"".join(_chunks(BytesIO(content)))
+        return content
+
+    @property
+    def _key(self) -> str | None:
+        bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
+        return key if bucket == BUCKET else None
+
+    def _fail(self, status: int, code: str) -> None:
+        self._answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+
+    def _answer(
+        self, status: int, content: bytes = b"", headers: dict[str, str] | None = None
+    ) -> None:
+        self.server.answers.wait()
+        self.send_response(status)
+        for name, value in {"ETag": '"0"', **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def _chunks(file: BufferedIOBase) -> Iterator[bytes]:
+    """Read what was sent in pieces, each with its size before it, and a checksum at the end."""
+    while size := int(file.readline().partition(b";")[0], 16):
+        yield file.read(size)
+        file.readline()
+    while file.readline().strip():
+        pass
+
+
+@contextmanager
+def s3_server() -> Iterator[S3]:
+    """Serve an empty bucket."""
+    with S3() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.answers.set()
+            server.shutdown()

@@ -1,0 +1,302 @@
+"""A run is copied to a bucket or a shared folder, and gone on with from there."""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import (
+    Driver,
+    Searches,
+    die_at,
+    epochs_in,
+    history_of,
+    notes_of,
+    outcome_of,
+    replace,
+    searches_in,
+    study_of,
+)
+from ray.cluster_utils import Cluster
+from s3_server import CREDENTIALS, S3, s3_server
+from scripted import Script
+
+from tune_mnist.analysis.run import RunFolder
+from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.tuning import claim, remote, storage
+from tune_mnist.tuning.remote import RemoteRun
+from tune_mnist.tuning.uri import storage_uri
+
+pytest_plugins = ["ray_fixtures"]
+
+TRIALS = 5
+ONE = ("--max-concurrent", 1)
+SHORT = ("--trials", TRIALS, "--epochs", 10, *ONE)
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A search without a copy that nothing befell."""
+    with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
+        driver = searches.start("run", *SHORT)
+        assert driver.wait() == 0, driver.output
+        yield searches.folder("run")
+
+
+def hurry() -> None:
+    """Have this process be as impatient as tests are."""
+    replace(storage, "COPY_EVERY", 0.1)
+    replace(storage, "CLOSING_PATIENCE", 1.0)
+    replace(remote, "PATIENCE", 1)
+    replace(claim, "LEASE", 2.0)
+    replace(claim, "SIGN_EVERY", 0.2)
+    replace(claim, "LOOK_EVERY", 0.1)
+
+
+def die_in_hurry(write: int) -> None:
+    hurry()
+    die_at(RemoteRun, "write", write, after=True)
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Return all that is copied of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    return {name: content for name, content in names.items() if not name.startswith(".")}
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_its_bucket(
+    searches: Searches, s3: S3, uninterrupted: Path
+) -> None:
+    notes = searches.path / "notes"
+    notes.mkdir()
+    settings: dict[str, Any] = {
+        "script": Script(seconds=0.05, notes=notes, state_size=300_000),
+        "prepare": hurry,
+    }
+    place = ("--storage", s3.uri("runs"))
+    driver = searches.start("run", *SHORT, *place, **settings)
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 6)
+    driver.kill()
+    folder, lost = searches.folder("run"), epochs_in(searches.folder("run"))
+    header, _, _ = s3.objects["runs/run/checkpoints/00000.state"][0].partition(b"\n")
+    kept = int(json.loads(header)["row"]["epoch"])
+    assert "runs/run/study.db" not in s3.objects
+    shutil.rmtree(folder)
+
+    driver = searches.resume_at(s3.uri("runs/run"), "elsewhere", *ONE, **settings)
+    assert driver.wait() == 0, driver.output
+    folder = searches.path / "elsewhere" / "run"
+    assert outcome_of(folder) == outcome_of(uninterrupted)
+    assert (folder / "best.pt").read_bytes() == (uninterrupted / "best.pt").read_bytes()
+    trained = notes_of(notes)
+    assert trained.total() - len(trained) <= lost - kept + 1  # since the last copied state
+    assert contents_of(folder) == s3.contents("runs/run")
+    assert len(study_of(folder)) == TRIALS
+
+
+def test_what_a_kill_leaves_between_any_two_files_can_be_gone_on_with(
+    searches: Searches, uninterrupted: Path
+) -> None:
+    place = searches.path / "shared"
+    script = Script(seconds=0.1)
+    writes = (2, 4, 5, 6, 7, 8)  # the first are .probe and .driver
+    settings: dict[str, Any] = {"script": script, "prepare": partial(die_in_hurry, writes[0])}
+    driver = searches.start("run", *SHORT, "--storage", place, **settings)
+    assert driver.wait() == -signal.SIGKILL, driver.output
+    driver = searches.resume("run", *ONE, script=script, prepare=partial(die_in_hurry, writes[1]))
+    for count, write in enumerate((*writes[2:], 10_000)):
+        assert driver.wait() == -signal.SIGKILL, driver.output
+        driver = searches.resume_at(
+            (place / "run").as_uri(),
+            f"machine-{count}",
+            *ONE,
+            script=script,
+            prepare=partial(die_in_hurry, write),
+        )
+    assert driver.wait() == 0, driver.output
+    folder = searches.path / f"machine-{count}" / "run"
+    assert outcome_of(folder) == outcome_of(uninterrupted)
+    assert contents_of(folder) == contents_of(place / "run")
+
+
+def test_a_bucket_that_fails_holds_up_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
+    place = ("--storage", s3.uri("runs"))
+    driver = searches.start(
+        *("run", *SHORT, *place),
+        script=Script(seconds=0.05),
+        prepare=hurry,
+    )
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    s3.refuses = True
+    assert driver.wait() == 0, driver.output
+    assert driver.output.count("warning: cannot copy to s3://bucket/runs/run") == 1
+    folder = searches.folder("run")
+    last = driver.output.splitlines()[-1]
+    assert "is behind" in last
+    assert "ACCESS_DENIED" in last
+    assert last.endswith(f"--resume {folder} brings it up to date")
+    assert not history_of(folder).unfinished()
+
+    s3.refuses = False
+    driver = searches.resume("run", prepare=hurry)
+    assert driver.wait() == 0, driver.output
+    assert contents_of(folder) == s3.contents("runs/run")
+
+
+def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
+    searches: Searches, s3: S3
+) -> None:
+    place = ("--storage", s3.uri("runs"))
+    driver = searches.start("run", *SHORT, *place, prepare=hurry)
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    s3.answers.clear()
+    assert driver.wait(60) == 0, driver.output
+    assert "is behind" in driver.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("place", ["s3 without such a bucket", "s3 without permission", "file"])
+def test_storage_that_cannot_be_written_is_refused_before_anything_starts(
+    searches: Searches, s3: S3, place: str
+) -> None:
+    uri = "file:///proc/runs" if place == "file" else s3.uri("runs")
+    if place == "s3 without such a bucket":
+        uri = uri.replace("s3://bucket/", "s3://pail/")
+    s3.refuses = True
+    driver = searches.start("run", "--storage", uri, prepare=hurry)
+    assert driver.wait() == 2, driver.output
+    (line,) = driver.output.splitlines()
+    assert line.startswith(f"error: cannot use {uri.partition('runs')[0]}runs/run")
+    assert not searches.folder("run").exists()
+
+
+def test_a_name_that_the_bucket_has_is_refused(searches: Searches, s3: S3) -> None:
+    s3.objects["runs/run/search.yaml"] = b"asked: {}\n", 0.0
+    driver = searches.start("run", "--storage", s3.uri("runs"), prepare=hurry)
+    assert driver.wait() == 2
+    assert "exists and is never overwritten" in driver.output
+    assert not searches.folder("run").exists()
+
+
+def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3: S3) -> None:
+    driver = begin(searches, s3)
+    other = searches.resume_at(s3.uri("runs/run"), "elsewhere", prepare=hurry)
+    assert other.wait() == 2, other.output
+    assert "is in use: a search on" in other.output
+    driver.send(signal.SIGTERM)
+    assert driver.wait() == 128 + signal.SIGTERM, driver.output
+    assert contents_of(searches.folder("run")) == s3.contents("runs/run")
+
+
+def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
+    searches: Searches, s3: S3
+) -> None:
+    driver = begin(searches, s3)
+    driver.send(signal.SIGSTOP)
+    other = searches.resume_at(s3.uri("runs/run"), "elsewhere", *ONE, prepare=hurry)
+    assert other.wait() == 0, other.output
+    driver.send(signal.SIGCONT)
+    driver.send(signal.SIGTERM)
+    assert driver.wait() == 128 + signal.SIGTERM, driver.output
+    assert "is left to another driver" in driver.output.splitlines()[-1]
+    assert contents_of(searches.path / "elsewhere" / "run") == s3.contents("runs/run")
+
+
+def begin(searches: Searches, s3: S3) -> Driver:
+    """Begin a search of some seconds whose copy has its first epochs."""
+    driver = searches.start(
+        *("run", *SHORT, "--storage", s3.uri("runs")),
+        script=Script(seconds=0.3),
+        prepare=hurry,
+    )
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    return driver
+
+
+START = b'{"event": "start", "trial": %d}\n'
+ROWS = b"trial,epoch\n0,1\n", b"0,2\n", b"1,1\n"
+
+
+def make_run(folder: Path, events: bytes, epochs: bytes) -> RunFolder:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "search.yaml").write_text("asked: {}\n")
+    (folder / "events.jsonl").write_bytes(events)
+    (folder / "epochs.csv").write_bytes(epochs)
+    return RunFolder(folder)
+
+
+def test_a_folder_that_is_behind_its_copy_is_caught_up(tmp_path: Path) -> None:
+    make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
+    folder = make_run(tmp_path / "run", START % 0, ROWS[0] + b"0,")
+    with storage.kept_in_line(folder, RemoteRun((tmp_path / "there" / "run").as_uri())):
+        assert folder.epochs.read_bytes() == b"".join(ROWS)
+        assert folder.events.read_bytes() == START % 0 + START % 1
+
+
+def test_a_copy_that_is_behind_its_folder_is_caught_up(tmp_path: Path) -> None:
+    there = make_run(tmp_path / "there" / "run", START % 0, ROWS[0])
+    (there.checkpoints / "00000.state").write_bytes(b"of a trial that has ended")
+    folder = make_run(tmp_path / "run", START % 0 + START % 1, b"".join(ROWS))
+    with storage.kept_in_line(folder, RemoteRun(there.path.as_uri())):
+        pass
+    assert contents_of(there.path) == contents_of(folder.path)
+
+
+def test_epochs_of_trials_whose_start_was_not_copied_are_run_again(tmp_path: Path) -> None:
+    there = make_run(tmp_path / "there" / "run", START % 0, b"".join(ROWS))
+    copy = RemoteRun(there.path.as_uri())
+    folder = storage.folder_for(copy, tmp_path)
+    with storage.kept_in_line(folder, copy):
+        assert folder.epochs.read_bytes() == b"".join(ROWS[:2])
+
+
+def test_a_run_that_went_on_in_both_places_is_refused(tmp_path: Path) -> None:
+    there = make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
+    folder = make_run(tmp_path / "run", START % 0, b"".join(ROWS[:2]) + b"0,3\n")
+    before = contents_of(there.path)
+    with (
+        pytest.raises(RunFolderError, match="gone on with in both places"),
+        storage.kept_in_line(folder, RemoteRun(there.path.as_uri())),
+    ):
+        pass
+    assert contents_of(there.path) == before
+
+
+def test_what_is_no_copy_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no run's copy: it has no search\.yaml"):
+        storage.folder_for(RemoteRun((tmp_path / "nothing").as_uri()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("s3a://bucket/runs", r"s3a:// is not known \(did you mean 's3'\?\): use s3://, gs://"),
+        ("s3:///runs", "names no bucket: s3://BUCKET/FOLDER"),
+        ("s3://key:secret@bucket/runs", "must not hold a secret"),
+    ],
+)
+def test_storage_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        storage_uri(text)
+
+
+def test_a_folder_may_be_named_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage_uri("my runs") == f"file://{tmp_path}/my%20runs"
+    assert RemoteRun.within(storage_uri("my runs"), "a?").name == "a?"
+    assert RemoteRun.within("s3://b/runs?region=x", "a").uri == "s3://b/runs/a?region=x"
+    assert RemoteRun.within("s3://b/runs?region=x", "a").storage == "s3://b/runs?region=x"
