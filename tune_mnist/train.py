@@ -23,6 +23,7 @@ from tune_mnist.cli import Interrupted, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
 from tune_mnist.mnist.config_file import override, read_config
+from tune_mnist.mnist.precision import Precision, check_precision
 from tune_mnist.mnist.step_bar import StepBar
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
@@ -70,6 +71,10 @@ class TrainSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto is a GPU where there is one."""
 
+    precision: Precision = "float32"
+    """What a GPU computes training steps in; tf32 and bf16 are less precise. Evaluation is always
+    in float32."""
+
     threads: Annotated[int | None, AtLeast1] = None
     """CPU threads to compute with; all cores unless given."""
 
@@ -96,6 +101,7 @@ def train_by(settings: TrainSettings) -> None:
     from tune_mnist.mnist.training import train
 
     device = chosen_device(settings.device)
+    check_precision(settings.precision, device)
     keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -105,7 +111,13 @@ def train_by(settings: TrainSettings) -> None:
     tell(describe(config))
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
     results = train(
-        config, data, epochs=epochs, seed=settings.seed, device=device, on_step=bar.step
+        config,
+        data,
+        epochs=epochs,
+        seed=settings.seed,
+        device=device,
+        precision=settings.precision,
+        on_step=bar.step,
     )
     done: list[EpochResult] = []
     try:

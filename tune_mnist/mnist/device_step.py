@@ -99,7 +99,7 @@ class DeviceStep:
         if self.kind.distorts:
             limits = [numbers[name] for name in ("turn", "zoom", "shift")]
             images = random_affine(images, limits, self._generator)
-        with forward_in(self.kind.precision, batch.device):
+        with forward_in(self.kind.precision, batch.device.type):
             log_probs = training_forward(
                 self.net.net, normalised(images), numbers["dropout"], self._generator
             )

@@ -16,7 +16,8 @@ class FlatNet:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.net = Net().to(device)
+        with torch.device("meta"):  # draws no weights
+            self.net = Net()
         for layer in self.net.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.num_batches_tracked = None
@@ -28,12 +29,9 @@ class FlatNet:
         for name, part in self.named(self.vector).items():
             owner, _, attribute = name.rpartition(".")
             layer = self.net.get_submodule(owner)
-            # `data` has its own count of changes: autograd need not know that others' parts
-            # of the vector change between forward and backward.
-            if name in weights:
-                layer.get_parameter(attribute).data = part.data
-            else:
-                setattr(layer, attribute, part.data)
+            # `data` counts changes by itself: autograd need not mind that other parts of the
+            # vector change between forward and backward.
+            setattr(layer, attribute, nn.Parameter(part.data) if name in weights else part.data)
         self.parameters = list(self.net.parameters())
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:

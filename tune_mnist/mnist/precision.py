@@ -5,10 +5,8 @@ always in float32, and so are weights, their updates and batch norm's statistics
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
-
-import torch
 
 from tune_mnist.errors import ConfigError
 
@@ -17,13 +15,15 @@ Precision = Literal["float32", "tf32", "bf16"]
 
 def check_precision(precision: Precision, device: str) -> None:
     """Raise ConfigError unless the device computes as precisely as asked, and no more so."""
-    if precision != "float32" and torch.device(device).type == "cpu":
-        raise ConfigError(f"precision {precision} is for GPUs: a CPU computes in float32")
+    if precision != "float32" and device == "cpu":
+        raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
 
 
 @contextmanager
 def products_in(precision: Precision) -> Iterator[None]:
     """Have CUDA compute float32 convolutions and products as they are, or rounded to TF32."""
+    import torch
+
     cudnn: Any = torch.backends.cudnn  # whose `conv` its type lacks
     settings = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
@@ -36,11 +36,11 @@ def products_in(precision: Precision) -> Iterator[None]:
             setting.fp32_precision = value
 
 
-def forward_in(precision: Precision, device: torch.device) -> torch.autocast:
+def forward_in(precision: Precision, device: str) -> AbstractContextManager[object]:
     """Return the context in which a forward pass computes in bfloat16 where that is asked for."""
-    return torch.autocast(
-        device.type,
-        dtype=torch.bfloat16,
-        enabled=precision == "bf16",
-        cache_enabled=False,  # a captured graph must read the weights anew at each replay
-    )
+    if precision != "bf16":
+        return nullcontext()
+    import torch
+
+    # A captured graph must round the weights anew at each replay: none are kept rounded.
+    return torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)

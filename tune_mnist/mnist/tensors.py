@@ -44,10 +44,10 @@ class SplitTensors:
 
     @classmethod
     def room_for(cls, split: Split, device: str) -> Self:
-        """Return tensors on a device that a split as large can be put into."""
+        """Return tensors on a device, all zeros, that a split as large can be put into."""
         return cls(
             **{
-                name: torch.empty(array.shape, dtype=_dtype(name), device=device)
+                name: torch.zeros(array.shape, dtype=_dtype(name), device=device)
                 for name, array in vars(split).items()
             }
         )

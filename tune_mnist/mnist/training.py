@@ -84,7 +84,7 @@ def train(
     """
     check_precision(precision, device)
     run: HostRun | DeviceRun
-    if torch.device(device).type == "cpu":
+    if device == "cpu":
         run = HostRun(config, split, epochs=epochs, seed=seed)
     else:
         run = DeviceRun(

@@ -4,6 +4,7 @@ import math
 import signal
 import sys
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from tune_mnist.analysis.runs import RunView
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import load_mnist, split
+from tune_mnist.mnist.precision import Precision
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirmation import SEEDS, TOP, Confirmation, confirm
 from tune_mnist.tuning.drawing import draw_report
@@ -68,6 +70,9 @@ class ConfirmSettings:
     pack: Annotated[Literal["off", "auto"], Parameter(group=_WHERE)] = "off"
     """auto tries for some seconds how many trainings at once this machine serves best."""
 
+    precision: Annotated[Precision, Parameter(group=_WHERE)] = "float32"
+    """What a GPU computes training steps in; tf32 and bf16 are less precise."""
+
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
     """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
 
@@ -98,12 +103,12 @@ class ConfirmSettings:
         return SearchSettings(**shared)
 
 
-def confirm_run(settings: ConfirmSettings, epochs_of: EpochSource = train_assignment) -> int:
+def confirm_run(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> int:
     """Run or go on with a confirmation and return the exit code.
 
     Args:
         settings: what was asked.
-        epochs_of: what a training does; the tests have scripted ones.
+        epochs_of: what is done instead of training; the tests have scripted ones.
 
     Raises:
         TuneMnistError: it could not be started, or could not go on.
@@ -112,7 +117,8 @@ def confirm_run(settings: ConfirmSettings, epochs_of: EpochSource = train_assign
         raise ConfigError("name the search's folder, such as results/default")
     try:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        return _confirm(settings, settings.run, epochs_of)
+        train = epochs_of or partial(train_assignment, precision=settings.precision)
+        return _confirm(settings, settings.run, train)
     except SystemExit as end:
         if end.code != signal.SIGTERM:
             raise

@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -34,16 +35,17 @@ from tune_mnist.tuning.storage import check_new_copy, folder_for, kept_in_line
 from tune_mnist.tuning.trial import EpochSource, train_assignment
 
 
-def search(settings: SearchSettings, epochs_of: EpochSource = train_assignment) -> int:
+def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> int:
     """Run or resume a search and return the exit code.
 
     Args:
         settings: what was asked.
-        epochs_of: what a trial does; the tests and benchmarks have scripted ones.
+        epochs_of: what a trial does instead of training; tests and benchmarks have scripted ones.
 
     Raises:
         TuneMnistError: the search could not be started, or could not go on.
     """
+    epochs_of = epochs_of or partial(train_assignment, precision=settings.precision)
     if settings.list_runs:
         Console().print(listing(settings.results_dir))
         return 0
@@ -162,6 +164,7 @@ def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
         images=plan.images,
         time_budget=left if math.isfinite(left) else None,
         max_concurrent=settings.max_concurrent,
+        precision=settings.precision,
         cpus_per_trial=settings.cpus_per_trial,
         gpus_per_trial=settings.gpus_per_trial,
         pack=settings.pack,

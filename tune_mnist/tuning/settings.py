@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 
 from tune_mnist.analysis.history import Metric
 from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.precision import Precision
 from tune_mnist.tuning.uri import is_uri, storage_uri
 
 _WHAT = Group.create_ordered("What to search")
@@ -23,6 +24,7 @@ _MAY_CHANGE_ON_RESUME = (
     "trials",
     "time_budget",
     "max_concurrent",
+    "precision",
     "cpus_per_trial",
     "gpus_per_trial",
     "pack",
@@ -125,6 +127,10 @@ class SearchSettings:
     pack: Annotated[Literal["off", "auto"], Parameter(group=_WHERE)] = "off"
     """auto tries for some seconds how many trials at once this machine serves best, and takes
     the CPUs and GPUs per trial from that."""
+
+    precision: Annotated[Precision, Parameter(group=_WHERE)] = "float32"
+    """What a GPU computes training steps in; tf32 and bf16 are less precise. Evaluation is always
+    in float32."""
 
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
     """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.precision import check_precision
 from tune_mnist.tuning.nodes import Node, Share, in_words, living_nodes
 from tune_mnist.tuning.packing import Probe, best_of, largest_node, probe_all
 from tune_mnist.tuning.settings import SearchSettings
@@ -19,9 +20,15 @@ def settle_share(settings: SearchSettings, data: Split) -> Share:
 
     Raises:
         ClusterError: no node has that much.
+        ConfigError: the precision asked for is a GPU's, and a trial takes none.
     """
-    if settings.pack == "auto":
-        return _tried_share(data)
+    share = _tried_share(data) if settings.pack == "auto" else _asked_share(settings)
+    if not share.gpus:
+        check_precision(settings.precision, "cpu")
+    return share
+
+
+def _asked_share(settings: SearchSettings) -> Share:
     nodes = living_nodes()
     gpus = settings.gpus_per_trial
     if gpus is None:

@@ -12,6 +12,7 @@ from ray import tune
 from tune_mnist.analysis.ranking import merit
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.precision import Precision
 from tune_mnist.tuning.assignment import Assignment
 
 
@@ -48,7 +49,9 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
     raise RuntimeError("the training ended without having been told to")
 
 
-def train_assignment(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
+def train_assignment(
+    assignment: Assignment, split: Split, *, precision: Precision = "float32"
+) -> Iterator[TrialEpoch]:
     """Train for real, on the worker's share of the machine."""
     import torch  # the driver, which imports this module as well, does without it
 
@@ -65,6 +68,7 @@ def train_assignment(assignment: Assignment, split: Split) -> Iterator[TrialEpoc
         epochs=assignment.epochs,
         seed=assignment.seed,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        precision=precision,
         state=assignment.state,
     )
     for result in results:
