@@ -9,7 +9,7 @@ from scripted import Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from tune_mnist.analysis.history import TrialRecord
+from tune_mnist.analysis.history import History, TrialRecord
 from tune_mnist.tuning.tensorboard import EventFiles
 
 pytest_plugins = ["ray_fixtures"]
@@ -72,15 +72,16 @@ def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
     assert set(_shown(folder, "seconds")) == {1, 2}
 
 
-def test_written_again_nothing_is_there_twice(tmp_path: Path) -> None:
+def test_written_again_a_file_only_grows(tmp_path: Path) -> None:
     search = RecordedSearch(tmp_path)
     number = search.start()
     search.epoch(number, 0.9)
-    record = search.history.trials[number]
-    for _ in range(2):
-        _write(search.folder.tensorboard, record)
+    _write(search.folder.tensorboard, search.history.trials[number])
+    (file,) = (search.folder.tensorboard / "0").iterdir()
+    before = file.read_bytes()
     search.epoch(number, 0.95)
-    _write(search.folder.tensorboard, record)
+    _write(search.folder.tensorboard, History.load(search.folder).trials[number])
+    assert file.read_bytes().startswith(before)
     assert _steps(search.folder.tensorboard / "0") == [1, 2]
 
 

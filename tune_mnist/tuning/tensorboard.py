@@ -1,13 +1,13 @@
 """The trials' curves and hyperparameters for TensorBoard: `tensorboard --logdir results/<run>`."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 from tune_mnist.analysis.history import Row, TrialRecord
 from tune_mnist.analysis.ranking import number
 
+_NAME = "events.out.tfevents.0"  # by which TensorBoard knows its files
 _SCALARS = (
     *("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "evaluation_seconds"),
@@ -18,7 +18,8 @@ class EventFiles:
     """Writes an event file for each trial into a folder of its own, named after its number.
 
     They are written anew in every session, so a trial that was broken off goes on without a gap
-    and without an epoch twice, whenever the kill came.
+    and without an epoch twice, whenever the kill came. What an earlier session wrote comes out
+    the same, byte by byte, so that a TensorBoard which is half through a file reads on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,20 +32,18 @@ class EventFiles:
         self._event, self._summary, self._hparams = Event, Summary, hparams_pb
         self._writer, self._writers = RecordWriter, dict[int, RecordWriter]()
         self._folder = folder
-        # TensorBoard, if it is looking, goes on with the file whose name comes later.
-        self._name = f"events.out.tfevents.{time.time_ns()}"
-        for old in folder.glob("*/events.out.tfevents.*"):
-            old.unlink()
+        # A trial's name among the runs that TensorBoard may look at together.
+        self._run = "/".join(folder.absolute().parts[-3:-1])
 
     def begin(self, record: TrialRecord) -> int:
         """Begin a trial's file with its hyperparameters."""
-        path = self._folder / f"{record.number}" / self._name
+        path = self._folder / f"{record.number}" / _NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
         self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
         values = {**record.config, "seed": record.seed}
-        hparams = self._hparams(values, trial_id=f"{record.number}", start_time_secs=began)
+        hparams = self._hparams(values, f"{self._run}/{record.number}", began)
         self._write(record, self._event(wall_time=began, summary=hparams))
         return 0
 
@@ -75,4 +74,4 @@ class EventFiles:
             self._writers.popitem()[1].close()
 
     def _write(self, record: TrialRecord, event: Any) -> None:
-        self._writers[record.number].write(event.SerializeToString())
+        self._writers[record.number].write(event.SerializeToString(deterministic=True))
