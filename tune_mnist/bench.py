@@ -4,6 +4,7 @@ python -m tune_mnist.bench step             the training step on one core
 python -m tune_mnist.bench turnaround       from trial to trial, and what a report costs
 python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
 python -m tune_mnist.bench pack             how many trials at once serve best
+python -m tune_mnist.bench cluster          how many reports a second one driver takes in
 python -m tune_mnist.bench curves           record learning curves, an hour and more
 python -m tune_mnist.bench replay           searches on recorded curves, ours and others
 """
@@ -11,6 +12,7 @@ python -m tune_mnist.bench replay           searches on recorded curves, ours an
 import signal
 import sys
 
+from tune_mnist.benchmarks.cluster import ClusterSettings, cluster
 from tune_mnist.benchmarks.curves import CurvesSettings, curves
 from tune_mnist.benchmarks.pack import PackSettings, pack
 from tune_mnist.benchmarks.peers import PeersSettings, peers
@@ -30,6 +32,7 @@ if __name__ == "__main__":
             "turnaround": Command(TurnaroundSettings, turnaround),
             "peers": Command(PeersSettings, peers),
             "pack": Command(PackSettings, pack),
+            "cluster": Command(ClusterSettings, cluster),
             "curves": Command(CurvesSettings, curves),
             "replay": Command(ReplaySettings, replay),
         },
