@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from drivers import epochs_in, history_of, table_of
 from ray.job_submission import JobSubmissionClient
 
@@ -112,14 +114,26 @@ def control_characters(text: str) -> set[str]:
     return {char for char in text if unicodedata.category(char) == "Cc"} - {"\n", "\t"}
 
 
-def test_a_job_is_stopped_in_order_and_another_goes_on_with_its_search(
+def entrypoint(results: Path) -> list[str]:
+    """The RayJob's command, word for word but for where results go and how small the search is."""
+    _, job = yaml.safe_load_all((ROOT / "tune_mnist/deploy/rayjob-cpu.yaml").read_text())
+    line: str = job["spec"]["entrypoint"]
+    small = f"--space sgd --images 1000 --trials {TRIALS} --epochs {EPOCHS}"
+    for old, new in {
+        "/results": str(results),
+        "python -m tune_mnist.search": f"{sys.executable} tests/scripted_search.py --no-report",
+        "--space default --trials 500": f"{small} --grace-epochs {EPOCHS}",
+    }.items():
+        assert old in line
+        line = line.replace(old, new)
+    return shlex.split(line)
+
+
+def test_a_job_is_stopped_in_order_and_the_same_again_goes_on_with_its_search(
     head: Head, tmp_path: Path
 ) -> None:
-    search = (sys.executable, "tests/scripted_search.py", "--address", "auto", "--no-report")
-    whole = ("--space", "sgd", "--images", 1000, "--trials", TRIALS, "--epochs", EPOCHS)
-    run = ("--grace-epochs", EPOCHS, "--results-dir", tmp_path, "--run", "job")
-    folder = tmp_path / "job"
-    assert head.submit("first", *search, *whole, *run, wait=False) == 0
+    folder = tmp_path / "cpu"
+    assert head.submit("first", *entrypoint(tmp_path), wait=False) == 0
     wait_until(lambda: epochs_in(folder) > 20 or head.status("first") == "FAILED")
     assert head.status("first") == "RUNNING", head.client.get_job_logs("first")
     head.client.stop_job("first")
@@ -128,7 +142,7 @@ def test_a_job_is_stopped_in_order_and_another_goes_on_with_its_search(
     assert f"--resume {folder}" in head.client.get_job_logs("first")
     assert 20 < epochs_in(folder) < TRIALS * EPOCHS
 
-    assert head.submit("second", *search, "--resume", folder, wait=True) == 0
+    assert head.submit("second", *entrypoint(tmp_path), wait=True) == 0
     assert head.status("second") == "SUCCEEDED"
     rows = [(record.number, row["epoch"]) for record, row in history_of(folder).rows]
     assert len(rows) == TRIALS * EPOCHS
