@@ -27,7 +27,7 @@ from scripted import Script
 
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.tuning import claim, remote, storage
+from tune_mnist.tuning import claim, copying, remote, storage
 from tune_mnist.tuning.remote import RemoteRun
 from tune_mnist.tuning.uri import storage_uri
 
@@ -57,8 +57,8 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 def hurry() -> None:
     """Have this process be as impatient as tests are."""
-    replace(storage, "COPY_EVERY", 0.1)
-    replace(storage, "CLOSING_PATIENCE", 1.0)
+    replace(copying, "COPY_EVERY", 0.1)
+    replace(copying, "CLOSING_PATIENCE", 1.0)
     replace(remote, "PATIENCE", 1)
     replace(claim, "LEASE", 2.0)
     replace(claim, "SIGN_EVERY", 0.2)
