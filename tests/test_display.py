@@ -9,9 +9,9 @@ from recorded import RecordedSearch
 from rich.console import Console, Group
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.display import finished_line, live_view, start_line
+from tune_mnist.tuning.display import finished_line, live_view, nodes_line, start_line
 from tune_mnist.tuning.experiment import Rules
-from tune_mnist.tuning.nodes import Share
+from tune_mnist.tuning.nodes import Node, Share
 from tune_mnist.tuning.space import load_space
 from tune_mnist.tuning.tally import Tally
 
@@ -49,6 +49,24 @@ def _view(search: RecordedSearch, rules: Rules = RULES, height: int = 30) -> lis
     for record in search.history.unfinished():
         tally.start(record.number)
     return live_view(tally, search.folder, 200.0, height).plain.splitlines()
+
+
+def _node(last: int, cpus: float, gpus: float = 0.0) -> Node:
+    return Node("id", cpus, gpus, 64_000.0, f"10.0.0.{last}")
+
+
+def test_the_nodes_line_says_how_many_trials_run_where() -> None:
+    nodes = [_node(1, 4, 1), _node(2, 1, 1), _node(3, 8)]
+    assert nodes_line(nodes, Share(1, 0.25)) == (
+        "3 nodes: 10.0.0.1 4 trials, 10.0.0.2 1 trial, 10.0.0.3 no trial (8 CPUs, no GPU)"
+    )
+
+
+def test_alike_nodes_of_a_large_cluster_are_counted() -> None:
+    nodes = [*(_node(n, 16) for n in range(1, 41)), _node(41, 0)]
+    assert nodes_line(nodes, Share(1, 0)) == (
+        "41 nodes: 40 of 16 CPUs 16 trials each, 1 of 0 CPUs no trial"
+    )
 
 
 def test_the_start_line_says_what_will_run(search: RecordedSearch) -> None:

@@ -14,7 +14,13 @@ from tune_mnist.errors import SearchFailedError
 from tune_mnist.tuning.memory import OUT_OF_MEMORY
 from tune_mnist.tuning.scheduler import ExperimentScheduler, number_of
 from tune_mnist.tuning.searcher import ExperimentSearcher
-from tune_mnist.tuning.supervisor import SearchOverError, Supervisor, describe
+from tune_mnist.tuning.supervisor import (
+    MAX_LOSSES,
+    NODE_LOST,
+    SearchOverError,
+    Supervisor,
+    describe,
+)
 
 
 class Watched:
@@ -105,6 +111,17 @@ def test_an_epoch_forgives_earlier_failures(watched: Watched) -> None:
     assert watched.course.history.trials[0].epochs == 4
 
 
+def test_a_lost_node_is_not_a_failure_of_its_trial(watched: Watched) -> None:
+    for _ in range(MAX_LOSSES):
+        watched.fail(watched.start(), f"{NODE_LOST} (10.0.0.7)")
+    record = watched.course.history.trials[0]
+    assert (record.state, record.retries) == ("running", MAX_LOSSES)
+    watched.fail(watched.start(), "its own")
+    assert record.state == "running"
+    watched.fail(watched.start(), f"{NODE_LOST} (10.0.0.7)")
+    assert (record.state, record.reason) == ("failed", f"{NODE_LOST} (10.0.0.7)")
+
+
 def test_the_last_running_trial_may_still_fail_and_be_suggested_again(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     watched.experiment.rules = watched.course.rules.__class__(
@@ -179,4 +196,8 @@ def test_errors_are_described_in_one_short_line() -> None:
     )
     assert describe(died) == "the worker died: End of file."
     assert describe(RayActorError(error_msg=OUT_OF_MEMORY)) == OUT_OF_MEMORY
+    lost = RayActorError(
+        error_msg="The actor died.\n\tip: 10.0.0.7\nbecause its node has died. Node"
+    )
+    assert describe(lost) == "its node was lost (10.0.0.7)"
     assert describe(ValueError("a\nb")) == "a b"

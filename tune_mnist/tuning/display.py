@@ -45,22 +45,26 @@ def start_line(
 
 def nodes_line(nodes: Sequence[Node], share: Share) -> str:
     """Say how many trials run where; of a large cluster, how many nodes are alike."""
-    parts = []
     if len(nodes) <= _NODES_NAMED:
-        parts = [f"{node.address} {_takes(node, share)}" for node in nodes]
+        parts = []
+        for node in nodes:
+            lacks = "" if share.slots_on(node) else f" ({_resources(node, share)})"
+            parts.append(f"{node.address} {_trials_on(node, share)}{lacks}")
     else:
-        alike = Counter((node.cpus, node.gpus, _takes(node, share)) for node in nodes)
-        for (cpus, gpus, takes), number in alike.most_common():
-            parts.append(f"{number} of {in_words(cpus, gpus)} {takes}{' each' * (number > 1)}")
+        alike = Counter((_resources(node, share), _trials_on(node, share)) for node in nodes)
+        parts = [
+            f"{number} of {resources} {trials}{' each' * (number > 1)}"
+            for (resources, trials), number in alike.most_common()
+        ]
     return f"{len(nodes)} nodes: {', '.join(parts)}"
 
 
-def _takes(node: Node, share: Share) -> str:
-    fits = share.slots_on(node)
-    if fits:
-        return count(fits, "trial")
-    has = in_words(node.cpus, node.gpus)
-    return f"no trial ({has}{', no GPU' * (share.gpus > node.gpus == 0)})"
+def _trials_on(node: Node, share: Share) -> str:
+    return count(slots, "trial") if (slots := share.slots_on(node)) else "no trial"
+
+
+def _resources(node: Node, share: Share) -> str:
+    return in_words(node.cpus, node.gpus) + ", no GPU" * (share.gpus > 0 and not node.gpus)
 
 
 def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:

@@ -1,5 +1,6 @@
 """Joining a Ray cluster that is already there, from one of its nodes or from outside."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -8,13 +9,16 @@ import queue
 import re
 import socket
 import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.authentication import authentication_token_setup
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError
 
 import tune_mnist
@@ -35,25 +39,37 @@ def join(address: str) -> None:
     Raises:
         ClusterError: nothing answers there, or it is not a cluster one can join.
     """
-    try:
-        if not address.startswith(CLIENT):
+    with _quiet():
+        try:
             if address == "auto":
                 address = canonicalize_bootstrap_address_or_die("auto")
             _check_port(address)
-            _check_this_is_a_node(address)
-        else:
-            _check_port(address)
-            _check_client(address)
-        ray.init(
-            address=address,
-            runtime_env=_runtime_env(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except ClusterError:
-        raise
-    except Exception as error:
-        raise ClusterError(_why_not(address, error)) from error
+            if address.startswith(CLIENT):
+                _check_client(address)
+            else:
+                _check_this_is_a_node(address)
+            ray.init(
+                address=address,
+                runtime_env=_runtime_env(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ClusterError:
+            raise
+        except Exception as error:
+            raise ClusterError(_why_not(address, error)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's warnings off the terminal; what they lead to is said in one line."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _check_port(address: str) -> None:
@@ -89,17 +105,15 @@ def _sockets(address: str) -> list[str]:
         client = _gcs_client(address)
     except AuthenticationError:
         # Ray looks for a token by itself only where the address is not given.
-        found = authentication_token_setup.maybe_enable_token_auth_if_token_available(
-            warn_if_disabled=False
-        )
-        if not found:
-            raise ClusterError(
-                f"the Ray cluster at {address} asks for a token: copy ~/.ray/auth_token from its "
-                "head to this machine, or set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token"
-            ) from None
+        _use_token()
         client = _gcs_client(address)
     nodes = client.get_all_node_info(timeout=ANSWER_PATIENCE).values()
     return [node.raylet_socket_name for node in nodes if node.state == node.ALIVE]
+
+
+def _use_token() -> None:
+    """Show the token that this machine has, if any, to the cluster."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _gcs_client(address: str) -> Any:
@@ -108,7 +122,7 @@ def _gcs_client(address: str) -> Any:
 
     def connect() -> None:
         try:
-            answer.put(GcsClient(address=address))
+            answer.put(ray._raylet.GcsClient(address=address))  # type: ignore[attr-defined]
         except Exception as error:
             answer.put(error)
 
@@ -126,6 +140,7 @@ def _gcs_client(address: str) -> Any:
 
 
 def _check_client(address: str) -> None:
+    _use_token()
     if importlib.util.find_spec("grpc") is None:
         raise ClusterError(f"{address} needs grpcio: pip install 'ray[client]=={ray.__version__}'")
 
@@ -141,17 +156,25 @@ def _runtime_env() -> dict[str, Any]:
 
 def _why_not(address: str, error: Exception) -> str:
     """Say why a cluster cannot be joined and what to do."""
-    reasons = []
-    cause: BaseException | None = error
-    while cause is not None:
-        reasons.append(" ".join(str(cause).split()))
+    cause: BaseException = error
+    while cause.__cause__ is not None:
         cause = cause.__cause__
-    for reason in reasons:
-        if "Version mismatch" in reason:
-            (its_ray, its_python), (our_ray, our_python) = _VERSIONS.findall(reason)
-            return (
-                f"the Ray cluster at {address} runs Ray {its_ray} on Python {its_python}, this is "
-                f"Ray {our_ray} on Python {our_python}: both must be the same; search with the "
-                "cluster's versions, or start it with these"
-            )
-    return f"cannot join the Ray cluster at {address}: {reasons[-1][:300]}"
+    reason = " ".join(str(cause).split())
+    if "Version mismatch" in reason:
+        (its_ray, its_python), (our_ray, our_python) = _VERSIONS.findall(reason)
+        return (
+            f"the Ray cluster at {address} runs Ray {its_ray} on Python {its_python}, this is "
+            f"Ray {our_ray} on Python {our_python}: both must be the same; search with the "
+            "cluster's versions, or start it with these"
+        )
+    if isinstance(cause, AuthenticationError):
+        return (
+            f"the Ray cluster at {address} asks for a token that this machine does not have: copy "
+            "~/.ray/auth_token from its head to the same place here, or set RAY_AUTH_TOKEN"
+        )
+    if address.startswith(CLIENT) and "timeout" in reason:
+        return (
+            f"{address} does not answer as Ray Client does: give the head's Ray Client port "
+            "(10001), and copy ~/.ray/auth_token from the head if it asks for a token"
+        )
+    return f"cannot join the Ray cluster at {address}: {reason[:300]}"

@@ -20,6 +20,7 @@ from tune_mnist.analysis.tables import write_tables
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.mnist.data import Split
 from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.tuning.client import staging_in
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.memory import memory_kills_survived
 from tune_mnist.tuning.mirror import Mirror
@@ -120,6 +121,7 @@ def _fit(
     with (
         tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch,
         _quiet(),
+        staging_in(scratch),
         memory_kills_survived(),
         contextlib.suppress(SearchOverError),
     ):
@@ -139,6 +141,7 @@ def _fit(
             trial_name_creator=_ray_id,
             trial_dirname_creator=_ray_id,
             verbose=0,
+            _remote=False,  # in this process, with Ray Client as well
         )
 
 

@@ -1,5 +1,6 @@
 """Tune's way to tell the experiment of ends and failures, and to end a search in order."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 
@@ -16,6 +17,8 @@ from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.memory import OUT_OF_MEMORY
 from tune_mnist.tuning.scheduler import number_of
 
+NODE_LOST = "its node was lost"
+MAX_LOSSES = 20  # of a trial's nodes in a row; one that goes on may be what takes them down
 HOPELESS = 3  # so many failures before any epoch: it is not the configurations
 
 
@@ -30,7 +33,8 @@ class Supervisor(Callback, Stopper):
     """Watches over a search's trials.
 
     A trial that fails goes on from its last epoch until it has failed more than `retries` times
-    without an epoch in between. One that has not reported for `hang_timeout` seconds is given up.
+    without an epoch in between; that its node was lost, as spot nodes are, is not its failure.
+    One that has not reported for `hang_timeout` seconds is given up.
     To Tune every failure is final: a trial that goes on is a new one there, by the searcher. Its
     own retries would cover neither a worker that dies between two trials nor a state to go on
     from.
@@ -39,6 +43,7 @@ class Supervisor(Callback, Stopper):
     def __init__(self, experiment: Experiment, *, retries: int, hang_timeout: float) -> None:
         self._experiment, self._retries, self._hang_timeout = experiment, retries, hang_timeout
         self._failures: Counter[int] = Counter()  # by trial, since its last epoch
+        self._losses: Counter[int] = Counter()  # of its nodes, the same
         self._last_sign: dict[Trial, float] = {}
         self._hung: set[str] = set()
         self.interrupted = False
@@ -67,6 +72,7 @@ class Supervisor(Callback, Stopper):
         result.pop("state", None)
         result.pop("model", None)
         self._failures.pop(number_of(trial), None)
+        self._losses.pop(number_of(trial), None)
         self._last_sign[trial] = time.monotonic()
 
     def on_trial_complete(
@@ -100,9 +106,11 @@ class Supervisor(Callback, Stopper):
 
     def _take_failure(self, trial: Trial) -> None:
         number, error = number_of(trial), self._error_of(trial)
-        self._failures[number] += 1
+        counted = self._losses if error.startswith(NODE_LOST) else self._failures
+        counted[number] += 1
+        within = self._failures[number] <= self._retries and self._losses[number] <= MAX_LOSSES
         # A second try of a trial that hangs would hang as well.
-        if trial.trial_id not in self._hung and self._failures[number] <= self._retries:
+        if trial.trial_id not in self._hung and within:
             self._experiment.retry(number, error)
             return
         self._experiment.fail(number, error)
@@ -138,6 +146,9 @@ def describe(error: BaseException) -> str:
         text = " ".join(str(error).split())
         if OUT_OF_MEMORY in text:
             return OUT_OF_MEMORY
+        if "its node has died" in text or isinstance(error, ActorUnavailableError):
+            node = re.search(r"\bip: (\S+)", text)
+            return f"{NODE_LOST} ({node[1]})" if node else NODE_LOST
         _, _, detail = text.partition("Worker exit detail: ")  # the rest is names and advice
         return f"the worker died: {(detail or text).split(' Some common causes')[0][:300]}"
     return " ".join(str(error).split())[:300]
