@@ -2,16 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tune_mnist.benchmarks import pack as pack_module
 from tune_mnist.benchmarks import peers as peers_module
 from tune_mnist.benchmarks import turnaround as turnaround_module
 from tune_mnist.benchmarks.busy import busy_shares, busy_shares_of_run
+from tune_mnist.benchmarks.gpu import GpuSettings, gpu, keys_of
+from tune_mnist.benchmarks.gpu import measure as measure_gpu
 from tune_mnist.benchmarks.measurements import Measurements, quartiles
 from tune_mnist.benchmarks.pack import PackSettings, cuda_mps, pack
 from tune_mnist.benchmarks.peer_task import Task, note_epoch, read_progress, write_chosen
@@ -203,6 +207,31 @@ def test_peers_schedules_are_ours(schedule: Any) -> None:
         optimizer.step()
         steps.step()
     assert found == pytest.approx(learning_rates(config, epochs=3, steps_per_epoch=7).tolist())
+
+
+def test_gpu_is_skipped_where_there_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu(GpuSettings(quick=True))
+    out = capsys.readouterr().out
+    assert "skipped: torch finds no GPU" in out
+    found = json.loads(out.splitlines()[-1])
+    assert (found["part"], found["n"], found["epoch_s"], found["device"]) == ("gpu", 0, None, None)
+
+
+def test_gpu_compares_variants_precisions_and_accuracies(small_mnist: Mnist) -> None:
+    data = split(small_mnist, holdout=True, images=20)
+    few = {name: array[:20] for name, array in vars(data).items() if "train" not in name}
+    taken = Measurements("gpu")
+    settings = GpuSettings(rounds=1, seeds=1, epochs=1)
+    measure_gpu(taken, replace(data, **few), settings, "cpu")
+    found = keys_of(taken)
+    assert found["n"] == 1
+    assert found["speedup"] == pytest.approx(found["eager_epoch_s"] / found["epoch_s"])
+    assert found["tf32_accuracy_change"] == 0  # a CPU has none
+    missing = {name for name, value in found.items() if value is None or value != value}
+    assert missing == {"device"}
 
 
 def test_pack_names_the_options_to_use(

@@ -5,6 +5,7 @@ python -m tune_mnist.bench turnaround       from trial to trial, and what a repo
 python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
 python -m tune_mnist.bench pack             how many trials at once serve best
 python -m tune_mnist.bench cluster          how many reports a second one driver takes in
+python -m tune_mnist.bench gpu              an epoch on a GPU, captured or not, by precision
 python -m tune_mnist.bench curves           record learning curves, an hour and more
 python -m tune_mnist.bench replay           searches on recorded curves, ours and others
 """
@@ -14,6 +15,7 @@ import sys
 
 from tune_mnist.benchmarks.cluster import ClusterSettings, cluster
 from tune_mnist.benchmarks.curves import CurvesSettings, curves
+from tune_mnist.benchmarks.gpu import GpuSettings, gpu
 from tune_mnist.benchmarks.pack import PackSettings, pack
 from tune_mnist.benchmarks.peers import PeersSettings, peers
 from tune_mnist.benchmarks.replay import ReplaySettings, replay
@@ -33,6 +35,7 @@ if __name__ == "__main__":
             "peers": Command(PeersSettings, peers),
             "pack": Command(PackSettings, pack),
             "cluster": Command(ClusterSettings, cluster),
+            "gpu": Command(GpuSettings, gpu),
             "curves": Command(CurvesSettings, curves),
             "replay": Command(ReplaySettings, replay),
         },
