@@ -1,7 +1,6 @@
 """Joining a Ray cluster that is already there, from one of its nodes or from outside."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -45,7 +44,7 @@ def join(address: str) -> None:
                 address = canonicalize_bootstrap_address_or_die("auto")
             _check_port(address)
             if address.startswith(CLIENT):
-                _check_client(address)
+                _use_token()
             else:
                 _check_this_is_a_node(address)
             ray.init(
@@ -137,12 +136,6 @@ def _gcs_client(address: str) -> Any:
     if isinstance(found, Exception):
         raise found
     return found
-
-
-def _check_client(address: str) -> None:
-    _use_token()
-    if importlib.util.find_spec("grpc") is None:
-        raise ClusterError(f"{address} needs grpcio: pip install 'ray[client]=={ray.__version__}'")
 
 
 def _runtime_env() -> dict[str, Any]:
