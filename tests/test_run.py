@@ -66,6 +66,30 @@ def test_a_run_in_the_current_folder_has_a_name(
     assert RunFolder.open(Path()).name == "run"
 
 
+def test_a_folder_whose_search_was_killed_before_it_began_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with RunFolder.create(path).only_writer():
+        pass
+    (path / ".search.yaml.77.tmp").write_text("ask")
+    with pytest.raises(RunFolderError, match="exists"):  # it may be another's, just made
+        check_new_run(path)
+    os.utime(path, (0, 0))
+    check_new_run(path)
+    again = RunFolder.create(path)
+    with again.only_writer():
+        again.write_search({"asked": {}})
+    assert {found.name for found in path.iterdir()} == {".lock", "checkpoints", "search.yaml"}
+
+
+def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunFolder.create(path).checkpoints.joinpath("0.pt").touch()
+    os.utime(path, (0, 0))
+    for refuse in (check_new_run, RunFolder.create):
+        with pytest.raises(RunFolderError, match="exists"):
+            refuse(path)
+
+
 def test_a_run_that_exists_is_refused_early_and_late(folder: RunFolder) -> None:
     for refuse in (check_new_run, RunFolder.create):
         with pytest.raises(RunFolderError, match=f"{folder.path} exists .* --resume"):

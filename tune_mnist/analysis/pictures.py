@@ -19,6 +19,7 @@ from tune_mnist.analysis.plots import (
     BEST,
     RUNS,
     STATES,
+    accuracy_ticks,
     drawn_trials,
     error,
     name_of_metric,
@@ -123,11 +124,11 @@ def _finish(axes: Axes) -> None:
         return
     axes.set_yscale("log")
     axes.invert_yaxis()
-    ticks = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002)
     low, high = sorted(axes.get_ylim())
-    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.set_yticks([error(tick) for tick in accuracy_ticks([1 - high, 1 - low])])
+    axes.set_ylim(high, low)  # ticks would widen it
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.6g}%"))
     axes.legend(frameon=False, fontsize="small")
 
 

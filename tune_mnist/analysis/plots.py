@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from matplotlib.ticker import MaxNLocator
 
 from tune_mnist.analysis.budget import epochs_by_band, milestones, worker_seconds
 from tune_mnist.analysis.history import TrialRecord
@@ -29,6 +30,7 @@ STATES = {
 RUNS = ("#3f86d0", "#e08a2e", "#2a9d5c", "#a86fd1", "#d9534f", "#35a7a7", "#c2a33c", "#8a94a3")
 MOST_CURVES = 400  # more make a page slow and tell nothing
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999)
+_FEW_TICKS = 3
 _LEAST_ERROR = 1e-4  # one image in 10,000: where 100% is drawn
 
 
@@ -37,15 +39,25 @@ def error(accuracy: float) -> float:
     return max(1 - accuracy, _LEAST_ERROR)
 
 
-def accuracy_axis(title: str) -> dict[str, Any]:
+def accuracy_axis(title: str, accuracies: Sequence[float]) -> dict[str, Any]:
     """Return an axis for `error` that reads as accuracy, the better the higher."""
+    ticks = accuracy_ticks(accuracies)
     return {
         "title": {"text": title},
         "type": "log",
         "autorange": "reversed",
-        "tickvals": [error(tick) for tick in _TICKS],
-        "ticktext": [f"{100 * tick:g}%" for tick in _TICKS],
+        "tickvals": [error(tick) for tick in ticks],
+        "ticktext": [f"{100 * tick:.6g}%" for tick in ticks],
     }
+
+
+def accuracy_ticks(accuracies: Sequence[float]) -> list[float]:
+    """Return where an axis with these accuracies has its ticks: as errors halve, or evenly."""
+    low, high = min(accuracies, default=0.0), max(accuracies, default=1.0)
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) < _FEW_TICKS:
+        ticks = [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if tick < 1]
+    return ticks
 
 
 def name_of_metric(metric: str) -> str:
@@ -71,11 +83,13 @@ def learning_curves(run: RunView) -> go.Figure:
         figure.add_trace(_curves(run, [baseline], "baseline", BASELINE, 3.0, 1.0))
     if best and best is not baseline:
         figure.add_trace(_curves(run, [best], f"best, trial {best.number}", BEST, 3.0, 1.0))
+    drawn = [value for trace in figure.data for value in trace.customdata or () if value]
+    few = {"dtick": 1} if run.epochs <= 12 else {}
     figure.update_layout(
         height=460,
         hovermode="closest",
-        xaxis={"title": {"text": "epoch"}},
-        yaxis=accuracy_axis(name_of_metric(run.metric)),
+        xaxis={"title": {"text": "epoch"}, **few},
+        yaxis=accuracy_axis(name_of_metric(run.metric), drawn),
     )
     return figure
 
@@ -130,7 +144,7 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
         height=380,
         hovermode="closest",
         xaxis={"title": {"text": title}, "rangemode": "tozero"},
-        yaxis=accuracy_axis("best so far"),
+        yaxis=accuracy_axis("best so far", [v for t in figure.data for v in t.customdata]),
     )
     return figure
 
@@ -192,6 +206,7 @@ def confirmed_winners(confirmed: pd.DataFrame) -> go.Figure:
                 "type": "data",
                 "array": table["interval_high"] - table["test_accuracy_mean"],
                 "arrayminus": table["test_accuracy_mean"] - table["interval_low"],
+                "color": STATES["stopped"],  # plotly's own is lost on black
                 "thickness": 2,
                 "width": 6,
             },

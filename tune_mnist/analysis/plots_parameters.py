@@ -117,7 +117,11 @@ def _slice(run: RunView, parameter: Searched, searched: Sequence[Searched]) -> g
         hovermode="closest",
         margin={"l": 8, "r": 8, "t": 10, "b": 8},
         xaxis={**axis, "title": {"text": html.escape(parameter.name)}},
-        yaxis={**accuracy_axis(""), "autorange": False, "range": _errors(ranked, run.metric)},
+        yaxis={
+            **accuracy_axis("", [number(each.best or {}, run.metric) for each in ranked]),
+            "autorange": False,
+            "range": _errors(ranked, run.metric),
+        },
     )
     return figure
 

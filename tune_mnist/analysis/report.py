@@ -19,7 +19,7 @@ from tune_mnist.analysis.pictures import write_pictures
 from tune_mnist.analysis.plots_mistakes import confusion
 from tune_mnist.analysis.plots_parameters import importance_bars, parallel_coordinates, slices
 from tune_mnist.analysis.ranking import gain, number
-from tune_mnist.analysis.repeat import repeat_command
+from tune_mnist.analysis.repeat import confirmation_of, repeat_command, repeat_confirmation
 from tune_mnist.analysis.report_page import Page
 from tune_mnist.analysis.runs import RunView
 from tune_mnist.analysis.summary import BestTable, cost, failures, headline, nothing
@@ -137,7 +137,7 @@ def _verdict(page: Page, run: RunView, confirmed: pd.DataFrame | None) -> None:
     if confirmed is not None:
         page.text(claim(confirmed), "verdict")
     if ranked:
-        said = headline(ranked[0], baseline, len(run.history.trials), run.metric)
+        said = headline(ranked, baseline, len(run.history.trials), run.metric)
         page.text(said.plain, "soft" if confirmed is not None else "verdict")
         best = ranked[0].best or {}
         facts = [(f"best {plots.name_of_metric(run.metric)}", percent(number(best, run.metric)))]
@@ -170,10 +170,20 @@ def _verdict(page: Page, run: RunView, confirmed: pd.DataFrame | None) -> None:
         page.chart(plots.confirmed_winners(confirmed), "means with their 95% intervals")
         page.table(confirmed_lines(confirmed))
         page.text(
-            "At the last epoch, with Student's 95% interval over the seeds. *The mean of each "
-            "seed's best epoch is picked on the test set itself, and so is optimistic.",
+            f"{_how_confirmed(run)} At the last epoch, with Student's 95% interval over the "
+            "seeds. *The mean of each seed's best epoch is picked on the test set itself, and "
+            "so is optimistic.",
             "soft",
         )
+
+
+def _how_confirmed(run: RunView) -> str:
+    asked = confirmation_of(run.folder)
+    if asked is None:  # its folder was not kept
+        return ""
+    images = f"{asked['images']:,}" if asked["images"] else "all"
+    seeds = ", ".join(str(seed) for seed in asked["seeds"])
+    return f"{count(asked['epochs'], 'epoch')} on {images} training images, seeds {seeds}."
 
 
 def _course(page: Page, run: RunView, *, alone: bool) -> None:
@@ -258,6 +268,9 @@ def _mistakes(page: Page, run: RunView, data_dir: Path | None) -> None:
 
 def _settings(page: Page, run: RunView) -> None:
     page.heading("To repeat it")
-    page.code(repeat_command(run.search))
+    commands = [repeat_command(run.search)]
+    if not run.search.get("confirm") and (asked := confirmation_of(run.folder)) is not None:
+        commands.append(repeat_confirmation(run.folder, asked))
+    page.code("\n".join(commands))
     page.heading("Settings and versions")
     page.code(yaml.safe_dump(dict(run.search), sort_keys=False, allow_unicode=True))

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from filelock import FileLock, Timeout
 
 from tune_mnist.analysis.files import remove_leftovers, replace_file
 from tune_mnist.errors import RunFolderError, did_you_mean
+
+_BEGINNING = 10.0  # seconds: more than a search takes from its folder to its search.yaml
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a new run's folder; of two that try at once, one succeeds.
+        """Make a new run's folder, or take one that a search left before it had begun.
 
         Raises:
             RunFolderError: it exists, or cannot be made.
@@ -84,8 +87,9 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(path.parent, error) from error
         try:
-            path.mkdir()
-            (path / "checkpoints").mkdir()
+            if not _is_abandoned(path):
+                path.mkdir()
+            (path / "checkpoints").mkdir(exist_ok=True)
         except FileExistsError:
             raise _exists(path) from None
         except OSError as error:
@@ -177,7 +181,8 @@ def check_new_run(path: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
-            raise _exists(path)
+            if not _is_abandoned(path):
+                raise _exists(path)
         parent = path.parent
         while not parent.exists():
             parent = parent.parent
@@ -187,6 +192,21 @@ def check_new_run(path: Path) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise _cannot_write(path.parent, error) from error
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a folder has nothing that could be resumed: its search was killed as it made it.
+
+    One that is young may be another's that is just about to begin. Of two that take an old one
+    at once, the right to write to it decides.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return False
+    if time.time() - path.stat().st_mtime < _BEGINNING:
+        return False
+    checkpoints = path / "checkpoints"
+    others = {found.name for found in path.iterdir() if not found.match(".search.yaml.*.tmp")}
+    return others <= {".lock", "checkpoints"} and not any(checkpoints.glob("*"))
 
 
 def _exists(path: Path) -> RunFolderError:

@@ -20,6 +20,7 @@ from tune_mnist.analysis.wording import count, duration, percent, points, settin
 ROWS = 5
 ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _TEST_IMAGES = 10_000
+_SURE = 1.96  # standard deviations that chance stays within 95 times of 100
 
 
 def summary(folder: RunFolder, history: History, metric: Metric, *, epochs: int) -> Group:
@@ -36,7 +37,7 @@ def summary(folder: RunFolder, history: History, metric: Metric, *, epochs: int)
     baseline = next((each for each in trials if each.is_baseline), None)
     parts: list[RenderableType] = [Text("")]
     if ranked:
-        parts.append(headline(ranked[0], baseline, len(trials), metric))
+        parts.append(headline(ranked, baseline, len(trials), metric))
         parts += [Text(""), BestTable(ranked, baseline, metric), Text("")]
     else:
         parts.append(Text(nothing(history), style="bold"))
@@ -105,8 +106,11 @@ def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> Table:
     return table
 
 
-def headline(winner: Standing, baseline: Standing | None, trials: int, metric: Metric) -> Text:
+def headline(
+    ranked: list[Standing], baseline: Standing | None, trials: int, metric: Metric
+) -> Text:
     """Say which trial was the best, what it gained and how far that can be believed."""
+    winner = ranked[0]
     first = f"Best of {count(trials, 'trial')}: trial {winner.record.number}"
     if winner.is_baseline and trials > 1:
         first = f"Of {trials:,} trials none was better than the baseline"
@@ -117,11 +121,23 @@ def headline(winner: Standing, baseline: Standing | None, trials: int, metric: M
         text.append("Picked on the test set, so the winner's accuracy there flatters it. ")
     else:
         text.append("Picked on held-out training images; the test set steered nothing. ")
-    # One standard deviation between two accuracies, each measured on so many other images.
+    # As between two accuracies, each measured on so many other images.
     accuracy = number(winner.best or {}, "test_accuracy")
-    chance = 100 * math.sqrt(2 * accuracy * (1 - accuracy) / _TEST_IMAGES)
-    text.append(f"One seed each: differences of about {chance:.1f} points may be chance.")
+    chance = _SURE * math.sqrt(2 * accuracy * (1 - accuracy) / _TEST_IMAGES)
+    text.append(f"One seed each: differences up to about {100 * chance:.1f} points may be chance")
+    alike = _alike(ranked, baseline, chance)
+    text.append(f", so it cannot be told from {' or '.join(alike)}." if alike else ".")
     return text
+
+
+def _alike(ranked: list[Standing], baseline: Standing | None, chance: float) -> list[str]:
+    """Name who is as near to the winner as chance comes: the baseline, the runner-up."""
+    winner = ranked[0]
+    rivals = {f"trial {each.record.number}": each for each in ranked[1:] if not each.is_baseline}
+    rivals = dict(list(rivals.items())[:1])
+    if baseline is not None and not winner.is_baseline:
+        rivals = {"the baseline": baseline, **rivals}
+    return [name for name, each in rivals.items() if abs(gain(winner.best, each.best)) <= chance]
 
 
 def _against(winner: Standing, baseline: Standing | None, metric: Metric) -> str:
