@@ -1,6 +1,7 @@
 """How the cluster benchmark counts; never a speed."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,16 @@ def test_a_search_on_three_nodes_is_measured(
     assert (tmp_path / "cluster.csv").read_text().count("\n") == 4
 
 
-def test_a_search_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_fails_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(settings: SearchSettings) -> int:
         tell("no luck")
         return 1
 
     monkeypatch.setattr(cluster_module, "search", fail)
+    monkeypatch.setattr(
+        cluster_module, "three_nodes", lambda _: nullcontext(("nowhere", tmp_path))
+    )
     with pytest.raises(TuneMnistError, match="ended with 1: no luck"):
         measure(Measurements("cluster"), 3, 4)
