@@ -112,18 +112,19 @@ def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, 
 def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
     """Start a cluster with room for so many trials; yields its address and a folder."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-") as name:  # sockets need a short path
-        node = {
-            "num_cpus": -(-at_once // NODES),
-            "object_store_memory": 300 << 20,
+        cpus, store = -(-at_once // NODES), 300 << 20
+        head = {
+            "num_cpus": cpus,
+            "object_store_memory": store,
             "include_dashboard": False,
             "temp_dir": name,
+            # Ray would start a worker for each of a node's CPUs as soon as a driver comes.
+            "_system_config": {"prestart_worker_first_driver": False},
         }
-        # Ray would start a worker for each of a node's CPUs as soon as a driver comes.
-        calm = {"_system_config": {"prestart_worker_first_driver": False}}
-        nodes = Cluster(initialize_head=True, head_node_args=node | calm)
+        nodes = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(NODES - 1):
-                nodes.add_node(**{key: node[key] for key in ("num_cpus", "object_store_memory")})
+                nodes.add_node(num_cpus=cpus, object_store_memory=store)
             yield nodes.address, Path(name) / "results"
         finally:
             nodes.shutdown()  # type: ignore[no-untyped-call]

@@ -58,7 +58,7 @@ class Host:
 
     async def name(self) -> dict[str, Any]:
         """Say where it runs, as Tune asks of every worker."""
-        return {"pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}
+        return {"pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}  # type: ignore[no-untyped-call]
 
     async def end(self, seat: int) -> None:
         """Take a seat back."""
@@ -105,10 +105,13 @@ class Seats:
 
     def _host(self, seat: int) -> Any:
         if not self._hosts:
-            actor = ray.remote(num_cpus=0, max_concurrency=self._at_once + 1)(Host)
             for node in ray.nodes():  # type: ignore[no-untyped-call]
-                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                self._hosts.append(actor.options(scheduling_strategy=place).remote(self._split))
+                actor = ray.remote(Host).options(
+                    num_cpus=0,
+                    max_concurrency=self._at_once + 1,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                )
+                self._hosts.append(actor.remote(self._split))
         return self._hosts[seat % len(self._hosts)]
 
 
