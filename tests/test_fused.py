@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist import kernels
+from tune_mnist.mnist import fused, kernels
 from tune_mnist.mnist.fused import evaluation_forward, keep_freed_memory, training_forward
 from tune_mnist.mnist.kernels import Bytes
 from tune_mnist.mnist.net import Net
@@ -194,6 +194,44 @@ def test_layers_and_steps_get_masks_of_the_asked_rate_that_are_independent(
             count = min(one.numel(), other.numel())
             correlation = (one[:count] * other[:count]).mean() / sigma**2
             assert abs(correlation) < 5 / count**0.5
+
+
+def drawn_factors(net: Net, rate: float, seed: int, count: int = 16) -> list[Tensor]:
+    """What each layer is multiplied by where the rate is a tensor, flat in channels-last order."""
+    images, _ = draw_batch(count)
+    drawn = fused._draw_factors(net, images, torch.tensor(rate), seeded(seed))
+    return [factor.permute(0, 2, 3, 1).flatten() for factor in drawn]
+
+
+def test_a_rate_that_is_a_tensor_gives_masks_of_that_rate_that_are_independent(net: Net) -> None:
+    factors = drawn_factors(net, 0.25, seed=1) + drawn_factors(net, 0.25, seed=2)
+    assert len(factors) == 16
+    sigma = (0.25 * 0.75) ** 0.5
+    deviations = []
+    for factor in factors:
+        assert factor.unique().tolist() == pytest.approx([0, 4 / 3])
+        deviations.append((factor > 0).double() - 0.75)
+    for i, one in enumerate(deviations):
+        assert abs(one.mean()) < 5 * sigma / one.numel() ** 0.5
+        for other in deviations[:i]:
+            count = min(one.numel(), other.numel())
+            assert abs((one[:count] * other[:count]).mean()) / sigma**2 < 5 / count**0.5
+
+
+def test_a_rate_that_is_a_tensor_of_0_keeps_everything(net: Net) -> None:
+    assert all((factor == 1).all() for factor in drawn_factors(net, 0.0, seed=1, count=4))
+
+
+def test_a_step_with_a_rate_that_is_a_tensor_equals_that_of_the_plain_modules(net: Net) -> None:
+    plain = as_reference(net, "torch")
+    given = iter([factor > 0 for factor in drawn_factors(net, 0.3, seed=4, count=BATCH)])
+    for name, layer in list(plain.features.named_children()):
+        if isinstance(layer, nn.Dropout):
+            plain.features.add_module(name, GivenDropout(0.3, given))
+    images, _ = draw_batch()
+    found = training_forward(net, images, torch.tensor(0.3), seeded(4))
+    torch.testing.assert_close(found, plain(images), rtol=1e-5, atol=1e-5)
+    assert next(given, None) is None
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])

@@ -1,5 +1,5 @@
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -48,3 +48,20 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(mnist: Mnist) ->
     pixels = normalised(scaled(torch.from_numpy(mnist.train_images)))
     assert abs(pixels.mean().item()) < 1e-3
     assert abs(pixels.std().item() - 1) < 1e-3
+
+
+def test_a_split_takes_the_place_of_one_as_large(small_mnist: Mnist) -> None:
+    first, second = (
+        replace(split(small_mnist, holdout=True, images=20), test_labels=labels)
+        for labels in (small_mnist.test_labels, small_mnist.test_labels[::-1].copy())
+    )
+    room = SplitTensors.room_for(first, "cpu")
+    assert not room.train_images.any()
+    images = room.train_images
+    room.fill(first)
+    room.fill(second)
+    assert room.train_images is images
+    for name, array in vars(second).items():
+        assert getattr(room, name).tolist() == array.tolist()
+    assert room.fits(first)
+    assert not room.fits(split(small_mnist, holdout=True, images=30))
