@@ -74,7 +74,8 @@ class ConfirmSettings:
     """What a GPU computes training steps in; tf32 and bf16 are less precise."""
 
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
-    """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
+    """A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside.
+    Without it, this machine."""
 
     retries: Annotated[int, Parameter(group=_WHERE)] = 3
     """Times that a training is tried again when it fails; an epoch resets the count."""

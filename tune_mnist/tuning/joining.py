@@ -62,6 +62,9 @@ def join(address: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Ray's warnings off the terminal; what they lead to is said in one line."""
+    stderr = os.dup(2)  # some come from C++
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 2)
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -69,6 +72,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _check_port(address: str) -> None:

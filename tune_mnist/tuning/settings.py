@@ -133,7 +133,8 @@ class SearchSettings:
     in float32."""
 
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
-    """A running Ray cluster: auto or HOST:PORT. Without it, this machine."""
+    """A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside.
+    Without it, this machine."""
 
     retries: Annotated[int, Parameter(group=_WHERE)] = 3
     """Times that a trial is tried again when it fails; each epoch it finishes resets the count."""

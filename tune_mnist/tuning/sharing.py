@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from tune_mnist.analysis.wording import count
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split
@@ -36,17 +37,15 @@ def _asked_share(settings: SearchSettings) -> Share:
     share = Share(cpus=settings.cpus_per_trial, gpus=gpus)
     if share.slots(nodes) == 0:
         raise ClusterError(
-            f"no machine can run a trial of {in_words(share.cpus, share.gpus)}: {_there_is(nodes)}"
-            "; ask for less with --cpus-per-trial or --gpus-per-trial"
+            f"no node can run a trial of {in_words(share.cpus, share.gpus)}: there is "
+            f"{_offers(nodes)}; ask for less with --cpus-per-trial or --gpus-per-trial"
         )
     return share
 
 
-def _there_is(nodes: Sequence[Node]) -> str:
-    offers = Counter(in_words(node.cpus, node.gpus) for node in nodes)
-    return "there is " + ", ".join(
-        f"{number} of {offer}" for offer, number in offers.most_common()
-    )
+def _offers(nodes: Sequence[Node]) -> str:
+    alike = Counter(in_words(node.cpus, node.gpus) for node in nodes)
+    return ", ".join(f"{count(number, 'node')} of {each}" for each, number in alike.most_common())
 
 
 def _tried_share(data: Split) -> Share:
