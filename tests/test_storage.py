@@ -3,8 +3,10 @@
 import json
 import shutil
 import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import pytest
 from drivers import (
     Driver,
     Searches,
-    die_at,
     epochs_in,
     history_of,
     notes_of,
@@ -25,9 +26,12 @@ from ray.cluster_utils import Cluster
 from s3_server import CREDENTIALS, S3, s3_server
 from scripted import Script
 
+from tune_mnist.analysis.history import History, Row, TrialRecord
+from tune_mnist.analysis.rows import COLUMNS
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.tuning import claim, copying, remote, storage
+from tune_mnist.tuning.checkpoints import Checkpoints
 from tune_mnist.tuning.remote import RemoteRun
 from tune_mnist.tuning.uri import storage_uri
 
@@ -65,11 +69,6 @@ def hurry() -> None:
     replace(claim, "LOOK_EVERY", 0.1)
 
 
-def die_in_hurry(write: int) -> None:
-    hurry()
-    die_at(RemoteRun, "write", write, after=True)
-
-
 def contents_of(folder: Path) -> dict[str, bytes]:
     """Return all that is copied of a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -105,31 +104,6 @@ def test_a_run_whose_machine_is_lost_goes_on_from_its_bucket(
     assert trained.total() - len(trained) <= lost - kept + 1  # since the last copied state
     assert contents_of(folder) == s3.contents("runs/run")
     assert len(study_of(folder)) == TRIALS
-
-
-def test_what_a_kill_leaves_between_any_two_files_can_be_gone_on_with(
-    searches: Searches, uninterrupted: Path
-) -> None:
-    place = searches.path / "shared"
-    script = Script(seconds=0.1)
-    writes = (2, 4, 5, 6, 7, 8)  # the first are .probe and .driver
-    settings: dict[str, Any] = {"script": script, "prepare": partial(die_in_hurry, writes[0])}
-    driver = searches.start("run", *SHORT, "--storage", place, **settings)
-    assert driver.wait() == -signal.SIGKILL, driver.output
-    driver = searches.resume("run", *ONE, script=script, prepare=partial(die_in_hurry, writes[1]))
-    for count, write in enumerate((*writes[2:], 10_000)):
-        assert driver.wait() == -signal.SIGKILL, driver.output
-        driver = searches.resume_at(
-            (place / "run").as_uri(),
-            f"machine-{count}",
-            *ONE,
-            script=script,
-            prepare=partial(die_in_hurry, write),
-        )
-    assert driver.wait() == 0, driver.output
-    folder = searches.path / f"machine-{count}" / "run"
-    assert outcome_of(folder) == outcome_of(uninterrupted)
-    assert contents_of(folder) == contents_of(place / "run")
 
 
 def test_a_bucket_that_fails_holds_up_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
@@ -223,6 +197,73 @@ def begin(searches: Searches, s3: S3) -> Driver:
     )
     driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
     return driver
+
+
+class Instants:
+    """What a copy looks like after each of its files was written."""
+
+    def __init__(self, copy: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._copy, self._kept, self._lock = copy, kept, threading.Lock()
+        self._original = RemoteRun.write
+        self.count = 0
+        monkeypatch.setattr(RemoteRun, "write", lambda *args: self._write(*args))
+
+    def folders(self) -> list[Path]:
+        return [self._kept / str(number) / "run" for number in range(self.count)]
+
+    def _write(self, remote: RemoteRun, name: str, content: bytes) -> None:
+        with self._lock:
+            self._original(remote, name, content)
+            shutil.copytree(self._copy, self._kept / str(self.count) / "run")
+            self.count += 1
+
+
+def search_alone(folder: RunFolder) -> None:
+    """Write what a search of three trials does, in its order, as fast as it can be written."""
+    history, checkpoints = History(folder), Checkpoints(folder)
+    history.open_session({})
+    for number in range(3):
+        history.start_trial(TrialRecord(number, {}, number, "sampled"), 0.0)
+    for epoch in range(1, 11):
+        for number in range(3):
+            row: Row = {**dict.fromkeys(COLUMNS, 0.5), "trial": number, "epoch": epoch}
+            checkpoints.save_best(f"{len(history.rows) + 1}".encode())
+            checkpoints.save(number, row, bytes(100_000))
+            history.add_epoch(row)
+            time.sleep(0.02)
+    for number in range(3):
+        history.end_trial(number, 0.0, "complete", "")
+        checkpoints.remove(number)
+        history.start_trial(TrialRecord(3 + number, {}, 0, "sampled"), 0.0)
+        history.add_epoch({**dict.fromkeys(COLUMNS, 0.5), "trial": 3 + number, "epoch": 1})
+
+
+def test_a_copy_can_be_gone_on_with_at_every_instant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "COPY_EVERY", 0.005)
+    monkeypatch.setattr(copying, "COPY_SHARE", 1.0)
+    folder = make_run(tmp_path / "run", b"", b"")
+    copy = RemoteRun((tmp_path / "there" / "run").as_uri())
+    instants = Instants(tmp_path / "there" / "run", tmp_path / "instants", monkeypatch)
+    with storage.kept_in_line(folder, copy):
+        search_alone(folder)
+    monkeypatch.undo()
+    seen = Counter[int]()
+    for number, instant in enumerate(instants.folders()):
+        if not (instant / "search.yaml").exists():
+            continue  # as good as none
+        remote = RemoteRun(instant.as_uri())
+        fetched = storage.folder_for(remote, tmp_path / "fetched" / str(number))
+        storage.fetch_newer(fetched, remote)
+        history = History.load(fetched)
+        seen[len(history.rows)] += 1
+        best = int(fetched.best_model.read_bytes()) if fetched.best_model.exists() else 0
+        assert best >= min(len(history.rows), 30)
+        for record in history.unfinished():
+            state = Checkpoints(fetched).load(record.number)
+            assert state is None or int(state.row["epoch"] or 0) <= record.epochs
+    assert len(seen) > 3, seen
 
 
 START = b'{"event": "start", "trial": %d}\n'

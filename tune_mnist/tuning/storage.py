@@ -30,7 +30,7 @@ def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
     """
     claim = Claim(remote, folder.path)
     claim.take(tell)
-    _catch_up(folder, remote)
+    fetch_newer(folder, remote)
     with reaching(remote):
         copying = Copying(folder, remote, claim)
     tell(f"{short_path(folder.path)} is copied to {remote.uri} as it grows")
@@ -77,8 +77,12 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
     return RunFolder(path)
 
 
-def _catch_up(folder: RunFolder, remote: RemoteRun) -> None:
-    """Fetch a copy that is further along than the folder, as when another machine went on."""
+def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
+    """Fetch a copy that is further along than the folder, as when another machine went on.
+
+    Raises:
+        RunFolderError: the copy cannot be reached, or is another run's.
+    """
     with reaching(remote):
         theirs = _logs(remote.read)
     ours = _logs(lambda name: _content(folder.path / name))
