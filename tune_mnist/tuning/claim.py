@@ -4,8 +4,9 @@ A bucket knows no lock that ends with a process. So a driver leaves a file there
 is, and writes it again and again. One that has not for a minute is taken for dead; should it live
 after all, it sees that it was taken over and writes there no more.
 
-What this does not rule out: two that begin within the same fraction of a second. The first to
-give its next sign of life then sees the other's, and leaves the copy to it.
+What this does not rule out: two that begin within the same fraction of a second, until the first
+to give its next sign of life sees the other's and leaves the copy to it; and files that were under
+way when a machine was suspended, which arrive when it wakes up.
 """
 
 import json

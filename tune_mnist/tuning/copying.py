@@ -20,7 +20,7 @@ from tune_mnist.tuning.remote import RemoteRun, in_words
 
 COPY_EVERY = 2.0  # seconds between two rounds
 COPY_SHARE = 0.2  # of the time, at most, once there is much to copy
-RETRY_AFTER_AT_MOST = 30.0  # seconds
+PAUSE_AT_MOST = 15.0  # seconds: every round gives a sign of life
 CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end
 AT_ONCE = 8  # files under way to the storage: each waits for an answer for most of its time
 
@@ -84,12 +84,13 @@ class Copying:
                 )
                 if closing:
                     time.sleep(COPY_EVERY)
-                pause = min(2 * pause, RETRY_AFTER_AT_MOST)
+                pause = min(2 * pause, PAUSE_AT_MOST)
                 continue
             self._failure = None
             if closing:
                 return
-            pause = max(COPY_EVERY, (time.monotonic() - began) * (1 / COPY_SHARE - 1))
+            took = time.monotonic() - began
+            pause = min(max(COPY_EVERY, took * (1 / COPY_SHARE - 1)), PAUSE_AT_MOST)
 
     def _copy_changes(self, *, at_end: bool) -> None:
         self._claim.keep()
@@ -146,8 +147,8 @@ class Copying:
         )
 
     def _warn(self, text: str) -> None:
-        """Say so once; what still holds at the end is said there."""
-        if not self._warned:
+        """Say so once; what still holds at the end is said there, as the last word."""
+        if not self._warned and not self._closing.is_set():
             self._warned = True
             tell(f"warning: {text}")
 
