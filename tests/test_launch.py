@@ -145,6 +145,17 @@ def test_a_finished_run_says_so_and_goes_on_with_more_trials(finished: Searches)
     assert outcome_of(folder)[:4] == before
 
 
+@pytest.mark.parametrize("begin", ["start", "resume"])
+def test_a_trial_that_fits_nowhere_is_refused_at_once(finished: Searches, begin: str) -> None:
+    run, trials = ("run", 9) if begin == "resume" else ("other", 4)
+    driver = getattr(finished, begin)(run, "--trials", trials, "--cpus-per-trial", 64)
+    assert driver.wait() == 2
+    assert "no node can run a trial of 64 CPUs: there is 1 node of 2 CPUs" in driver.output
+    assert len(driver.output.splitlines()) == 1
+    assert history_of(finished.folder("run")).sessions <= 2
+    assert not finished.folder("other").exists()
+
+
 def test_a_used_up_time_budget_says_so_and_can_be_raised(searches: Searches) -> None:
     folder = searches.folder("run")
     driver = searches.start("run", "--trials", 3, "--time-budget", "0.5s", script=SLOW)
