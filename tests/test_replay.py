@@ -105,7 +105,7 @@ def test_the_pick_is_the_highest_so_far_and_of_equals_the_lower_loss() -> None:
 
     class InOrder(Random):
         def propose(self, number: int) -> TrainConfig:
-            return known.configs[number % len(known.configs)]
+            return known.configs[number]
 
     search = InOrder(space(), EPOCHS, 0)
     found = picks(search, known, budgets=(1, 3 * EPOCHS, 3 * EPOCHS + 1), at_once=1)
@@ -133,7 +133,7 @@ def test_every_search_of_a_line_up_ends_near_the_best_and_repeats_itself(compare
     known = recorded()
     for name, entry in line_up(compared).items():  # type: ignore[arg-type]
         found = [
-            picks(entry.build(space(), EPOCHS, 3), known, budgets=(30, 90), at_once=3)
+            picks(entry.build(space(), EPOCHS, 3), known, budgets=(20, 40), at_once=3)
             for _ in range(2)
         ]
         assert found[0] == found[1], name

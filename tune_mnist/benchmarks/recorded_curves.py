@@ -1,5 +1,6 @@
 """Recorded learning curves as something that a search can be replayed on."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -78,11 +79,15 @@ class RecordedCurves:
         """The length of a whole curve."""
         return int(self.val_accuracy.shape[1])
 
-    def nearest(self, config: TrainConfig) -> int:
+    def nearest(self, config: TrainConfig, taken: Collection[int] = ()) -> int:
         """Return the recorded configuration that stands in for `config`.
 
         It has the same values of what conditions hang on (optimizer and schedule), where any has,
         and is the nearest in the numbers, each scaled to its range.
+
+        Args:
+            config: what a search proposes.
+            taken: the ones that it has had, not all there are.
         """
         difference = self._places - _place(self.space, config)
         # Active in the one and inactive in the other: another optimizer or schedule.
@@ -90,7 +95,9 @@ class RecordedCurves:
         kinds = np.isnan(self._places) != np.isnan(_place(self.space, config))
         parents = [self._column(name) for name in _parents(self.space)]
         other = kinds.any(axis=1) | (distances[:, parents] != 0).any(axis=1)
-        return int(np.argmin((distances**2).sum(axis=1) + OTHER_KIND * other))
+        cost = (distances**2).sum(axis=1) + OTHER_KIND * other
+        cost[list(taken)] = np.inf
+        return int(np.argmin(cost))
 
     def _column(self, name: str) -> int:
         return list(self.space.parameters).index(name)

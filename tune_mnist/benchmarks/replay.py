@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,7 @@ class ReplaySettings:
     repetitions: Annotated[int, AtLeast1] = 300
     """Searches of each kind, from different seeds."""
 
-    budgets: tuple[Annotated[int, AtLeast1], ...] = (60, 100, 200, 400)
+    budgets: tuple[Annotated[int, AtLeast1], ...] = (40, 60, 100, 150)
     """Epochs spent, in all trials together, at which a search is asked for its pick."""
 
     at_once: Annotated[int, AtLeast1] = 4
@@ -114,30 +115,35 @@ def regrets_of(work: Replay) -> list[list[float]]:
 def picks(
     search: Search, curves: RecordedCurves, budgets: Sequence[int], at_once: int
 ) -> list[int]:
-    """Run one search and return what it would hand over at each budget, a row of the curves.
-
-    `at_once` trials take turns, an epoch each; one that ends makes room for the next.
-    """
+    """Run one search and return what it would hand over at each budget, a row of the curves."""
     pick, best = 0, (-math.inf, -math.inf)
-    found = {}
-    for spent, (row, epoch) in enumerate(epochs_of(search, curves, at_once), start=1):
+    found = []
+    for row, epoch in islice(epochs_of(search, curves, at_once), max(budgets)):
         merit = (curves.val_accuracy[row, epoch - 1], -curves.val_loss[row, epoch - 1])
         if merit > best:  # false where the epoch diverged
             pick, best = row, merit
-        found[spent] = pick
-        if spent >= max(budgets):
-            break
-    return [found[budget] for budget in budgets]
+        found.append(pick)
+    # A search that has run through all that is recorded stays with its pick.
+    return [found[min(budget, len(found)) - 1] for budget in budgets]
 
 
 def epochs_of(search: Search, curves: RecordedCurves, at_once: int) -> Iterator[tuple[int, int]]:
-    """Yield every epoch that a search spends: the row of the curves and the epoch, from 1."""
+    """Yield every epoch that a search spends: the row of the curves and the epoch, from 1.
+
+    `at_once` trials take turns, an epoch each; one that ends makes room for the next. A recorded
+    configuration is trained once: what is proposed next to it is then the next nearest.
+    """
     running: list[Trial] = []
+    taken: set[int] = set()
     started = itertools.count()
     while True:
-        while len(running) < at_once:
+        while len(running) < at_once and len(taken) < len(curves.configs):
             number = next(started)
-            running.append(Trial(number, curves.nearest(search.propose(number))))
+            row = curves.nearest(search.propose(number), taken)
+            taken.add(row)
+            running.append(Trial(number, row))
+        if not running:
+            return
         for trial in list(running):
             trial.epoch += 1
             value = float(curves.val_accuracy[trial.row, trial.epoch - 1])

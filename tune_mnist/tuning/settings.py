@@ -106,7 +106,7 @@ class SearchSettings:
     grace_epochs: Annotated[int, Parameter(group=_HOW)] = 1
     """ASHA stops no trial before this many epochs."""
 
-    reduction_factor: Annotated[float, Parameter(group=_HOW)] = 3.0
+    reduction_factor: Annotated[float, Parameter(group=_HOW)] = 2.0
     """ASHA lets about one trial in so many go on from a rung."""
 
     startup_trials: Annotated[int, Parameter(group=_HOW)] = 10
