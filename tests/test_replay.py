@@ -133,7 +133,7 @@ def test_every_search_of_a_line_up_ends_near_the_best_and_repeats_itself(compare
     known = recorded()
     for name, entry in line_up(compared).items():  # type: ignore[arg-type]
         found = [
-            picks(entry.build(space(), EPOCHS, 3), known, budgets=(20, 40), at_once=3)
+            picks(entry.build(space(), EPOCHS, 3), known, budgets=(30, 120), at_once=3)
             for _ in range(2)
         ]
         assert found[0] == found[1], name

@@ -274,7 +274,8 @@ def test_a_copy_can_be_gone_on_with_at_every_instant(
         assert best >= min(len(history.rows), 30)
         for record in history.unfinished():
             state = Checkpoints(fetched).load(record.number)
-            assert state is None or int(state.row["epoch"] or 0) <= record.epochs
+            # One ahead: lost between checkpoint and row, which the checkpoint holds.
+            assert state is None or int(state.row["epoch"] or 0) <= record.epochs + 1
     assert len(seen) > 3, seen
 
 

@@ -137,7 +137,7 @@ def test_proposals_depend_on_the_seed_and_the_number_alone() -> None:
 
 def test_a_start_point_is_taken_as_it_is_and_what_it_leaves_out_is_sampled() -> None:
     study = new_study()
-    point = {"optimizer": "sgd", "lr": 0.05, "ema_decay": 0.998}
+    point = {"optimizer": "sgd", "lr": 0.05, "dropout": 0.02}
     sampled = ask(study, 0, **point)
     assert sampled.items() >= point.items()
     assert sampled.items() >= study.trials()[0].params.items() > point.items()

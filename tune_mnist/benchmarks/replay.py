@@ -10,6 +10,7 @@ import logging
 import math
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def replay(settings: ReplaySettings) -> None:
 
 def regrets_of(work: Replay) -> list[list[float]]:
     """Run the searches and return each one's regret at the budgets."""
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # warns of each loss that is NaN
+    # Ray warns of each loss that is NaN, and NumPy of ASHA's rungs that hold nothing else.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "All-NaN slice encountered")
     settings, entry = work.settings, line_up(work.settings.compare)[work.name]
     space = load_space(settings.space)
     table = read_curves(settings.curves)

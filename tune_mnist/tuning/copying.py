@@ -25,6 +25,7 @@ CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end
 AT_ONCE = 8  # files under way to the storage: each waits for an answer for most of its time
 
 _READ_FIRST = ("*.state", "events.jsonl", "epochs.csv", "best.pt")
+_LOGS = ("events.jsonl", "epochs.csv")
 _WRITTEN_FIRST = ("search.yaml", "best.pt", "epochs.csv", "events.jsonl", "*.state")
 _Version = tuple[int, int, int]
 
@@ -100,6 +101,9 @@ class Copying:
             for name, version in present.items()
             if self._copied.get(name) != version and (at_end or not _is_database(name))
         ]
+        if any(name.endswith(".state") for name in changed):
+            # They may have grown since they were looked at, and must not stay behind the states.
+            changed += [name for name in _LOGS if name in present and name not in changed]
         contents = self._read(sorted(changed, key=lambda name: _place(name, _READ_FIRST)))
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for place in range(len(_WRITTEN_FIRST) + 1):

@@ -47,16 +47,27 @@ def join(address: str) -> None:
                 _use_token()
             else:
                 _check_this_is_a_node(address)
+            _init(address)
+        except ClusterError:
+            raise
+        except Exception as error:
+            raise ClusterError(_why_not(address, error)) from error
+
+
+def _init(address: str) -> None:
+    for last in (False, True):
+        try:
             ray.init(
                 address=address,
                 runtime_env=_runtime_env(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except ClusterError:
-            raise
-        except Exception as error:
-            raise ClusterError(_why_not(address, error)) from error
+            return
+        except ConnectionAbortedError as error:
+            # A head that is busy may take longer over a client's own server than Ray waits.
+            if last or "Starting Ray client server failed" not in str(error):
+                raise
 
 
 @contextlib.contextmanager
