@@ -28,8 +28,12 @@ QUICK = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-# Its own /tmp, and this package hidden: what runs there has only what it is sent.
-OWN_DISK = 'mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs "$0" && cd / && exec "$@"'
+# Its own folders for Ray, and this package hidden: what runs there has only what it is sent.
+OWN_DISK = """
+mkdir -p /tmp/ray
+for folder in /tmp/ray "$0" "$1"; do mount -t tmpfs tmpfs "$folder" || exit; done
+shift; cd /; exec "$@"
+"""
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,17 @@ class Host:
     name: str  # of its network namespace
     address: str
 
-    def start_ray(self, *arguments: str, own_disk: bool) -> subprocess.Popen[bytes]:
-        """Begin a Ray node here."""
+    def start_ray(self, *arguments: str, hidden: str | None = None) -> subprocess.Popen[bytes]:
+        """Begin a Ray node here; with a folder to hide from it, on a disk of its own."""
         command = [
             *(sys.executable, "-c", "from ray.scripts.scripts import main; main()"),
             *("start", "--block", "--disable-usage-stats", "--num-cpus=2"),
             *(f"--node-ip-address={self.address}", f"--object-store-memory={200 << 20}"),
             *arguments,
         ]
-        if own_disk:
-            command = ["sh", "-c", OWN_DISK, str(Path(tune_mnist.__file__).parent), *command]
+        if hidden is not None:
+            package = str(Path(tune_mnist.__file__).parent)
+            command = ["sh", "-c", OWN_DISK, package, hidden, *command]
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *command],
             env={**os.environ, **QUICK, "RAY_AUTH_MODE": "disabled"},
@@ -131,7 +136,6 @@ class Cluster:
             head.start_ray(
                 *("--head", "--port=6379", "--include-dashboard=false"),
                 f"--temp-dir={temp_dir}",
-                own_disk=False,
             )
         ]
 
@@ -139,7 +143,7 @@ class Cluster:
         """Have hosts join, and wait until they have."""
         self._wait_for([self.head])  # who comes before it is up gives up
         self._processes += [
-            host.start_ray(f"--address={self.address}", own_disk=True) for host in hosts
+            host.start_ray(f"--address={self.address}", hidden=self.temp_dir) for host in hosts
         ]
         self._wait_for(hosts)
 

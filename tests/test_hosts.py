@@ -16,7 +16,7 @@ from hosts import Cluster, Host, network, ray_on
 from optuna.trial import TrialState
 from scripted import Script
 
-EPOCHS, TRIALS = 12, 16
+EPOCHS, TRIALS = 12, 26
 CLONE_NEWNS = 0x00020000
 
 

@@ -8,9 +8,13 @@
 All 60,000 training images are trained on, and the test set is measured after every epoch.
 """
 
+import contextlib
 import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -29,6 +33,8 @@ from tune_mnist.mnist.step_bar import StepBar
 # torch takes more than a second to import. Functions that need it import it themselves, so that
 # --help and a misspelt option are answered at once.
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tune_mnist.mnist.training import EpochResult
 
 DEFAULT_EPOCHS = 20
@@ -110,29 +116,58 @@ def train_by(settings: TrainSettings) -> None:
     tell(layer_table(Net(config.dropout)))
     tell(describe(config))
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
-    results = train(
-        config,
-        data,
-        epochs=epochs,
-        seed=settings.seed,
-        device=device,
-        precision=settings.precision,
-        on_step=bar.step,
-    )
     done: list[EpochResult] = []
     try:
-        for epoch in range(1, epochs + 1):
-            tell(f"Epoch : {epoch}")
-            with bar:
-                result = next(results)
-            check_converging(result, config)
-            done.append(result)
-            tell(test_line(result, images=len(data.test_labels)))
-            if settings.save is not None:
-                save(settings.save, config, settings, epochs, result)
+        with heeding_interrupts() as check:
+
+            def on_step(step: int, loss: "Tensor") -> None:
+                bar.step(step, loss)
+                check()
+
+            results = train(
+                config,
+                data,
+                epochs=epochs,
+                seed=settings.seed,
+                device=device,
+                precision=settings.precision,
+                on_step=on_step,
+            )
+            for epoch in range(1, epochs + 1):
+                tell(f"Epoch : {epoch}")
+                with bar:
+                    result = next(results)
+                check_converging(result, config)
+                done.append(result)
+                tell(test_line(result, images=len(data.test_labels)))
+                if settings.save is not None:
+                    save(settings.save, config, settings, epochs, result)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in epoch {epoch}. {summary(done)}") from None
     tell(summary(done))
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[Callable[[], None]]:
+    """Provide a check that raises KeyboardInterrupt after a Ctrl-C; a second one does at once.
+
+    Raised by Python itself, it is lost where it comes in code that C calls back.
+    """
+    received: list[int] = []
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, heed)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def chosen_config(settings: TrainSettings) -> TrainConfig:
