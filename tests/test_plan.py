@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SETTINGS = [
         reduction_factor=2.7182818284590455,
         startup_trials=0,
         seed=2**70,
+        precision="tf32",
     ),
 ]
 
@@ -68,13 +70,15 @@ def test_search_yaml_can_be_read_by_a_person(folder: RunFolder) -> None:
 
 
 def test_a_resume_raises_what_it_is_given_and_keeps_the_rest() -> None:
-    plan = Plan.of(SearchSettings(trials=3, time_budget=60.0, seed=4))
+    plan = Plan.of(SearchSettings(trials=3, time_budget=60.0, seed=4, precision="tf32"))
     resume = Path("run")
     more = plan.raised(SearchSettings(resume=resume, trials=30))
     assert (more.rules.trials, more.rules.time_budget, more.rules.seed) == (30, 60.0, 4)
     longer = plan.raised(SearchSettings(resume=resume, time_budget=90.0))
     assert (longer.rules.trials, longer.rules.time_budget) == (3, 90.0)
     assert plan.raised(SearchSettings(resume=resume)) == plan
+    on_a_cpu = plan.raised(SearchSettings(resume=resume, precision="float32"))
+    assert on_a_cpu == replace(plan, precision="float32")
 
 
 def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -115,6 +119,7 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
         (put("asked", "reduction_factor", value=math.nan), "--reduction-factor must be above"),
         (put("asked", "time_budget", value=-1), "--time-budget must be above 0 seconds"),
         (put("asked", "time_budget", value={}), "asked.time_budget cannot be {}"),
+        (put("precision", value="fp8"), "precision cannot be 'fp8'"),
         (put("space", value=None), "must be a mapping"),
         (put("space", "parameters", "lr", "low", value="a"), "parameters.lr"),
     ],

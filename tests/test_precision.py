@@ -51,6 +51,6 @@ def test_a_cpu_computes_in_float32_only(
     # A search says so before it starts.
     monkeypatch.setattr(sharing, "_asked_share", lambda _: Share(cpus=1, gpus=0))
     with pytest.raises(ConfigError, match=f"--precision {precision}"):
-        settle_share(SearchSettings(precision=precision), data)
+        settle_share(SearchSettings(), data, precision)
     monkeypatch.setattr(sharing, "_asked_share", lambda _: Share(cpus=1, gpus=0.25))
-    assert settle_share(SearchSettings(precision=precision), data).gpus == 0.25
+    assert settle_share(SearchSettings(), data, precision).gpus == 0.25

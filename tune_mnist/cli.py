@@ -4,10 +4,13 @@ A front door declares its arguments once, as a frozen dataclass whose fields car
 defaults and help, and calls `run` with a function that takes an instance of it.
 """
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
@@ -66,6 +69,30 @@ def tell(text: str) -> None:
     """Print to stdout at once: whoever follows a pipe or a file sees it as it happens."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def heeding_interrupts() -> Iterator[Callable[[], None]]:
+    """Provide a check that raises KeyboardInterrupt after a Ctrl-C; a second one does at once.
+
+    For loops that spend their time in compiled code: one Ctrl-C was seen to have no effect there,
+    why is not known, and one that is noted and asked for between two steps cannot be lost.
+    """
+    received: list[int] = []
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, heed)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_code(

@@ -8,13 +8,9 @@
 All 60,000 training images are trained on, and the test set is measured after every epoch.
 """
 
-import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -23,7 +19,7 @@ from cyclopts.validators import Number
 from tune_mnist.analysis.files import replace_file
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.run import RunFolder
-from tune_mnist.cli import Interrupted, run, tell
+from tune_mnist.cli import Interrupted, heeding_interrupts, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
 from tune_mnist.mnist.config_file import override, read_config
@@ -145,29 +141,6 @@ def train_by(settings: TrainSettings) -> None:
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in epoch {epoch}. {summary(done)}") from None
     tell(summary(done))
-
-
-@contextlib.contextmanager
-def heeding_interrupts() -> Iterator[Callable[[], None]]:
-    """Provide a check that raises KeyboardInterrupt after a Ctrl-C; a second one does at once.
-
-    Raised by Python itself, it is lost where it comes in code that C calls back.
-    """
-    received: list[int] = []
-
-    def heed(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, heed)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def chosen_config(settings: TrainSettings) -> TrainConfig:

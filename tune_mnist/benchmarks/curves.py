@@ -7,7 +7,6 @@ off, it goes on where it was.
 
 import math
 import multiprocessing
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from torch import Tensor
 
-from tune_mnist.benchmarks.measurements import write_file
+from tune_mnist.benchmarks.measurements import usable_cores, write_file
 from tune_mnist.cli import tell
 from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.data import Split, load_mnist, split
@@ -78,7 +77,7 @@ def curves(settings: CurvesSettings) -> None:
     known = set() if recorded.empty else set(recorded["config"])
     waiting = [each for each in _drawn(settings) if each.number not in known]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.at_once or _cores(), mp_context=context) as pool:
+    with ProcessPoolExecutor(settings.at_once or usable_cores(), mp_context=context) as pool:
         for future in as_completed([pool.submit(record, each) for each in waiting]):
             curve = pd.DataFrame(future.result())
             recorded = pd.concat([recorded, curve], ignore_index=True)
@@ -103,11 +102,6 @@ def _drawn(settings: CurvesSettings) -> list[Recording]:
         Recording(number, config.as_dict(), epochs, settings.images, settings.data_dir)
         for number, config in enumerate(configs)
     ]
-
-
-def _cores() -> int:
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    return len(affinity) or os.cpu_count() or 1
 
 
 def record(recording: Recording) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from cyclopts.validators import Number
 
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.run import RunFolder
-from tune_mnist.benchmarks.measurements import Measurements
+from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.peer_task import Progress, Task, read_progress, write_chosen
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
@@ -88,13 +88,12 @@ def peers(settings: PeersSettings) -> None:
     """Measure and print."""
     data_dir = settings.data_dir or default_data_dir()
     load_mnist(data_dir)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     task = Task(
         space=settings.space,
         trials=settings.trials,
         images=settings.images // 3 if settings.quick else settings.images,
         epochs=settings.epochs,
-        at_once=settings.at_once or cores or 1,
+        at_once=settings.at_once or usable_cores(),
         seed=0,
         data_dir=str(data_dir),
         folder="",

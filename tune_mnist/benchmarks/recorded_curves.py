@@ -89,12 +89,10 @@ class RecordedCurves:
             config: what a search proposes.
             taken: the ones that it has had, not all there are.
         """
-        difference = self._places - _place(self.space, config)
-        # Active in the one and inactive in the other: another optimizer or schedule.
-        distances = np.where(np.isnan(difference), 0.0, difference)
-        kinds = np.isnan(self._places) != np.isnan(_place(self.space, config))
+        # NaN where it is inactive in the one or the other, as with another optimizer or schedule.
+        distances = np.nan_to_num(self._places - _place(self.space, config))
         parents = [self._column(name) for name in _parents(self.space)]
-        other = kinds.any(axis=1) | (distances[:, parents] != 0).any(axis=1)
+        other = (distances[:, parents] != 0).any(axis=1)
         cost = (distances**2).sum(axis=1) + OTHER_KIND * other
         cost[list(taken)] = np.inf
         return int(np.argmin(cost))

@@ -9,7 +9,6 @@ import itertools
 import logging
 import math
 import multiprocessing
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from tune_mnist.analysis.intervals import interval
-from tune_mnist.benchmarks.measurements import Measurements, json_line, write_file
+from tune_mnist.benchmarks.measurements import Measurements, json_line, usable_cores, write_file
 from tune_mnist.benchmarks.rank_correlations import rank_correlations
 from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
 from tune_mnist.benchmarks.replay_line_up import OURS, LineUp, line_up
@@ -81,7 +80,7 @@ def replay(settings: ReplaySettings) -> None:
     ]
     taken = Measurements("replay")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
         for each, regrets in zip(work, pool.map(regrets_of, work), strict=True):
             for regret in regrets:
                 for budget, value in zip(settings.budgets, regret, strict=True):

@@ -53,20 +53,8 @@ def _build_ours(changed: Mapping[str, float], space: SearchSpace, epochs: int, s
     return Ours(space, epochs, seed, **settings)  # type: ignore[arg-type]
 
 
-def _random(space: SearchSpace, epochs: int, seed: int) -> Search:
-    return Random(space, epochs, seed)
-
-
 def _one_epoch(space: SearchSpace, epochs: int, seed: int) -> Search:
     return Random(space, 1, seed)
-
-
-def _random_asha(space: SearchSpace, epochs: int, seed: int) -> Search:
-    return RayAsha(space, epochs, seed)
-
-
-def _ray(space: SearchSpace, epochs: int, seed: int) -> Search:
-    return Ray(space, epochs, seed)
 
 
 def _optuna_halving(space: SearchSpace, epochs: int, seed: int) -> Search:
@@ -79,10 +67,10 @@ def _optuna_hyperband(space: SearchSpace, epochs: int, seed: int) -> Search:
 
 
 SYSTEMS: dict[str, Entry] = {
-    "random": Entry(_random),
+    "random": Entry(Random),
     "random, one epoch each": Entry(_one_epoch),
-    "random + Ray's ASHA": Entry(_random_asha),
-    "Ray's OptunaSearch + ASHA": Entry(_ray),
+    "random + Ray's ASHA": Entry(RayAsha),
+    "Ray's OptunaSearch + ASHA": Entry(Ray),
     "Optuna TPE + SuccessiveHalving": Entry(_optuna_halving),
     "Optuna TPE + Hyperband": Entry(_optuna_hyperband),
     "ours, raw weights": Entry(_ours(), weights="raw"),

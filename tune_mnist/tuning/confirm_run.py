@@ -140,7 +140,7 @@ def _confirm(settings: ConfirmSettings, path: Path, epochs_of: EpochSource) -> i
     data = split(load_mnist(settings.data_dir), holdout=False, images=settings.images)
     with connected(settings.address):
         machinery = Machinery(
-            settle_share(settings.as_search(), data),
+            settle_share(settings.as_search(), data, settings.precision),
             settings.max_concurrent,
             settings.retries,
             settings.hang_timeout,

@@ -45,7 +45,6 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
     Raises:
         TuneMnistError: the search could not be started, or could not go on.
     """
-    epochs_of = epochs_of or partial(train_assignment, precision=settings.precision)
     if settings.list_runs:
         Console().print(listing(settings.results_dir))
         return 0
@@ -71,7 +70,7 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
 
 
 def _start(
-    settings: SearchSettings, epochs_of: EpochSource, copies: ExitStack
+    settings: SearchSettings, epochs_of: EpochSource | None, copies: ExitStack
 ) -> tuple[Path, int]:
     plan = Plan.of(settings)
     name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -82,7 +81,7 @@ def _start(
         check_new_copy(copy)
     data = _load(settings, plan)
     with connected(settings.address):
-        share = settle_share(settings, data)
+        share = settle_share(settings, data, plan.precision)
         folder = RunFolder.create(path)
         with folder.only_writer():
             with writing(folder):
@@ -93,7 +92,7 @@ def _start(
 
 
 def _resume(
-    settings: SearchSettings, resume: Path | str, epochs_of: EpochSource, copies: ExitStack
+    settings: SearchSettings, resume: Path | str, epochs_of: EpochSource | None, copies: ExitStack
 ) -> tuple[Path, int]:
     copy = RemoteRun(resume) if isinstance(resume, str) else None
     folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
@@ -112,10 +111,10 @@ def _resume(
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         data = _load(settings, plan)
         with connected(settings.address):
-            share = settle_share(settings, data)
+            share = settle_share(settings, data, plan.precision)
             with writing(folder):
                 plan.save(folder)
-            return folder.path, _run(*(folder, history, plan, settings, share, data, epochs_of))
+            return folder.path, _run(folder, history, plan, settings, share, data, epochs_of)
 
 
 def _run(
@@ -125,7 +124,7 @@ def _run(
     settings: SearchSettings,
     share: Share,
     data: Split,
-    epochs_of: EpochSource,
+    epochs_of: EpochSource | None,
 ) -> int:
     with writing(folder):
         history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
@@ -134,7 +133,7 @@ def _run(
         settings.max_concurrent,
         settings.retries,
         settings.hang_timeout,
-        epochs_of,
+        epochs_of or partial(train_assignment, precision=plan.precision),
         mlflow_trackers(settings.mlflow, folder.name),
     )
     rules, console = plan.search_rules, Console()
@@ -164,7 +163,7 @@ def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
         images=plan.images,
         time_budget=left if math.isfinite(left) else None,
         max_concurrent=settings.max_concurrent,
-        precision=settings.precision,
+        precision=plan.precision,
         cpus_per_trial=settings.cpus_per_trial,
         gpus_per_trial=settings.gpus_per_trial,
         pack=settings.pack,

@@ -16,6 +16,7 @@ from tune_mnist.analysis.history import Metric
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.analysis.runs import refuse_confirmation
 from tune_mnist.errors import RunFolderError, TuneMnistError
+from tune_mnist.mnist.precision import Precision
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.space import SearchSpace, load_space
@@ -45,6 +46,7 @@ class Plan:
     images: int | None  # training images; None: all there are
     storage: str | None = None  # where a copy of the run is kept, a URI
     confirm: bool = False  # whether the winners are confirmed at the end, in the time budget
+    precision: Precision = "float32"
 
     @property
     def search_rules(self) -> Rules:
@@ -78,6 +80,7 @@ class Plan:
             images=settings.images,
             storage=None if settings.storage is None else storage_uri(settings.storage),
             confirm=settings.confirm,
+            precision=settings.precision or "float32",
         )
 
     @classmethod
@@ -97,7 +100,9 @@ class Plan:
             asked = SearchSettings(
                 **_typed(data["asked"]),
                 storage=_storage(data),
-                confirm=bool(data.get("confirm", False)),  # older versions did not note it
+                # Older versions did not note these.
+                confirm=bool(data.get("confirm", False)),
+                precision=_precision(data),
             )
             return cls._resolve(asked, space)
         except (KeyError, TypeError, ValueError) as error:
@@ -118,6 +123,7 @@ class Plan:
             rules=rules,
             storage=storage_uri(settings.storage) if settings.storage else self.storage,
             confirm=self.confirm or settings.confirm,
+            precision=settings.precision or self.precision,
         )
 
     def save(self, folder: RunFolder) -> None:
@@ -142,6 +148,7 @@ class Plan:
                 },
                 "storage": self.storage,
                 "confirm": self.confirm,
+                "precision": self.precision,
                 "space_name": rules.space.name,
                 # In full: a search may be resumed from another folder.
                 "space_source": str(Path(rules.space.source).absolute()),
@@ -190,6 +197,13 @@ def _storage(data: Mapping[str, Any]) -> str | None:
     if not isinstance(storage, str | None):
         raise TypeError(f"storage cannot be {storage!r}")
     return storage
+
+
+def _precision(data: Mapping[str, Any]) -> Precision:
+    precision: Precision = data.get("precision", "float32")
+    if precision not in get_args(Precision):
+        raise TypeError(f"precision cannot be {precision!r}")
+    return precision
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

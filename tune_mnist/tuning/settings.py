@@ -128,9 +128,9 @@ class SearchSettings:
     """auto tries for some seconds how many trials at once this machine serves best, and takes
     the CPUs and GPUs per trial from that."""
 
-    precision: Annotated[Precision, Parameter(group=_WHERE)] = "float32"
-    """What a GPU computes training steps in; tf32 and bf16 are less precise. Evaluation is always
-    in float32."""
+    precision: Annotated[Precision | None, Parameter(group=_WHERE, show_default=False)] = None
+    """What a GPU computes training steps in, float32 unless given; tf32 and bf16 are less precise.
+    Evaluation is always in float32."""
 
     address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
     """A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside.

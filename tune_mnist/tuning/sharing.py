@@ -7,7 +7,7 @@ from tune_mnist.analysis.wording import count
 from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.data import Split
-from tune_mnist.mnist.precision import check_precision
+from tune_mnist.mnist.precision import Precision, check_precision
 from tune_mnist.tuning.nodes import Node, Share, in_words, living_nodes
 from tune_mnist.tuning.packing import Probe, best_of, largest_node, probe_all
 from tune_mnist.tuning.settings import SearchSettings
@@ -16,7 +16,7 @@ DEFAULT_GPU_SHARE = 0.25
 PACK_SECONDS = 5.0  # that each packing is tried
 
 
-def settle_share(settings: SearchSettings, data: Split) -> Share:
+def settle_share(settings: SearchSettings, data: Split, precision: Precision) -> Share:
     """Settle what one trial takes, and see that at least one fits.
 
     Raises:
@@ -25,7 +25,7 @@ def settle_share(settings: SearchSettings, data: Split) -> Share:
     """
     share = _tried_share(data) if settings.pack == "auto" else _asked_share(settings)
     if not share.gpus:
-        check_precision(settings.precision, "cpu")
+        check_precision(precision, "cpu")
     return share
 
 
