@@ -38,9 +38,20 @@ def move(
 
 
 def test_only_amounts_above_zero_distort() -> None:
-    assert not augments(TrainConfig())
+    assert not augments(TrainConfig(), done=0, epochs=1)
     for config in (TrainConfig(rotation=1), TrainConfig(shift=0.1), TrainConfig(scale=0.1)):
-        assert augments(config)
+        assert all(augments(config, done=done, epochs=20) for done in range(20))
+
+
+@pytest.mark.parametrize(
+    ("part", "epochs", "distorted"), [(0.8, 20, 16), (0.5, 5, 2), (0.01, 20, 0), (0.99, 20, 20)]
+)
+def test_the_last_epochs_see_the_images_as_they_are(
+    part: float, epochs: int, distorted: int
+) -> None:
+    config = TrainConfig(rotation=1, augmented_part=part)
+    found = [augments(config, done=done, epochs=epochs) for done in range(epochs)]
+    assert found == [True] * distorted + [False] * (epochs - distorted)
 
 
 def test_zero_amounts_change_nothing(images: Tensor) -> None:

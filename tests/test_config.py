@@ -63,6 +63,7 @@ def test_every_hyperparameter_has_choices_or_limits_that_hold_its_default() -> N
         ("rotation", [0, 180], [181]),
         ("shift", [0, 0.5], [0.51]),
         ("scale", [0, 0.9], [0.91]),
+        ("augmented_part", [0.01, 1], [0, 1.01]),
         ("ema_decay", [0, 0.9999], [1]),
         ("lr", [], [math.nan, math.inf, 10**400]),
     ],

@@ -39,9 +39,7 @@ class DeviceRun:
         captured: bool = True,
     ) -> None:
         self.config, self.split, self.seed, self.device = config, split, seed, device
-        self.kind = StepKind(
-            config.optimizer, config.batch_size, augments(config), precision, captured
-        )
+        self.epochs, self.precision, self.captured = epochs, precision, captured
         self.steps = math.ceil(len(split.train_labels) / config.batch_size)
         self.rates = learning_rates(config, epochs=epochs, steps_per_epoch=self.steps)
         self.load_state_dict(initial_state(config, seed))
@@ -49,20 +47,31 @@ class DeviceRun:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from an Epoch's state."""
         self._state = state
-        self._mark = object()  # on a workspace: that state lies there
+        self._mark = object()  # on a workspace, with a kind: that state lies in its step
 
     def train_epoch(self, done: int, on_step: StepListener | None) -> Epoch:
         """Train one more epoch than are done, and evaluate, also if it diverged."""
         workspace = Workspace.on(self.device, self.split)
         with workspace.lock, products_in("float32"):
-            step = workspace.step(self.kind)
-            if workspace.mark is not self._mark:
+            kind = self._kind(done)
+            step = workspace.step(kind)
+            if workspace.mark != (self._mark, kind):
                 workspace.data.fill(self.split)
                 put_state(self._state, step)
             workspace.mark = None  # an epoch that is broken off leaves nothing to go on from
             epoch = self._train(workspace, step, done, on_step)
-            self._state, workspace.mark = epoch.state, self._mark
+            self._state, workspace.mark = epoch.state, (self._mark, kind)
         return epoch
+
+    def _kind(self, done: int) -> StepKind:
+        """Return the kind of step that the epoch after so many takes."""
+        return StepKind(
+            self.config.optimizer,
+            self.config.batch_size,
+            augments(self.config, done=done, epochs=self.epochs),
+            self.precision,
+            self.captured,
+        )
 
     def _train(
         self, workspace: Workspace, step: DeviceStep, done: int, on_step: StepListener | None
@@ -76,7 +85,7 @@ class DeviceRun:
             draw_seed,
         )
         watch = Stopwatch(self.device)
-        with products_in(self.kind.precision):
+        with products_in(self.precision):
             for number in range(self.steps):
                 step.take(number)
                 if on_step is not None:

@@ -25,6 +25,7 @@ class HostRun:
 
     def __init__(self, config: TrainConfig, split: Split, *, epochs: int, seed: int) -> None:
         self.config, self.data, self.seed = config, SplitTensors.on(split, "cpu"), seed
+        self.epochs = epochs
         self.steps = math.ceil(len(split.train_labels) / config.batch_size)
         self.net = draw_net(config, seed)
         self.optimizer = build_optimizer(self.net, config)
@@ -65,13 +66,14 @@ class HostRun:
     def _take_steps(self, done: int, on_step: StepListener | None) -> Tensor:
         """Take an epoch's steps and return their losses, [steps], fewer if one diverged."""
         order_seed, draw_seed = draw_seeds(self.seed, done + 1)
+        distorts = augments(self.config, done=done, epochs=self.epochs)
         order = draw_order(len(self.data.train_labels), order_seed)
         generator = torch.Generator().manual_seed(draw_seed)
         rates = self.rates[done * self.steps :]
         losses = torch.zeros(self.steps)
         self.net.train()
         for step, batch in enumerate(torch.split(order, self.config.batch_size), start=1):
-            loss = self._take_step(batch, rates[step - 1], generator)
+            loss = self._take_step(batch, rates[step - 1], generator, distorts)
             losses[step - 1] = loss
             if on_step is not None:
                 on_step(step, loss)
@@ -79,11 +81,13 @@ class HostRun:
                 return losses[:step]
         return losses
 
-    def _take_step(self, batch: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    def _take_step(
+        self, batch: Tensor, rate: float, generator: torch.Generator, distorts: bool
+    ) -> Tensor:
         """Move the weights once along the gradient of a batch, int64 [B], and return its loss."""
         config = self.config
         images = scaled(self.data.train_images[batch])
-        if augments(config):
+        if distorts:
             images = random_affine(images, affine_limits(config), generator)
         log_probs = training_forward(self.net, normalised(images), config.dropout, generator)
         loss = smoothed_loss(log_probs, self.data.train_labels[batch], config.label_smoothing)

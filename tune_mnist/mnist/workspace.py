@@ -20,7 +20,7 @@ class Workspace:
     def __init__(self, split: Split, device: str) -> None:
         self.data = SplitTensors.room_for(split, device)
         self.lock = Lock()
-        self.mark: object = None  # of the run whose images and state lie here
+        self.mark: object = None  # of the run whose images and state lie here, in which step
         self._generator = torch.Generator(device)
         on_gpu = self.data.device.type == "cuda"
         self._pool: Any = torch.cuda.graph_pool_handle() if on_gpu else None
