@@ -9,7 +9,7 @@ from recorded import RecordedSearch
 from rich.console import Console, Group
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.display import finished_line, live_view, nodes_line, start_line
+from tune_mnist.tuning.display import announce, finished_line, live_view, nodes_line, start_line
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.nodes import Node, Share
 from tune_mnist.tuning.space import load_space
@@ -67,6 +67,19 @@ def test_alike_nodes_of_a_large_cluster_are_counted() -> None:
     assert nodes_line(nodes, Share(1, 0)) == (
         "41 nodes: 40 of 16 CPUs 16 trials each, 1 of 0 CPUs no trial"
     )
+
+
+def test_a_log_has_whole_lines_and_a_terminal_lines_that_fit() -> None:
+    start, nodes = "run: " + "many words " * 12, [_node(1, 4), _node(2, 8)]
+    for is_terminal, longest in ((False, len(start)), (True, 40)):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=is_terminal, width=40)
+        announce(console, start, nodes, Share(1, 0))
+        shown = file.getvalue()
+        assert max(map(len, shown.splitlines())) == pytest.approx(longest, abs=8)
+        assert "2 nodes: 10.0.0.1 4 trials" in shown
+    announce(console, start, nodes[:1], Share(1, 0))
+    assert file.getvalue().count("2 nodes") == 1
 
 
 def test_the_start_line_says_what_will_run(search: RecordedSearch) -> None:

@@ -302,7 +302,7 @@ def tiny_run() -> Iterator[EpochResult]:
     return train(PLAIN, Split(*(images, labels) * 3), epochs=1, seed=0)
 
 
-def test_an_epoch_on_3000_images_learns(mnist: Mnist, small_mnist: Mnist) -> None:
+def test_two_epochs_on_3000_images_learn(mnist: Mnist, small_mnist: Mnist) -> None:
     others = slice(3000, 6000)
     data = Split(
         train_images=mnist.train_images[others],
@@ -312,8 +312,8 @@ def test_an_epoch_on_3000_images_learns(mnist: Mnist, small_mnist: Mnist) -> Non
         test_images=small_mnist.test_images,
         test_labels=small_mnist.test_labels,
     )
-    config = TrainConfig(lr=0.05, batch_size=32)
-    assert next(train(config, data, epochs=1, seed=0)).test_accuracy > 0.8
+    _, last = train(TrainConfig(lr=0.02, batch_size=32), data, epochs=2, seed=0)
+    assert last.test_accuracy > 0.9  # 0.926 to 0.939 of 1,000 images (3 seeds)
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from tune_mnist.analysis.wording import count, duration, short_path
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
+from tune_mnist.tuning.display import announce
 from tune_mnist.tuning.experiment import Listed, Rules
 from tune_mnist.tuning.nodes import living_nodes
 from tune_mnist.tuning.plan import machine, versions
@@ -174,7 +175,8 @@ def confirm(
         if len(history.trials) < rules.trials or history.unfinished():
             with writing(folder):
                 history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
-            console.print(Text(_start_line(folder, asked, history, machinery, split)))
+            start = _start_line(folder, asked, history, machinery, split)
+            announce(console, start, living_nodes(), machinery.share)
             with Progress(console) as progress:
                 ending = run_session(folder, history, rules, machinery, split, progress)
         _conclude(run.folder, asked, history, len(split.train_labels), console)

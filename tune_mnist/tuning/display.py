@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.text import Text
 
 from tune_mnist.analysis.history import History, Metric, Row, State, TrialRecord
@@ -17,6 +18,14 @@ from tune_mnist.tuning.tally import Running, Tally
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _LABEL = 10  # columns
 _NODES_NAMED = 6  # of a larger cluster, alike nodes are counted
+
+
+def announce(console: Console, start: str, nodes: Sequence[Node], share: Share) -> None:
+    """Say what is about to run and, of several nodes, where."""
+    lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, share)]
+    for line in lines:
+        # A log's lines are whole, however wide its reader's window is.
+        console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
 def start_line(

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from tune_mnist.analysis.history import History
 from tune_mnist.analysis.listing import listing
@@ -21,7 +20,7 @@ from tune_mnist.cli import tell
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
-from tune_mnist.tuning.display import nodes_line, start_line
+from tune_mnist.tuning.display import announce, start_line
 from tune_mnist.tuning.drawing import draw_report
 from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.nodes import Share, living_nodes
@@ -139,9 +138,7 @@ def _run(
     rules, console = plan.search_rules, Console()
     nodes = living_nodes()
     at_once = share.at_once(nodes, settings.max_concurrent)
-    console.print(Text(start_line(folder, rules, history, share, at_once, data)))
-    if len(nodes) > 1:
-        console.print(Text(nodes_line(nodes, share)))
+    announce(console, start_line(folder, rules, history, share, at_once, data), nodes, share)
     with Progress(console) as progress:
         ending = run_session(folder, history, rules, machinery, data, progress)
     console.print(summary(folder, history, rules.metric, epochs=rules.epochs))
