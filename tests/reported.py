@@ -31,8 +31,8 @@ def empty(path: Path, name: str, **asked: Any) -> RecordedSearch:
     return search
 
 
-def write_search(search: RecordedSearch, **asked: Any) -> None:
-    """Write a run's search.yaml."""
+def write_search(search: RecordedSearch, space: Any = None, **asked: Any) -> None:
+    """Write a run's search.yaml, with this space in it."""
     content = {
         "asked": {
             "metric": "val_accuracy",
@@ -47,7 +47,7 @@ def write_search(search: RecordedSearch, **asked: Any) -> None:
         },
         "space_name": "default",
         "space_source": "/somewhere/search_spaces/default.yaml",
-        "space": SPACE,
+        "space": space or SPACE,
         "versions": {"tune_mnist": "0.1.0", "ray": "2.60.0"},
         "machine": {"host": "here", "cpus": 2},
     }

@@ -3,9 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 from browser import visit
 from filelock import FileLock
+from optuna.samplers import RandomSampler
 from PIL import Image
 from recorded import RecordedSearch
 from reported import EVIL, all_failed, empty, rich, write_search
@@ -15,6 +17,7 @@ from tune_mnist.analysis.runs import RunView
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.model_file import pack_model
 from tune_mnist.mnist.net import Net
+from tune_mnist.tuning.space import available_spaces, load_space
 
 
 def _page(*searches: RecordedSearch, **options: object) -> str:
@@ -98,6 +101,19 @@ def test_the_verdict_comes_first_and_the_command_and_versions_last(tmp_path: Pat
 def test_a_search_of_any_kind_has_a_report(tmp_path: Path, make: object, words: str) -> None:
     assert callable(make)
     assert words in _said(_page(make(tmp_path)))
+
+
+@pytest.mark.parametrize("name", available_spaces())
+def test_a_search_of_each_space_that_comes_along_has_a_report(tmp_path: Path, name: str) -> None:
+    # The baseline need not lie in the space: some search weight decay, which it lacks, by ratios.
+    space, draw = load_space(name), optuna.create_study(sampler=RandomSampler(seed=0))
+    search = empty(tmp_path, "run")
+    search.trial([0.98], state="complete")
+    for _ in range(3):
+        config = space.config(space.sample(draw.ask()))
+        search.trial([0.98, 0.99], state="complete", **config.as_dict())
+    write_search(search, space=space.as_dict())
+    assert "parallel coordinates" in _page(search)
 
 
 def test_a_search_at_work_is_reported_as_such(tmp_path: Path) -> None:
