@@ -6,6 +6,7 @@ rich.console.Console().print(summary(folder, history, "val_accuracy", epochs=20)
 import math
 from collections import Counter
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_mnist.analysis.history import History, Metric, State, TrialRecord
+from tune_mnist.analysis.intervals import CONFIDENCE
 from tune_mnist.analysis.ranking import Standing, gain, number, rank_by_best, standings
 from tune_mnist.analysis.run import RunFolder
 from tune_mnist.analysis.wording import count, duration, percent, points, setting, short_path
@@ -20,7 +22,8 @@ from tune_mnist.analysis.wording import count, duration, percent, points, settin
 ROWS = 5
 ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _TEST_IMAGES = 10_000
-_SURE = 1.96  # standard deviations that chance stays within 95 times of 100
+# Standard deviations that chance stays within, 95 times of 100.
+_SURE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 def summary(folder: RunFolder, history: History, metric: Metric, *, epochs: int) -> Group:
