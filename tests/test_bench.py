@@ -17,7 +17,7 @@ from tune_mnist.benchmarks.busy import busy_shares, busy_shares_of_run
 from tune_mnist.benchmarks.gpu import GpuSettings, gpu, keys_of
 from tune_mnist.benchmarks.gpu import measure as measure_gpu
 from tune_mnist.benchmarks.measurements import Measurements, quartiles
-from tune_mnist.benchmarks.pack import PackSettings, cuda_mps, pack
+from tune_mnist.benchmarks.pack import PackSettings, best_way, cuda_mps, pack
 from tune_mnist.benchmarks.peer_task import Task, note_epoch, read_progress, write_chosen
 from tune_mnist.benchmarks.peer_training import build_optimizer, build_schedule
 from tune_mnist.benchmarks.peers import Outcome, PeersSettings, peers
@@ -31,7 +31,7 @@ from tune_mnist.mnist.data import Mnist, default_data_dir, split
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.optim import learning_rates
 from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.nodes import Node
+from tune_mnist.tuning.nodes import Node, Share
 from tune_mnist.tuning.packing import Packing, Probe
 
 
@@ -262,6 +262,20 @@ def test_pack_names_the_options_to_use(
     assert found["epochs_per_hour"] == {"1": 490.0, "2": 380.0, "4": 460.0}
     assert found["mb_per_trial"]["4"] == 800.0
     assert (tmp_path / "pack.csv").read_text().count("\n") == 7
+
+
+def test_mps_is_advised_only_where_it_is_clearly_better() -> None:
+    def probes(*rates: float) -> list[Probe]:
+        return [
+            Probe(Packing(n, Share(cpus=1, gpus=1 / n)), rate, 500.0)
+            for n, rate in enumerate(rates, start=1)
+        ]
+
+    assert best_way({"": probes(100, 150)})[1].packing.at_once == 2
+    way, best = best_way({"": probes(100, 150), " (MPS)": probes(101, 200)})
+    assert (way, best.epochs_per_hour) == (" (MPS)", 200)
+    way, best = best_way({"": probes(100, 150), " (MPS)": probes(101, 152)})
+    assert (way, best.epochs_per_hour) == ("", 150)
 
 
 def test_mps_is_skipped_where_it_cannot_be_started(

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -110,8 +111,8 @@ def test_a_search_of_each_space_that_comes_along_has_a_report(tmp_path: Path, na
     search = empty(tmp_path, "run")
     search.trial([0.98], state="complete")
     for _ in range(3):
-        config = space.config(space.sample(draw.ask()))
-        search.trial([0.98, 0.99], state="complete", **config.as_dict())
+        config: dict[str, Any] = space.config(space.sample(draw.ask())).as_dict()
+        search.trial([0.98, 0.99], state="complete", **config)
     write_search(search, space=space.as_dict())
     assert "parallel coordinates" in _page(search)
 

@@ -145,8 +145,9 @@ def _dimension(parameter: Searched, configs: Sequence[Mapping[str, Any]]) -> dic
     else:
         scale = math.log10 if parameter.is_log else float
         # The baseline has a 0 where a space searches on a log scale, which has no place for it.
-        lacking = [v is None or (parameter.is_log and v <= 0) for v in values]
-        numbers = [None if lacks else scale(v) for lacks, v in zip(lacking, values, strict=True)]
+        numbers = [
+            None if v is None or (parameter.is_log and v <= 0) else scale(v) for v in values
+        ]
         bounds = vars(parameter.distribution)
         low, high = scale(bounds["low"]), scale(bounds["high"])
         inner = [low, low + (high - low) / 2, high]

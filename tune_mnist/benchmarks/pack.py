@@ -8,8 +8,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.nodes import Node
 from tune_mnist.tuning.packing import (
+    AS_GOOD,
     Packing,
     Probe,
     best_of,
@@ -32,7 +33,7 @@ from tune_mnist.tuning.packing import (
 )
 
 MPS = "nvidia-cuda-mps-control"
-MPS_PATIENCE = 10.0  # seconds that its daemon may take to start
+MPS_PATIENCE = 10.0  # seconds that its daemon may take to start, and to end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +107,14 @@ def finish(
         ]
         for way in ways
     }
-    best = best_of(found[""])
-    tell(f"best: {best.packing}: python -m tune_mnist.search {best.packing.options()}")
+    way, best = best_way(found)
+    daemon = f"with {MPS} running, " if way else ""
+    tell(f"best: {best.packing}: {daemon}python -m tune_mnist.search {best.packing.options()}")
     keys: dict[str, Any] = {
         "at_once": best.packing.at_once,
         "cpus_per_trial": best.packing.share.cpus,
         "gpus_per_trial": best.packing.share.gpus,
+        "mps": bool(way),
         "epochs_per_hour": _by_count(found[""], "epochs_per_hour"),
         "mb_per_trial": _by_count(found[""], "megabytes"),
         "epochs_per_hour_mps": None,
@@ -119,6 +122,14 @@ def finish(
     if len(ways) > 1:
         keys["epochs_per_hour_mps"] = _by_count(found[ways[1]], "epochs_per_hour")
     taken.finish(keys, save)
+
+
+def best_way(found: Mapping[str, list[Probe]]) -> tuple[str, Probe]:
+    """Return the best of all packings and its way; plain, unless another is clearly better."""
+    best = {way: best_of(probes) for way, probes in found.items()}
+    way = max(best, key=lambda each: best[each].epochs_per_hour)
+    plain = best[""].epochs_per_hour >= AS_GOOD * best[way].epochs_per_hour
+    return ("", best[""]) if plain else (way, best[way])
 
 
 def _by_count(probes: list[Probe], name: str) -> dict[str, float]:
@@ -154,6 +165,12 @@ def cuda_mps(node: Node, *, is_local: bool) -> Iterator[dict[str, str] | None]:
         try:
             yield variables
         finally:
-            subprocess.run(
-                [MPS], input=b"quit\n", env=environment, check=False, capture_output=True
-            )
+            with suppress(subprocess.TimeoutExpired):  # it ends with the last process that uses it
+                subprocess.run(
+                    [MPS],
+                    input=b"quit\n",
+                    env=environment,
+                    check=False,
+                    capture_output=True,
+                    timeout=MPS_PATIENCE,
+                )
