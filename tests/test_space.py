@@ -389,7 +389,7 @@ def test_a_space_of_the_project_holds_to_its_promises(name: str) -> None:
 def test_default_searches_everything_but_the_fixed_and_the_betas() -> None:
     space = load_space("default")
     left_out = set(TrainConfig().as_dict()) - set(space.parameters)
-    assert left_out == {"batch_size", "beta1", "beta2", "ema_decay"}
+    assert left_out == {"batch_size", "beta1", "beta2", "augmented_part", "ema_decay"}
     conditional = {name for name, parameter in space.parameters.items() if parameter.when}
     assert conditional == {"momentum", "nesterov", "step_every", "step_factor", "peak_position"}
     for point in space.start:  # complete: nothing of a known good point is left to chance
@@ -403,7 +403,7 @@ def test_default_searches_everything_but_the_fixed_and_the_betas() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["quick", "sgd"])
+@pytest.mark.parametrize("name", ["default", "quick", "sgd"])
 def test_where_the_baseline_can_be_expressed_it_teaches_the_sampler(name: str) -> None:
     space = load_space(name)
     assert space.frozen_params(space.baseline()) is not None
@@ -520,3 +520,10 @@ def test_frozen_params_say_what_the_space_cannot_express(change: dict[str, Any])
     assert params["dropout"] == 0.2
     assert set(params) == set(distributions)
     assert space.frozen_params(TrainConfig(**{**THOROUGH_CONFIG, **change})) is None
+
+
+def test_weights_averaged_otherwise_are_no_other_training() -> None:
+    space = space_of("parameters: {lr: {low: 0.001, high: 0.1}, ema_decay: 0.99, rotation: 5}")
+    config = TrainConfig(lr=0.02, rotation=5.0)
+    assert (space.frozen_params(config) or ({}, {}))[0] == {"lr": 0.02}
+    assert space.frozen_params(TrainConfig(lr=0.02)) is None
