@@ -166,6 +166,19 @@ def test_peers_compares_every_system_with_ours(
     assert found["n"] == 2
 
 
+def test_a_peer_that_fails_is_left_out_and_the_others_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(system: str, task: object) -> Outcome:
+        if system == "ray":
+            raise TuneMnistError("ray failed with 1: no space left")
+        return Outcome(60.0, 10, None)
+
+    monkeypatch.setattr(peers_module, "run", run)
+    peers(PeersSettings(systems=("ours", "ray", "optuna_threads"), rounds=2))
+    assert last_line(capsys)["ratio"] == {"optuna_threads": 1.0}
+
+
 def test_peers_refuses_a_space_that_not_all_can_express() -> None:
     with pytest.raises(ConfigError, match="conditions"):
         peers(PeersSettings(space="default"))

@@ -60,11 +60,14 @@ def story(
                 ("second", 3, ("--max-concurrent", 1)),
             )
         ]
-        folder = searches.folder("first")
-        both[0].wait_until(lambda: trials_with_epochs(folder) >= 3)
+        folder, other = searches.folder("first"), searches.folder("second")
+        # Both hosts are full; one more trial at a time is one on the host that joins.
+        both[0].wait_until(
+            lambda: trials_with_epochs(folder) == 3 and trials_with_epochs(other) > 0
+        )
         cluster.add(killed)
-        joined, before = time.monotonic(), trials_with_epochs(folder)
-        both[0].wait_until(lambda: trials_with_epochs(folder) >= before + 2)
+        joined = time.monotonic()
+        both[0].wait_until(lambda: trials_with_epochs(folder) > 3)
         seconds_to_join = time.monotonic() - joined
         cut_off.cut_off()
         both[0].wait_until(lambda: cut_off.address not in cluster.alive())
