@@ -175,8 +175,10 @@ def confirm(
         if len(history.trials) < rules.trials or history.unfinished():
             with writing(folder):
                 history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
-            start = _start_line(folder, asked, history, machinery, split)
-            announce(console, start, living_nodes(), machinery.share)
+            nodes, share = living_nodes(), machinery.share
+            at_once = share.at_once(nodes, machinery.max_concurrent)
+            start = _start_line(folder, asked, history, at_once, split)
+            announce(console, start, nodes, share)
             with Progress(console) as progress:
                 ending = run_session(folder, history, rules, machinery, split, progress)
         _conclude(run.folder, asked, history, len(split.train_labels), console)
@@ -227,13 +229,8 @@ def _rules(run: RunView, asked: Confirmation, time_budget: float) -> Rules:
 
 
 def _start_line(
-    folder: RunFolder,
-    asked: Confirmation,
-    history: History,
-    machinery: Machinery,
-    split: Split,
+    folder: RunFolder, asked: Confirmation, history: History, at_once: int, split: Split
 ) -> str:
-    at_once = machinery.share.at_once(living_nodes(), machinery.max_concurrent)
     done = len(history.trials) - len(history.unfinished())
     so_far = f", {done:,} of them done in {duration(history.elapsed)}" if done else ""
     return (
