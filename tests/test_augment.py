@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tune_mnist.mnist.augment import affine, affine_limits, augments, random_affine
+from tune_mnist.mnist.augment import (
+    affine_sources,
+    amounts_of,
+    augments,
+    distort,
+    sample,
+    smooth,
+)
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist
 from tune_mnist.mnist.tensors import scaled
@@ -16,10 +23,6 @@ def images(mnist: Mnist) -> Tensor:
     return scaled(torch.from_numpy(mnist.train_images[:64]))
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(3)
-
-
 def move(
     images: Tensor,
     angle: float = 0.0,
@@ -28,18 +31,26 @@ def move(
     down: float = 0.0,
 ) -> Tensor:
     count = len(images)
-    return affine(
+    sources = affine_sources(
         images,
         angle=torch.full((count,), math.radians(angle)),
         scale=torch.full((count,), scale),
         right=torch.full((count,), right),
         down=torch.full((count,), down),
     )
+    return sample(images, sources)
+
+
+def distorted(images: Tensor, seed: int = 3, **amounts: float) -> Tensor:
+    config = TrainConfig(**amounts)
+    draws = torch.Generator().manual_seed(seed)
+    return distort(images, amounts_of(config), draws, bends=config.elastic > 0)
 
 
 def test_only_amounts_above_zero_distort() -> None:
     assert not augments(TrainConfig(), done=0, epochs=1)
-    for config in (TrainConfig(rotation=1), TrainConfig(shift=0.1), TrainConfig(scale=0.1)):
+    for name in ("rotation", "shift", "scale", "elastic"):
+        config = TrainConfig(**{name: 0.1})
         assert all(augments(config, done=done, epochs=20) for done in range(20))
 
 
@@ -55,7 +66,7 @@ def test_the_last_epochs_see_the_images_as_they_are(
 
 
 def test_zero_amounts_change_nothing(images: Tensor) -> None:
-    found = random_affine(images, affine_limits(TrainConfig()), generator())
+    found = distorted(images)
     torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
 
 
@@ -89,17 +100,18 @@ def test_scaling_by_two_doubles_lengths_about_the_centre() -> None:
 
 
 def test_the_same_seed_distorts_the_same_way(images: Tensor) -> None:
-    config = TrainConfig(rotation=20, shift=0.1, scale=0.2)
-    first = random_affine(images, affine_limits(config), generator())
-    assert torch.equal(first, random_affine(images, affine_limits(config), generator()))
-    assert not torch.equal(
-        first, random_affine(images.clone(), affine_limits(config), torch.Generator())
-    )
+    amounts = {"rotation": 20, "shift": 0.1, "scale": 0.2, "elastic": 0.05}
+    first = distorted(images, **amounts)
+    assert torch.equal(first, distorted(images, **amounts))
+    assert not torch.equal(first, distorted(images, seed=4, **amounts))
 
 
-def test_images_are_distorted_each_by_its_own_amounts(images: Tensor) -> None:
+@pytest.mark.parametrize("amounts", [{"rotation": 30}, {"elastic": 0.05}])
+def test_images_are_distorted_each_by_its_own_amounts(
+    images: Tensor, amounts: dict[str, float]
+) -> None:
     same = images[:1].expand(8, -1, -1, -1)
-    found = random_affine(same, affine_limits(TrainConfig(rotation=30)), generator())
+    found = distorted(same, **amounts)
     assert len({tuple(image.flatten().tolist()) for image in found}) == 8
 
 
@@ -121,7 +133,7 @@ def centres(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 14, 2000)
-    x, y = centres(random_affine(before, affine_limits(TrainConfig(shift=0.2)), generator()))
+    x, y = centres(distorted(before, shift=0.2))
     for moved in (x - 0.5, y - 0.5):
         assert 0.98 * 5.6 < moved.abs().max() < 5.6 + 0.01
         assert moved.min() < 0 < moved.max()
@@ -129,7 +141,7 @@ def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
 
 def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 22, 2000)  # right of the middle
-    x, y = centres(random_affine(before, affine_limits(TrainConfig(rotation=30)), generator()))
+    x, y = centres(distorted(before, rotation=30))
     start = math.degrees(math.atan2(-0.5, 8.5))
     angles = torch.rad2deg(torch.atan2(-y, x)) - start  # y points down
     assert 29 < angles.abs().max() < 30.3
@@ -139,7 +151,35 @@ def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
 
 def test_scales_stay_within_their_bound_and_reach_near_it() -> None:
     before = dot(14, 22, 2000)
-    x, _ = centres(random_affine(before, affine_limits(TrainConfig(scale=0.25)), generator()))
+    x, _ = centres(distorted(before, scale=0.25))
     factors = x / 8.5
     assert 0.74 < factors.min() < 0.76
     assert 1.24 < factors.max() < 1.26
+
+
+def test_displacements_are_as_large_everywhere_as_asked_for() -> None:
+    noise = torch.rand(4000, 2, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fields = smooth(noise)
+    spread = fields.square().mean(0).sqrt()  # of each pixel and axis
+    torch.testing.assert_close(spread, torch.ones(2, 28, 28), rtol=0, atol=0.06)
+    assert fields.mean().abs() < 0.02
+
+
+def test_displacements_are_smooth_and_of_each_axis_its_own() -> None:
+    noise = torch.rand(4000, 2, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fields = smooth(noise)
+
+    def correlation(one: Tensor, other: Tensor) -> float:
+        return float((one * other).mean())
+
+    # A field filtered by a Gaussian resembles itself at a distance d by exp(-(d / 4)^2 / 4).
+    assert correlation(fields[..., 14, 14], fields[..., 14, 18]) == pytest.approx(0.779, abs=0.03)
+    assert correlation(fields[..., 14, 14], fields[..., 22, 14]) == pytest.approx(0.368, abs=0.03)
+    assert abs(correlation(fields[:, 0], fields[:, 1])) < 0.02
+
+
+def test_bending_moves_pixels_by_the_fraction_of_the_width() -> None:
+    x, y = centres(distorted(dot(14, 14, 2000), elastic=0.05))
+    for moved in (x - 0.5, y - 0.5):
+        # 0.05 * 28 pixels, which the blob's own bending blurs a little.
+        assert moved.square().mean().sqrt() == pytest.approx(1.4, rel=0.1)

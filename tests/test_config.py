@@ -20,7 +20,7 @@ def test_the_defaults_are_the_reference_baseline() -> None:
     assert (config.dropout, config.schedule, config.batch_size) == (0.1, "constant", 128)
     assert not config.nesterov
     extras = (config.weight_decay, config.label_smoothing, config.ema_decay)
-    assert (*extras, config.rotation, config.shift, config.scale) == (0, 0, 0, 0, 0, 0)
+    assert (*extras, config.rotation, config.shift, config.scale, config.elastic) == (0,) * 7
 
 
 def test_a_configuration_survives_plain_data() -> None:
@@ -63,6 +63,7 @@ def test_every_hyperparameter_has_choices_or_limits_that_hold_its_default() -> N
         ("rotation", [0, 180], [181]),
         ("shift", [0, 0.5], [0.51]),
         ("scale", [0, 0.9], [0.91]),
+        ("elastic", [0, 0.5], [0.51]),
         ("augmented_part", [0.01, 1], [0, 1.01]),
         ("ema_decay", [0, 0.9999], [1]),
         ("lr", [], [math.nan, math.inf, 10**400]),

@@ -34,6 +34,7 @@ EVERYTHING = TrainConfig(
     rotation=10,
     shift=0.1,
     scale=0.1,
+    elastic=0.04,
     ema_decay=0.9,
 )
 HOPELESS = replace(SGD, lr=10, momentum=0.99, batch_size=4)
@@ -72,12 +73,18 @@ def fresh_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
     torch.set_default_dtype(torch.float64)
-    augment._pixel_centres.cache_clear()
+    forget_constants()
     for module in (host_run, device_step, evaluation):
         monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
     yield
     torch.set_default_dtype(torch.float32)
+    forget_constants()
+
+
+def forget_constants() -> None:
+    """Have distortions compute anew, in the present precision, what they keep."""
     augment._pixel_centres.cache_clear()
+    augment._gaussians.cache_clear()
 
 
 def epochs_of(run: HostRun | DeviceRun, count: int = 2) -> list[Epoch]:
@@ -122,10 +129,11 @@ def assert_same(found: list[Epoch], expected: list[Epoch], **tolerances: Any) ->
         replace(SGD, batch_size=200),  # one batch, and a smaller one
         # Distorted by less than a rounding error, and then not at all.
         replace(ADAMW, ema_decay=0.9, rotation=1e-12, augmented_part=0.5),
+        replace(SGD, elastic=1e-12, augmented_part=0.5),
     ],
     ids=[
         *("sgd", "momentum", "nesterov", "smoothing", "average", "adamw", "even", "one-batch"),
-        "augmented-part",
+        *("augmented-part", "elastic"),
     ],
 )
 def test_an_epoch_on_a_device_equals_one_on_the_cpu(data: Split, config: TrainConfig) -> None:
@@ -141,7 +149,7 @@ def test_in_float32_the_first_steps_agree_within_rounding(data: Split) -> None:
     # The first batch is distorted alike as well: its draws are an epoch's first.
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert not torch.allclose(found[1:], expected[1:], rtol=1e-3)
-    config = replace(config, rotation=0, shift=0, scale=0)
+    config = replace(config, rotation=0, shift=0, scale=0, elastic=0)
     host, device = (run(config, data, epochs=1, seed=1) for run in (HostRun, on_device))
     found, expected = (epochs_of(run, 1)[0].losses for run in (device, host))
     torch.testing.assert_close(found[:4], expected[:4], rtol=1e-3, atol=0)
@@ -230,7 +238,7 @@ def test_only_so_many_steps_are_kept_prepared(
 ) -> None:
     monkeypatch.setattr(workspace, "_MOST_STEPS", 2)
     place = Workspace.on("cpu", little)
-    kinds = [StepKind("sgd", size, False, "float32", True) for size in (4, 7, 14)]
+    kinds = [StepKind("sgd", size, False, False, "float32", True) for size in (4, 7, 14)]
     for number in (0, 1, 0, 2, 0):
         place.step(kinds[number])
     assert len(captures) == 3
@@ -242,7 +250,7 @@ def test_a_step_reads_no_value_from_its_device(little: Split) -> None:
     # The meta device has shapes but no values: whatever would wait for a GPU raises there.
     nowhere: Any = None
     for optimizer in ("sgd", "adamw"):
-        kind = StepKind(optimizer, 8, True, "float32", captured=False)
+        kind = StepKind(optimizer, 8, True, True, "float32", captured=False)
         step = DeviceStep(kind, SplitTensors.room_for(little, "meta"), nowhere, None)
         step.take(0)
         step.take(step.steps - 1)

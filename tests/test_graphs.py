@@ -23,7 +23,7 @@ pytestmark = [
 
 SGD = TrainConfig(lr=0.02, nesterov=True, weight_decay=1e-3, batch_size=64, dropout=0)
 ADAMW = TrainConfig(optimizer="adamw", lr=0.002, weight_decay=0.01, batch_size=64, dropout=0)
-NOISY = replace(SGD, dropout=0.3, rotation=10, shift=0.1, scale=0.1, ema_decay=0.9)
+NOISY = replace(SGD, dropout=0.3, rotation=10, shift=0.1, scale=0.1, elastic=0.04, ema_decay=0.9)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,7 @@ def test_a_next_run_of_the_kind_captures_nothing_and_reads_its_own_hyperparamete
 def test_every_replay_draws_anew_and_a_seed_draws_the_same_again(data: Split) -> None:
     place = Workspace.on("cuda", data)
     place.data.fill(data)
-    step = place.step(StepKind("sgd", 64, True, "float32", captured=True))
+    step = place.step(StepKind("sgd", 64, True, True, "float32", captured=True))
     config = replace(NOISY, lr=1e-30, momentum=0, nesterov=False, weight_decay=0)
     order = draw_order(64, 1).repeat(5)[:300]  # the same batch each time
 
@@ -113,7 +113,7 @@ def test_no_step_waits_for_the_gpu(data: Split) -> None:
     for captured in (True, False):
         place = Workspace.on("cuda", data)
         place.data.fill(data)
-        step = place.step(StepKind("adamw", 64, True, "float32", captured))
+        step = place.step(StepKind("adamw", 64, True, True, "float32", captured))
         torch.cuda.set_sync_debug_mode("error")
         try:
             for number in range(step.steps):

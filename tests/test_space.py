@@ -389,7 +389,7 @@ def test_a_space_of_the_project_holds_to_its_promises(name: str) -> None:
 def test_default_searches_everything_but_the_fixed_and_the_betas() -> None:
     space = load_space("default")
     left_out = set(TrainConfig().as_dict()) - set(space.parameters)
-    assert left_out == {"batch_size", "beta1", "beta2", "augmented_part", "ema_decay"}
+    assert left_out == {"batch_size", "beta1", "beta2", "elastic", "augmented_part", "ema_decay"}
     conditional = {name for name, parameter in space.parameters.items() if parameter.when}
     assert conditional == {"momentum", "nesterov", "step_every", "step_factor", "peak_position"}
     for point in space.start:  # complete: nothing of a known good point is left to chance

@@ -33,6 +33,7 @@ SGD = TrainConfig(
     rotation=10,
     shift=0.1,
     scale=0.1,
+    elastic=0.04,
     ema_decay=0.9,
 )
 ADAMW = TrainConfig(optimizer="adamw", lr=0.003, weight_decay=0.01, schedule="cosine")

@@ -1,14 +1,16 @@
-"""Random affine distortions of a batch of images, on the device the batch is on."""
+"""Random distortions of a batch of images, on the device the batch is on."""
 
 import math
-from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tune_mnist.mnist.config import TrainConfig
+
+ELASTIC_SMOOTHNESS = 4.0  # pixels: standard deviation of the Gaussian that smooths displacements
 
 
 def augments(config: TrainConfig, *, done: int, epochs: int) -> bool:
@@ -17,49 +19,82 @@ def augments(config: TrainConfig, *, done: int, epochs: int) -> bool:
     The last epochs may see the images as they are, which are what the net is judged on: distorted
     ones are another distribution (He et al., arXiv 1909.09148).
     """
-    distorts = config.rotation > 0 or config.shift > 0 or config.scale > 0
-    return distorts and done < round(config.augmented_part * epochs)
+    return any(amounts_of(config)) and done < round(config.augmented_part * epochs)
 
 
-def affine_limits(config: TrainConfig) -> tuple[float, float, float]:
-    """Return the largest turn (radians), change of scale and shift (fraction of the side)."""
-    return math.radians(config.rotation), config.scale, config.shift
+class Amounts(NamedTuple):
+    """How far images are distorted at most; the last on average."""
+
+    turn: float | Tensor  # radians, either way
+    zoom: float | Tensor  # change of scale, either way
+    shift: float | Tensor  # fraction of the side, along each axis, either way
+    bend: float | Tensor  # fraction of the side that a pixel is displaced by, root mean square
 
 
-def random_affine(
-    images: Tensor,
-    limits: Sequence[float] | Sequence[Tensor],
-    generator: torch.Generator,
+def amounts_of(config: TrainConfig) -> Amounts:
+    """Return how far a configuration distorts its images."""
+    return Amounts(math.radians(config.rotation), config.scale, config.shift, config.elastic)
+
+
+def distort(
+    images: Tensor, amounts: Amounts, generator: torch.Generator, *, bends: bool
 ) -> Tensor:
-    """Rotate and scale each image about its centre, then shift it, by its own random amounts.
+    """Rotate and scale each image about its centre, shift it and bend it, by its own draws.
 
     Args:
-        images: float32 [B, 1, H, W] with a background of 0, which fills what moves in.
-        limits: the largest amounts, as `affine_limits` has them; or scalar tensors on the images'
-            device, whose values nobody waits for.
-        generator: draws the amounts, uniformly; on the images' device.
+        images: float32 [B, 1, H, W], square, with a background of 0, which fills what moves in.
+        amounts: numbers, or scalar tensors on the images' device, whose values nobody waits for.
+        generator: draws; on the images' device.
+        bends: whether to bend at all; without, nothing is drawn for it.
 
     Returns:
         Images of the same shape, sampled bilinearly.
     """
-    turn, zoom, shift = limits
-    size = (4, images.shape[0])
-    draws = torch.rand(size, generator=generator, device=images.device).mul_(2).sub_(1)
+    draws = _uniform((4, len(images)), images.device, generator)
     angle, scale, right, down = (
-        draw * limit for draw, limit in zip(draws, (turn, zoom, shift, shift), strict=True)
+        draw * limit
+        for draw, limit in zip(
+            draws, (amounts.turn, amounts.zoom, amounts.shift, amounts.shift), strict=True
+        )
     )
-    return affine(images, angle=angle, scale=1 + scale, right=right, down=down)
+    sources = affine_sources(images, angle=angle, scale=1 + scale, right=right, down=down)
+    if bends:
+        noise = _uniform((len(images), 2, *images.shape[2:]), images.device, generator)
+        sources = sources + smooth(noise) * (2 * amounts.bend)  # the image's side is 2
+    return sample(images, sources)
 
 
-def affine(images: Tensor, *, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor) -> Tensor:
-    """Rotate and scale each image about its centre, then shift it.
+def _uniform(size: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+    """Draw numbers from -1 to 1."""
+    return torch.rand(size, generator=generator, device=device).mul_(2).sub_(1)
+
+
+def smooth(noise: Tensor) -> Tensor:
+    """Turn uniform noise from -1 to 1, [..., S, S], into smooth fields with a variance of 1.
+
+    Every row and column is filtered by a Gaussian of 4 pixels, as in Simard et al., "Best
+    practices for convolutional neural networks applied to visual document analysis" (2003), whose
+    own strength, 34, is 0.05 as a root mean square displacement by the width. Divided by its
+    norm everywhere, the filter displaces as much at the edges as in the middle.
+    """
+    kernel = _gaussians(noise.shape[-1], noise.device)
+    return kernel @ noise @ kernel.T * math.sqrt(3)  # a uniform number's variance is a third
+
+
+def affine_sources(
+    images: Tensor, *, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor
+) -> Tensor:
+    """Say where pixels come from that rotate and scale about the centre and then shift.
 
     Args:
-        images: float32 [B, 1, H, W].
+        images: [B, 1, H, W].
         angle: radians counter-clockwise, [B].
         scale: what lengths are multiplied by, [B].
         right: fraction of the width, [B].
         down: fraction of the height, [B].
+
+    Returns:
+        x and y of every pixel's source, [B, 2, H, W], in an image that spans [-1, 1].
     """
     # The matrix looks up where a pixel comes from, so it is the inverse of what is asked for:
     # take the shift back, then turn and scale back. The image spans [-1, 1]: its side is 2.
@@ -70,8 +105,12 @@ def affine(images: Tensor, *, angle: Tensor, scale: Tensor, right: Tensor, down:
     height, width = images.shape[2:]
     # One product for the whole batch; F.affine_grid does one an image and takes 4 times as long.
     sources = matrices.view(-1, 3) @ _pixel_centres(height, width, images.device)
-    grid = sources.view(-1, 2, height, width).permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid, align_corners=False)
+    return sources.view(-1, 2, height, width)
+
+
+def sample(images: Tensor, sources: Tensor) -> Tensor:
+    """Look pixels up at their sources, as `affine_sources` has them, bilinearly; outside is 0."""
+    return F.grid_sample(images, sources.permute(0, 2, 3, 1), align_corners=False)
 
 
 @cache
@@ -81,3 +120,11 @@ def _pixel_centres(height: int, width: int, device: torch.device) -> Tensor:
     y = (2 * torch.arange(height, device=device) + 1) / height - 1
     xs, ys = x.repeat(height), y.repeat_interleave(width)
     return torch.stack((xs, ys, torch.ones_like(xs)))
+
+
+@cache
+def _gaussians(size: int, device: torch.device) -> Tensor:
+    """Return a Gaussian about each of so many pixels in a row, each of norm 1, [size, size]."""
+    place = torch.arange(size, device=device)
+    bells = torch.exp(-((place[:, None] - place) ** 2) / (2 * ELASTIC_SMOOTHNESS**2))
+    return bells / bells.norm(dim=1, keepdim=True)

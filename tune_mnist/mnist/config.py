@@ -68,6 +68,7 @@ class TrainConfig:
     rotation: float = _number(0.0, 0, 180)  # degrees, uniform in +-rotation
     shift: float = _number(0.0, 0, 0.5)  # fraction of the width, uniform in +-shift, each axis
     scale: float = _number(0.0, 0, 0.9)  # fraction, factor uniform in 1 +- scale
+    elastic: float = _number(0.0, 0, 0.5)  # fraction of the width a pixel is displaced by, r.m.s.
     augmented_part: float = _number(1.0, 0, 1, open_low=True)  # of the run, from its start
     ema_decay: float = _number(0.0, 0, 1, open_high=True)  # a step; 0: raw weights are evaluated
 

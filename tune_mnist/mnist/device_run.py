@@ -65,12 +65,14 @@ class DeviceRun:
 
     def _kind(self, done: int) -> StepKind:
         """Return the kind of step that the epoch after so many takes."""
+        distorts = augments(self.config, done=done, epochs=self.epochs)
         return StepKind(
-            self.config.optimizer,
-            self.config.batch_size,
-            augments(self.config, done=done, epochs=self.epochs),
-            self.precision,
-            self.captured,
+            optimizer=self.config.optimizer,
+            batch_size=self.config.batch_size,
+            distorts=distorts,
+            bends=distorts and self.config.elastic > 0,
+            precision=self.precision,
+            captured=self.captured,
         )
 
     def _train(

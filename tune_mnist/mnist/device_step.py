@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist.augment import affine_limits, random_affine
+from tune_mnist.mnist.augment import Amounts, amounts_of, distort
 from tune_mnist.mnist.config import Optimizer, TrainConfig
 from tune_mnist.mnist.flat_net import FlatNet, flat
 from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, Columns, FlatOptimizer
@@ -29,6 +29,7 @@ class StepKind(NamedTuple):
     optimizer: Optimizer
     batch_size: int
     distorts: bool  # images; without, none of it is computed
+    bends: bool  # them as well
     precision: Precision
     captured: bool  # as a CUDA graph, else done operation by operation
 
@@ -97,8 +98,8 @@ class DeviceStep:
         images = scaled(self._data.train_images.index_select(0, batch))
         labels = self._data.train_labels.index_select(0, batch)
         if self.kind.distorts:
-            limits = [numbers[name] for name in ("turn", "zoom", "shift")]
-            images = random_affine(images, limits, self._generator)
+            amounts = Amounts(*(numbers[name] for name in Amounts._fields))
+            images = distort(images, amounts, self._generator, bends=self.kind.bends)
         with forward_in(self.kind.precision, batch.device.type):
             log_probs = training_forward(
                 self.net.net, normalised(images), numbers["dropout"], self._generator
@@ -114,14 +115,11 @@ class DeviceStep:
 
 def step_columns(config: TrainConfig, rates: Floats, taken: int) -> Columns:
     """Return what steps go by, of so many rates, after so many steps of the run."""
-    turn, zoom, shift = affine_limits(config)
     step = taken + np.arange(len(rates))
     return {
         "dropout": config.dropout,
         "label_smoothing": config.label_smoothing,
-        "turn": turn,
-        "zoom": zoom,
-        "shift": shift,
+        **amounts_of(config)._asdict(),
         # Without an average: all of it is new, so that it is the net itself.
         "new_in_average": 1 - averaging_decay(config.ema_decay, step),
         **FLAT_OPTIMIZERS[config.optimizer].columns(config, rates, taken),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist.augment import affine_limits, augments, random_affine
+from tune_mnist.mnist.augment import amounts_of, augments, distort
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.epoch import Epoch, StepListener, draw_net, draw_order, draw_seeds
@@ -88,7 +88,8 @@ class HostRun:
         config = self.config
         images = scaled(self.data.train_images[batch])
         if distorts:
-            images = random_affine(images, affine_limits(config), generator)
+            amounts = amounts_of(config)
+            images = distort(images, amounts, generator, bends=config.elastic > 0)
         log_probs = training_forward(self.net, normalised(images), config.dropout, generator)
         loss = smoothed_loss(log_probs, self.data.train_labels[batch], config.label_smoothing)
         self.optimizer.zero_grad()
