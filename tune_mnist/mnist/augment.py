@@ -77,8 +77,9 @@ def smooth(noise: Tensor) -> Tensor:
     own strength, 34, is 0.05 as a root mean square displacement by the width. Divided by its
     norm everywhere, the filter displaces as much at the edges as in the middle.
     """
-    kernel = _gaussians(noise.shape[-1], noise.device)
-    return kernel @ noise @ kernel.T * math.sqrt(3)  # a uniform number's variance is a third
+    # A uniform number's variance is a third.
+    bells = _gaussians(noise.shape[-1], noise.device)
+    return bells @ noise @ bells.T * math.sqrt(3)
 
 
 def affine_sources(
@@ -127,4 +128,4 @@ def _gaussians(size: int, device: torch.device) -> Tensor:
     """Return a Gaussian about each of so many pixels in a row, each of norm 1, [size, size]."""
     place = torch.arange(size, device=device)
     bells = torch.exp(-((place[:, None] - place) ** 2) / (2 * ELASTIC_SMOOTHNESS**2))
-    return bells / bells.norm(dim=1, keepdim=True)
+    return F.normalize(bells, dim=1)
