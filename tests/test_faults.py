@@ -51,7 +51,7 @@ def suffered(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
         )
         driver = searches.start(
             "suffered",
-            *("--trials", 10, "--max-concurrent", 2, "--retries", 1, "--hang-timeout", "3s"),
+            *("--trials", 10, "--max-concurrent", 2, "--retries", 1, "--hang-timeout", "8s"),
             *NO_STOPPING,
             script=script,
         )
@@ -85,7 +85,7 @@ def test_a_trial_that_raises_is_given_up_with_its_last_error(suffered: Searches)
 def test_a_trial_that_hangs_is_given_up(suffered: Searches) -> None:
     row = table_of(suffered.folder("suffered"))[4]
     assert (row["state"], row["epochs"], row["retries"]) == ("failed", "1", "0")
-    assert row["reason"] == "no report for 3 s: taken to hang and ended"
+    assert row["reason"] == "no report for 8 s: taken to hang and ended"
 
 
 def test_a_trial_that_runs_out_of_memory_is_given_up(suffered: Searches) -> None:
