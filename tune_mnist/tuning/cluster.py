@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import ray
 
@@ -32,10 +33,14 @@ def connected(address: str | None) -> Iterator[None]:
 
 
 def _start() -> None:
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",  # nobody else's business
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # Nobody looks at this Ray's dashboard. Where it is not installed, a node starts no web server
+    # for it, and does not wait a second for that; or five, for its one port, beside another Ray.
+    with mock.patch(
+        "ray._private.utils.get_dashboard_dependency_error", return_value=ImportError()
+    ):
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
