@@ -60,6 +60,7 @@ class History:
 
     def __init__(self, folder: RunFolder) -> None:
         self.trials: dict[int, TrialRecord] = {}
+        self._unfinished: dict[int, TrialRecord] = {}  # of the trials, for long searches
         self.rows: list[tuple[TrialRecord, Row]] = []  # all epochs in the order they were judged
         self.elapsed = 0.0  # last known time on the search's clock, over all sessions
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
@@ -146,7 +147,7 @@ class History:
 
     def unfinished(self) -> list[TrialRecord]:
         """Return the trials without a final state, oldest first."""
-        return [record for record in self.trials.values() if record.state == "running"]
+        return list(self._unfinished.values())
 
     def _add(self, event: str, **facts: Any) -> None:
         entry = {"event": event, "time": time.time(), **facts}
@@ -173,6 +174,7 @@ class History:
                 if entry["state"] not in get_args(State) or entry["state"] == "running":
                     raise ValueError(f"a trial cannot end as {entry['state']!r}")
                 record.state, record.reason = entry["state"], entry["reason"]
+                self._unfinished.pop(record.number, None)
                 record.ended, record.ended_at = entry["elapsed"], entry["time"]
                 if "epochs" in entry:  # in logs of older versions it is not
                     self._epochs_at_end[record.number] = entry["epochs"]
@@ -187,7 +189,7 @@ class History:
         number = entry["trial"]
         if number != len(self.trials):
             raise ValueError(f"trial {number} follows {len(self.trials)} trials")
-        self.trials[number] = TrialRecord(
+        self.trials[number] = self._unfinished[number] = TrialRecord(
             number=number,
             config=dict(entry["config"]),
             seed=entry["seed"],

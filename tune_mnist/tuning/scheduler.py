@@ -24,6 +24,13 @@ class ExperimentScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._experiment = experiment
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """Return the first trial that waits; Tune's own way looks at all that there ever were."""
+        waiting = [
+            trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING
+        ]
+        return min(waiting, key=number_of, default=None)
+
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Take in a report; the answer is to stop or to continue."""
         decision: str = TrialScheduler.NOOP

@@ -6,9 +6,8 @@ brought in line with the run's history when a search resumes, and made anew wher
 """
 
 import contextlib
-import heapq
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from tune_mnist.tuning.mirror import STUDY_NAME, Mirror
-
-# Finished trials that the sampler's model is made of. TPE asks which region the best 25 come from
-# and how the others spread; its work grows with their number, to 60 ms a proposal for 2,000.
-MODELLED = 250  # at most; from so many on TPE takes those 25
-MODELLED_BEST = 50  # of these the best; the others are the latest
+from tune_mnist.tuning.model_trials import ModelTrials
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -60,6 +55,7 @@ class _Storage(InMemoryStorage):
     def __init__(self) -> None:
         super().__init__()
         self._for_sampler = False
+        self._model_trials = ModelTrials()
 
     @contextlib.contextmanager
     def serving_sampler(self) -> Iterator[None]:
@@ -77,8 +73,35 @@ class _Storage(InMemoryStorage):
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         """Return the trials, or those of them that are for the sampler."""
-        trials: list[FrozenTrial] = super().get_all_trials(study_id, deepcopy, states)
-        return modelled(trials) if self._for_sampler else trials
+        if not self._for_sampler:
+            trials: list[FrozenTrial] = super().get_all_trials(study_id, deepcopy, states)
+            return trials
+        shown = [
+            self.get_trial(self.get_trial_id_from_study_id_trial_number(study_id, number))
+            for number in self._model_trials.numbers
+        ]
+        return [trial for trial in shown if states is None or trial.state in states]
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Create a trial, and keep up what the sampler is shown."""
+        trial_id: int = super().create_new_trial(study_id, template_trial)
+        self._take_state(trial_id)
+        return trial_id
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """Set a trial's state, and keep up what the sampler is shown."""
+        is_set: bool = super().set_trial_state_values(trial_id, state, values)
+        self._take_state(trial_id)
+        return is_set
+
+    def _take_state(self, trial_id: int) -> None:
+        trial = self.get_trial(trial_id)
+        if trial.state.is_finished():
+            self._model_trials.end(trial)
+        else:
+            self._model_trials.begin(trial.number)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Keep an attribute, unless it is the sampler's."""
@@ -174,26 +197,3 @@ class Study:
     def _show(self, number: int) -> None:
         if self._mirror:
             self._mirror.put(self._trial(number))
-
-
-def modelled(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Return what the sampler's model is made of: the unfinished, the best, the latest trials."""
-    finished = [trial for trial in trials if trial.state.is_finished()]
-    if len(finished) <= MODELLED:
-        return trials
-    split = len(finished) - (MODELLED - MODELLED_BEST)
-    best = heapq.nlargest(MODELLED_BEST, finished[:split], key=_standing)
-    kept = {trial.number for trial in (*best, *finished[split:])}
-    return [trial for trial in trials if trial.number in kept or not trial.state.is_finished()]
-
-
-def _standing(trial: FrozenTrial) -> tuple[int, int, float]:
-    """Rank a finished trial as TPE does: those told to stop by how far they came."""
-    match trial.state:
-        case TrialState.COMPLETE if trial.value is not None:
-            return 2, 0, trial.value
-        case TrialState.PRUNED if trial.intermediate_values:
-            step, value = max(trial.intermediate_values.items())
-            return 1, step, value
-        case _:
-            return 0, 0, 0.0
