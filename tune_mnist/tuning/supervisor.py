@@ -18,9 +18,7 @@ from tune_mnist.tuning.memory import OUT_OF_MEMORY
 from tune_mnist.tuning.scheduler import number_of
 
 NODE_LOST = "its node was lost"
-NEVER_STARTED = "the cluster withdrew its worker before it had started"
-NOT_ITS_OWN = (NODE_LOST, NEVER_STARTED)  # failures that are no trial's fault
-MAX_LOSSES = 20  # of those in a row; a trial may after all be what takes its nodes down
+MAX_LOSSES = 20  # of a trial's nodes in a row; one that goes on may be what takes them down
 HOPELESS = 3  # so many failures before any epoch: it is not the configurations
 
 
@@ -35,8 +33,7 @@ class Supervisor(Callback, Stopper):
     """Watches over a search's trials.
 
     A trial that fails goes on from its last epoch until it has failed more than `retries` times
-    without an epoch in between; that its node was lost, as spot nodes are, or its worker withdrawn
-    by the cluster, is not its failure.
+    without an epoch in between; that its node was lost, as spot nodes are, is not its failure.
     One that has not reported for `hang_timeout` seconds is given up.
     To Tune every failure is final: a trial that goes on is a new one there, by the searcher. Its
     own retries would cover neither a worker that dies between two trials nor a state to go on
@@ -46,7 +43,7 @@ class Supervisor(Callback, Stopper):
     def __init__(self, experiment: Experiment, *, retries: int, hang_timeout: float) -> None:
         self._experiment, self._retries, self._hang_timeout = experiment, retries, hang_timeout
         self._failures: Counter[int] = Counter()  # by trial, since its last epoch
-        self._losses: Counter[int] = Counter()  # those that are not its own, the same
+        self._losses: Counter[int] = Counter()  # of its nodes, the same
         self._last_sign: dict[Trial, float] = {}
         self._hung: set[str] = set()
         self.interrupted = False
@@ -109,7 +106,7 @@ class Supervisor(Callback, Stopper):
 
     def _take_failure(self, trial: Trial) -> None:
         number, error = number_of(trial), self._error_of(trial)
-        counted = self._losses if error.startswith(NOT_ITS_OWN) else self._failures
+        counted = self._losses if error.startswith(NODE_LOST) else self._failures
         counted[number] += 1
         within = self._failures[number] <= self._retries and self._losses[number] <= MAX_LOSSES
         # A second try of a trial that hangs would hang as well.
@@ -152,8 +149,6 @@ def describe(error: BaseException) -> str:
         if "its node has died" in text or isinstance(error, ActorUnavailableError):
             node = re.search(r"\bip: (\S+)", text)
             return f"{NODE_LOST} ({node[1]})" if node else NODE_LOST
-        if "The actor never ran" in text and "all references to the actor were removed" in text:
-            return NEVER_STARTED  # seen on a cluster of overloaded machines
         _, _, detail = text.partition("Worker exit detail: ")  # the rest is names and advice
         return f"the worker died: {(detail or text).split(' Some common causes')[0][:300]}"
     return " ".join(str(error).split())[:300]
