@@ -18,8 +18,7 @@ _Standing = tuple[int, int, float]
 class ModelTrials:
     """The unfinished trials, the best and the latest.
 
-    Kept up as trials begin and end: a choice among all of them would cost 10 ms a proposal after
-    2,000 trials (AMD EPYC).
+    Kept up as trials begin and end: a choice among all of them would cost more with every trial.
     """
 
     def __init__(self) -> None:
