@@ -473,3 +473,30 @@ def test_no_thread_is_left(path: Path) -> None:
     search.steps(5)
     assert search.study.close() is None
     assert "study.db" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_close_as_the_writer_wakes_is_not_missed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EventSetWhileWaking(threading.Event):
+        """Set by another thread between the end of a wait in vain and the waiter's next step."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            was_set = super().wait(timeout)
+            if not was_set:
+                closer.start()
+                started.set()
+                time.sleep(0.1)
+            return was_set
+
+    monkeypatch.setattr(mirror, "WRITE_EVERY", 0.2)
+    monkeypatch.setattr(mirror, "CLOSING_PATIENCE", 1.0)
+    search = Search(path)
+    started, reasons = threading.Event(), list[str | None]()
+    closer = threading.Thread(target=lambda: reasons.append(search.study.close()))
+    monkeypatch.setattr(search.study._mirror, "_closing", EventSetWhileWaking())
+    search.steps(5)
+    assert started.wait(5)
+    closer.join(5)
+    assert reasons == [None]
+    assert_mirrors(path, search)

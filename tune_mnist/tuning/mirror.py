@@ -71,8 +71,9 @@ class Mirror:
         pause = RETRY_AFTER
         while not self._given_up:
             self._work_to_do.wait()
-            closing = self._closing.wait(WRITE_EVERY)
+            self._closing.wait(WRITE_EVERY)
             self._work_to_do.clear()
+            closing = self._closing.is_set()  # after clear(): a close() in between is not missed
             try:
                 self._write_changes()
                 if closing:
