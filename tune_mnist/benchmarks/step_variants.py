@@ -134,7 +134,7 @@ def _ours(data: Split, on_step: Listener) -> None:
 
 
 def _convolutions(data: Split, on_step: Listener) -> None:
-    """What no implementation of this net can do without."""
+    """The convolutions and the pool as torch has them, forward and backward."""
     net = Net().to(memory_format=torch.channels_last)
     layers = [layer for layer in net.features if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tune_mnist.mnist import kernels
+from tune_mnist.mnist.convolution import convolve, image_gradient, weight_gradient
 from tune_mnist.mnist.net import IMAGE_SHAPE, NORMS, Net, check_dropout
 
 _LAST = torch.channels_last
@@ -79,9 +80,7 @@ def evaluation_forward(net: Net, images: Tensor) -> Tensor:
     for chunk in torch.split(images, size):
         h = _channels_last(chunk)
         for weight, bias, last, affine in layers:
-            h = F.conv2d(h, weight, bias)
-            if not last:
-                h = h.relu_()
+            h = convolve(h, weight, bias, relu=not last)
             if affine is not None:
                 h = F.max_pool2d(torch.addcmul(affine[1], h, affine[0], out=h), 2)
         outputs.append(F.log_softmax(net.classifier(h.flatten(1)), dim=1))
@@ -265,8 +264,7 @@ class _CompiledFeatures(torch.autograd.Function):
         seeds = iter(_draw_seeds(generator, NORMS) if dropout > 0 else ())
         saved: list[_Saved] = []
         for convolution, norm, pooled in _blocks(net):
-            weight = convolution.weight.contiguous(memory_format=_LAST)
-            x = F.conv2d(h, weight, convolution.bias).contiguous(memory_format=_LAST)
+            x = convolve(h, convolution.weight, _present(convolution.bias), relu=False)
             if norm is None:
                 last, h = h, x
                 break
@@ -297,7 +295,8 @@ class _CompiledFeatures(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         last, *tensors, weight, _ = ctx.saved_tensors
         parameters = tensors[len(_Saved._fields) * ctx.blocks :]
-        gradient, *gradients = _convolution_backward(gradient, last, weight, True)
+        gradients = [weight_gradient(gradient, last, weight), gradient.sum((0, 2, 3))]
+        gradient = image_gradient(gradient, last, weight)
         factor = np.float32(1 / (1 - ctx.dropout))
         for index in reversed(range(ctx.blocks)):
             start = len(_Saved._fields) * index
@@ -313,14 +312,18 @@ class _CompiledFeatures(torch.autograd.Function):
             count = flat.size // mean.size
             by_x = -by_gradient * inverse_std**2 * (products / count).astype(np.float32)
             constant = -by_gradient * (sums / count).astype(np.float32) - by_x * mean
-            kernels.norm_and_relu_backward(flat, keep, flat_x, by_gradient, by_x, constant)
+            of_bias = kernels.norm_and_relu_backward(
+                flat, keep, flat_x, by_gradient, by_x, constant
+            )
             of_norm = (products * inverse_std * factor, sums * factor)
-            gradient, *of_convolution = _convolution_backward(gradient, inputs, weight, index > 0)
+            others = (of_bias, *of_norm)
             gradients = [
-                *of_convolution,
-                *(torch.from_numpy(array.astype(np.float32)) for array in of_norm),
+                weight_gradient(gradient, inputs, weight),
+                *(torch.from_numpy(array.astype(np.float32)) for array in others),
                 *gradients,
             ]
+            if index > 0:
+                gradient = image_gradient(gradient, inputs, weight)
         return None, None, None, None, *gradients
 
 
@@ -333,25 +336,6 @@ def _update_running(
     unbiased = variance * np.float32(count / (count - 1))
     for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         _present(running).lerp_(torch.from_numpy(new), momentum)
-
-
-def _convolution_backward(
-    gradient: Tensor, inputs: Tensor, weight: Tensor, with_inputs: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of inputs (None unless asked for), weight and bias."""
-    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-        gradient,
-        inputs,
-        weight.contiguous(memory_format=_LAST),
-        [weight.shape[0]],
-        [1, 1],  # stride
-        [0, 0],  # padding
-        [1, 1],  # dilation
-        False,  # transposed
-        [0, 0],
-        1,  # groups
-        [with_inputs, True, True],
-    )
 
 
 def _pool(x: Tensor) -> tuple[Tensor, kernels.Bytes]:

@@ -216,30 +216,44 @@ def norm_backward_sums(
 @_compile
 def norm_and_relu_backward(
     gradient: Floats, keep: Bytes, x: Floats, by_gradient: Floats, by_x: Floats, constant: Floats
-) -> None:
-    """Replace the gradient by `by_gradient * kept + by_x * x + constant`, or 0 where `x` is 0."""
+) -> Doubles:
+    """Replace the gradient by `by_gradient * kept + by_x * x + constant`, or 0 where `x` is 0.
+
+    Returns:
+        Its sum over each channel.
+    """
     zero = np.float32(0)
     a, b, d = _spread(by_gradient), _spread(by_x), _spread(constant)
+    sums, part = np.zeros(_WIDTH), np.empty(_WIDTH, np.float32)
     rows, gradient_rows, keep_rows = _rows(x), _rows(gradient), _rows(keep)
-    if keep.size == 0:
-        for row in range(rows.shape[0]):
+    for first in range(0, rows.shape[0], _ROWS):
+        last = min(rows.shape[0], first + _ROWS)
+        if keep.size == 0:
+            for row in range(first, last):
+                for c in range(_WIDTH):
+                    at = rows[row, c]
+                    value = a[c] * gradient_rows[row, c] + (b[c] * at + d[c])
+                    gradient_rows[row, c] = zero if at <= zero else value
+        else:
+            for row in range(first, last):
+                for c in range(_WIDTH):
+                    at = rows[row, c]
+                    value = gradient_rows[row, c]
+                    value = value if keep_rows[row, c] else zero
+                    value = a[c] * value + (b[c] * at + d[c])
+                    gradient_rows[row, c] = zero if at <= zero else value
+        part[:] = 0
+        for row in range(first, last):  # a loop of its own, as LLVM needs it for vectors
             for c in range(_WIDTH):
-                at = rows[row, c]
-                value = a[c] * gradient_rows[row, c] + (b[c] * at + d[c])
-                gradient_rows[row, c] = zero if at <= zero else value
-    else:
-        for row in range(rows.shape[0]):
-            for c in range(_WIDTH):
-                at = rows[row, c]
-                value = gradient_rows[row, c]
-                value = value if keep_rows[row, c] else zero
-                value = a[c] * value + (b[c] * at + d[c])
-                gradient_rows[row, c] = zero if at <= zero else value
+                part[c] += gradient_rows[row, c]
+        sums += part
     for i in range(rows.size, x.size):
         c = i - rows.size
         value = gradient[i] if keep.size == 0 or keep[i] else zero
         value = a[c] * value + (b[c] * x[i] + d[c])
         gradient[i] = zero if x[i] <= zero else value
+        sums[c] += gradient[i]
+    return _gather(sums, by_x.size)
 
 
 @_compile
