@@ -1,4 +1,4 @@
-"""The net's convolutions and their gradients: Winograd's way where that serves, else torch's."""
+"""The net's convolutions and their gradients: in vector code where that serves, else torch's."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tune_mnist.mnist import kernels
 
 if kernels.COMPILED:
-    from tune_mnist.mnist import winograd
+    from tune_mnist.mnist import vector_convolution
 
 _LAST = torch.channels_last
 
@@ -20,12 +20,12 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Ten
     Nothing is padded. The result is in channels-last order where the images are. No gradient is
     kept: see the functions below.
     """
-    if _by_winograd(images, weight):
-        batch, _, height, width = images.shape
-        shape = (batch, weight.shape[0], height - 2, width - 2)
-        out = torch.empty(shape, memory_format=_LAST)
+    outputs, _, kernel, _ = weight.shape
+    if _in_vector_code(images, channels=outputs):
+        side = images.shape[2] - kernel + 1
+        out = torch.empty((len(images), outputs, side, side), memory_format=_LAST)
         arrays = _array(images), weight.detach().numpy(), bias.detach().numpy(), _array(out)
-        winograd.convolve(*arrays, relu=relu)
+        vector_convolution.convolve(*arrays, relu=relu)
         return out
     out = F.conv2d(images, weight.contiguous(memory_format=_LAST), bias)
     return out.relu_() if relu else out
@@ -39,17 +39,19 @@ def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
         images: [B, C_in, S, S].
         weight: [C_out, C_in, K, K].
     """
-    if _by_winograd(images, weight):
+    if _in_vector_code(images, channels=weight.shape[1]):
         out = torch.empty_like(images)
-        winograd.input_gradient(_array(gradient), weight.detach().numpy(), _array(out))
+        vector_convolution.input_gradient(_array(gradient), weight.detach().numpy(), _array(out))
         return out
     return _torchs_gradient(gradient, images, weight, which=0)
 
 
 def weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the weight; arguments as above."""
-    if _by_winograd(images, weight):
-        return torch.from_numpy(winograd.weight_gradient(_array(images), _array(gradient)))
+    if _in_vector_code(images, channels=weight.shape[0]):
+        return torch.from_numpy(
+            vector_convolution.weight_gradient(_array(images), _array(gradient))
+        )
     return _torchs_gradient(gradient, images, weight, which=1)
 
 
@@ -71,13 +73,13 @@ def _torchs_gradient(gradient: Tensor, images: Tensor, weight: Tensor, *, which:
     return gradients[which]  # type: ignore[no-any-return]
 
 
-def _by_winograd(images: Tensor, weight: Tensor) -> bool:
+def _in_vector_code(images: Tensor, *, channels: int) -> bool:
+    """Say whether the compiled code serves, and the channels of its result suit it."""
     if not kernels.COMPILED or images.device.type != "cpu" or images.dtype != torch.float32:
         return False
-    outputs, inputs, kernel, _ = weight.shape
     square = images.shape[2] == images.shape[3]
     in_order = images.is_contiguous(memory_format=_LAST)
-    return square and in_order and winograd.applies(inputs, outputs, kernel, images.shape[2])
+    return square and in_order and vector_convolution.serves(channels)
 
 
 def _array(images: Tensor) -> Any:

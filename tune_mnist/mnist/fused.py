@@ -264,14 +264,15 @@ class _CompiledFeatures(torch.autograd.Function):
         seeds = iter(_draw_seeds(generator, NORMS) if dropout > 0 else ())
         saved: list[_Saved] = []
         for convolution, norm, pooled in _blocks(net):
-            x = convolve(h, convolution.weight, _present(convolution.bias), relu=False)
+            bias = _present(convolution.bias)
+            x = convolve(h, convolution.weight, bias, relu=norm is not None)
             if norm is None:
                 last, h = h, x
                 break
             keep = np.empty(x.numel() if dropout > 0 else 0, np.uint8)
             if dropout > 0:
                 kernels.draw_keep(next(seeds), dropout, keep)
-            mean, variance = kernels.relu_and_moments(_flat(x), x.shape[1])
+            mean, variance = kernels.moments(_flat(x), x.shape[1])
             _update_running(norm, mean, variance, x.numel() // x.shape[1])
             inverse_std = 1 / np.sqrt(variance + np.float32(norm.eps))
             scale = norm.weight.detach().numpy() * inverse_std * np.float32(1 / (1 - dropout))

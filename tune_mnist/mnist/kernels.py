@@ -116,16 +116,15 @@ def _rows(array: NDArray[Any]) -> NDArray[Any]:
 
 
 @_compile
-def relu_and_moments(x: Floats, channels: int) -> tuple[Floats, Floats]:
-    """Apply ReLU in place; return each channel's mean and biased variance [channels]."""
-    zero = np.float32(0)
+def moments(x: Floats, channels: int) -> tuple[Floats, Floats]:
+    """Return each channel's mean and biased variance [channels]."""
     sums, squares = np.zeros(_WIDTH), np.zeros(_WIDTH)
     part, part_squares = np.empty(_WIDTH, np.float32), np.empty(_WIDTH, np.float32)
     # Sums are of differences to the first pixels' mean, so that little cancels in the variance.
     head = min(x.size, _ROWS * _WIDTH) // channels
     head_sums = np.zeros(channels)
     for i in range(head * channels):
-        head_sums[i % channels] += zero if x[i] < 0 else x[i]
+        head_sums[i % channels] += x[i]
     shift = _spread((head_sums / head).astype(np.float32))
 
     rows = _rows(x)
@@ -134,17 +133,13 @@ def relu_and_moments(x: Floats, channels: int) -> tuple[Floats, Floats]:
         part_squares[:] = 0
         for row in range(first, min(rows.shape[0], first + _ROWS)):
             for c in range(_WIDTH):
-                value = rows[row, c]
-                value = zero if value < zero else value
-                rows[row, c] = value
-                value = value - shift[c]
+                value = rows[row, c] - shift[c]
                 part[c] += value
                 part_squares[c] += value * value
         sums += part
         squares += part_squares
     for i in range(rows.size, x.size):
         c = i - rows.size
-        x[i] = zero if x[i] < 0 else x[i]
         sums[c] += x[i] - shift[c]
         squares[c] += (x[i] - shift[c]) ** 2
 

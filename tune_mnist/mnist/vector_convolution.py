@@ -1,13 +1,14 @@
-"""3 x 3 convolutions with fewer multiplications, compiled by numba for CPUs with AVX-512 or AVX2.
+"""Convolutions in vector code, compiled by numba for CPUs with AVX-512 or AVX2.
 
-Winograd's minimal filtering F(2 x 2, 3 x 3) (Lavin & Gray, arXiv 1509.09308): a tile of 2 x 2
-outputs comes from 4 x 4 inputs by 16 products for each pair of channels instead of 36. All
-that is added are sums and differences and halves of these, so in float32 it is as exact.
+Where kernels are 3 x 3 and results have even sides, in Winograd's way, F(2 x 2, 3 x 3) (Lavin &
+Gray, arXiv 1509.09308): a tile of 2 x 2 results comes from 4 x 4 pixels by 16 products for each
+pair of channels instead of 36. Sums, differences and halves are all that is added, so in float32
+it is as exact. One row of tiles goes through three stages while it lies in the caches: pixels to
+16 points a tile, at each point a matrix from channels to channels, points to results. Other
+convolutions are done directly, a row of results at a time.
 
-One row of tiles at a time goes through three stages while it lies in the caches: inputs to 16
-points a tile, at each point a matrix from channels to channels, points to outputs. The stages are
-written as LLVM vector code, since LLVM left alone keeps neither the sums nor the intermediate
-values in registers. Images are square, in channels-last order, and nothing is padded.
+Images are square, in channels-last order, and nothing is padded. The stages are written as LLVM
+vector code, since LLVM left alone keeps neither the sums nor the intermediate values in registers.
 """
 
 import itertools
@@ -43,17 +44,12 @@ else:
     _LANES, _REGISTERS = 0, 0
 
 
-def applies(inputs: int, outputs: int, kernel: int, side: int) -> bool:
-    """Say whether the functions below serve this CPU and a convolution.
+def serves(channels: int) -> bool:
+    """Say whether the functions below serve this CPU and a number of channels of their result.
 
-    Args:
-        inputs: its input channels.
-        outputs: its output channels.
-        kernel: side of its kernel.
-        side: side of its input images.
+    That is C_out for a convolution and the gradient of its weight, C_in for that of its images.
     """
-    whole = inputs % 8 == 0 and outputs % 8 == 0 and side % 2 == 0
-    return _LANES > 0 and kernel == 3 and whole
+    return _LANES > 0 and channels % 8 == 0
 
 
 def convolve(x: Floats, weight: Floats, bias: Floats, out: Floats, *, relu: bool = False) -> None:
@@ -61,60 +57,88 @@ def convolve(x: Floats, weight: Floats, bias: Floats, out: Floats, *, relu: bool
 
     Args:
         x: [B, S, S, C_in].
-        weight: [C_out, C_in, 3, 3].
+        weight: [C_out, C_in, K, K].
         bias: [C_out].
-        out: [B, S - 2, S - 2, C_out].
+        out: [B, S - K + 1, S - K + 1, C_out], without gaps between its elements.
         relu: 0 instead of what is below 0; NaN stays NaN.
     """
-    _run_convolution(x, weight.transpose(2, 3, 1, 0), bias, out, padding=0, relu=relu)
+    filters = weight.transpose(2, 3, 1, 0)
+    if _suits_winograd(weight, out):
+        _convolve_tiles(x, filters, bias, out, padding=0, relu=relu)
+    else:
+        _convolve_rows(x, filters, bias, out, relu=relu)
 
 
 def input_gradient(gradient: Floats, weight: Floats, out: Floats) -> None:
     """Write the gradient of the images into `out`.
 
     Args:
-        gradient: that of the convolution [B, S - 2, S - 2, C_out].
-        weight: [C_out, C_in, 3, 3].
-        out: [B, S, S, C_in].
+        gradient: that of the convolution [B, S - K + 1, S - K + 1, C_out].
+        weight: [C_out, C_in, K, K].
+        out: [B, S, S, C_in], without gaps between its elements.
     """
-    turned = weight.transpose(2, 3, 0, 1)[::-1, ::-1]
-    nothing = np.zeros(out.shape[3], np.float32)
-    _run_convolution(gradient, turned, nothing, out, padding=2, relu=False)
+    filters = weight.transpose(2, 3, 0, 1)[::-1, ::-1]
+    zeros = np.zeros(out.shape[3], np.float32)
+    padding = len(filters) - 1
+    if _suits_winograd(weight, out):
+        _convolve_tiles(gradient, filters, zeros, out, padding=padding, relu=False)
+    else:
+        edge = (padding, padding)
+        padded = np.pad(gradient, ((0, 0), edge, edge, (0, 0))) if padding else gradient
+        _convolve_rows(padded, filters, zeros, out, relu=False)
 
 
 def weight_gradient(x: Floats, gradient: Floats) -> Floats:
-    """Return the gradient of the weight, [C_out, C_in, 3, 3].
+    """Return the gradient of the weight, [C_out, C_in, K, K].
 
     Args:
         x: the images [B, S, S, C_in].
-        gradient: that of the convolution [B, S - 2, S - 2, C_out].
+        gradient: that of the convolution [B, S - K + 1, S - K + 1, C_out].
     """
-    inputs, outputs = x.shape[3], gradient.shape[3]
-    tiles = gradient.shape[1] // 2
-    sums = np.zeros((POINTS, inputs * outputs), np.float32)
-    _weight_sums(tiles, inputs, outputs)(x, gradient, sums, _scratch(tiles**2, inputs + outputs))
-    filters = (_FILTERS.T @ sums).reshape(3, 3, inputs, outputs)
+    x, gradient = np.ascontiguousarray(x), np.ascontiguousarray(gradient)
+    (_, side, _, inputs), (_, rows, _, outputs) = x.shape, gradient.shape
+    kernel = side - rows + 1
+    filters = np.zeros((kernel, kernel, inputs, outputs), np.float32)
+    if _suits_winograd(filters.transpose(3, 2, 0, 1), gradient):
+        sums = np.zeros((POINTS, inputs * outputs), np.float32)
+        scratch = _scratch((rows // 2) ** 2, inputs + outputs)
+        _weight_sums_of_tiles(rows // 2, inputs, outputs)(x, gradient, sums, scratch)
+        np.matmul(_FILTERS.T, sums, out=filters.reshape(9, -1))
+    else:
+        _weight_sums_of_rows(side, inputs, outputs, kernel)(x, gradient, filters)
     return filters.transpose(3, 2, 0, 1)
 
 
-def _run_convolution(
+def _suits_winograd(weight: Floats, results: Floats) -> bool:
+    outputs, inputs, kernel, _ = weight.shape
+    whole: bool = inputs % 8 == outputs % 8 == results.shape[1] % 2 == 0
+    return kernel == 3 and whole
+
+
+def _convolve_tiles(
     x: Floats, filters: Floats, bias: Floats, out: Floats, *, padding: int, relu: bool
 ) -> None:
     """Convolve with filters [3, 3, C_in, C_out] what is padded with zeros first."""
-    inputs, outputs = filters.shape[2:]
-    tiles = out.shape[1] // 2
+    x, (inputs, outputs), tiles = np.ascontiguousarray(x), filters.shape[2:], out.shape[1] // 2
     transformed = _FILTERS @ np.ascontiguousarray(filters).reshape(9, -1)
     zeros = np.zeros(x.shape[2] * inputs, np.float32)
-    loop = _convolution(tiles, inputs, outputs, padding, int(relu))
+    loop = _convolution_by_tiles(tiles, inputs, outputs, padding, int(relu))
     loop(x, transformed, bias, out, _scratch(tiles, inputs + outputs), zeros)
 
 
+def _convolve_rows(x: Floats, filters: Floats, bias: Floats, out: Floats, *, relu: bool) -> None:
+    """Convolve with filters [K, K, C_in, C_out]."""
+    x, (kernel, _, inputs, outputs) = np.ascontiguousarray(x), filters.shape
+    loop = _convolution_by_rows(x.shape[1], inputs, outputs, kernel, int(relu))
+    loop(x, np.ascontiguousarray(filters), bias, out)
+
+
 def _scratch(tiles: int, channels: int) -> Floats:
-    """Return room for a row of tiles at all points, with some to spare for alignment."""
+    """Return room for tiles at all points, with some to spare for alignment."""
     return np.empty(POINTS * tiles * channels + 2 * _LINE // _FLOAT, np.float32)
 
 
-# Loops over rows of tiles, compiled once for each shape, whose numbers are constants in them.
+# Loops over images and rows, compiled once for each shape, whose numbers are constants in them.
 # numba keeps the code on disk for as long as this file is the same: what they call is in it, too.
 
 
@@ -123,7 +147,7 @@ def _compile(loop: Callable[..., None]) -> Callable[..., None]:
 
 
 @cache
-def _convolution(
+def _convolution_by_tiles(
     tiles: int, inputs: int, outputs: int, padding: int, relu: int
 ) -> Callable[..., None]:
     side, lanes, registers = 2 * tiles + 2 - 2 * padding, _LANES, _REGISTERS
@@ -162,7 +186,7 @@ def _convolution(
 
 
 @cache
-def _weight_sums(tiles: int, inputs: int, outputs: int) -> Callable[..., None]:
+def _weight_sums_of_tiles(tiles: int, inputs: int, outputs: int) -> Callable[..., None]:
     side, total, lanes, registers = 2 * tiles + 2, tiles * tiles, _LANES, _REGISTERS
     row_in, row_out = side * inputs * _FLOAT, 2 * tiles * outputs * _FLOAT
     point_in, point_out = total * inputs * _FLOAT, total * outputs * _FLOAT
@@ -185,6 +209,48 @@ def _weight_sums(tiles: int, inputs: int, outputs: int) -> Callable[..., None]:
                 to = sums.ctypes.data + i * point_filter
                 # A sum over an image before it is added: so little is lost to rounding.
                 _multiply(at, by, to, inputs, total, outputs, 1, inputs, 1, lanes, registers)
+
+    return _compile(weight_sums)
+
+
+@cache
+def _convolution_by_rows(
+    side: int, inputs: int, outputs: int, kernel: int, relu: int
+) -> Callable[..., None]:
+    rows, window, lanes, registers = side - kernel + 1, kernel * inputs, _LANES, _REGISTERS
+    row_in, row_out = side * inputs * _FLOAT, rows * outputs * _FLOAT
+    row_filter = window * outputs * _FLOAT
+
+    def convolution(x: Floats, filters: Floats, bias: Floats, out: Floats) -> None:
+        for image in range(x.shape[0]):
+            for row in range(rows):
+                at = x.ctypes.data + (image * side + row) * row_in
+                by = filters.ctypes.data
+                to = out.ctypes.data + (image * rows + row) * row_out
+                # What a filter's row covers of a row of pixels lies together.
+                _multiply(at, by, to, rows, window, outputs, inputs, 1, 0, lanes, registers)
+                for _ in range(1, kernel):
+                    at, by = at + row_in, by + row_filter
+                    _multiply(at, by, to, rows, window, outputs, inputs, 1, 1, lanes, registers)
+                _finish(to, bias.ctypes.data, rows, outputs, relu, lanes)
+
+    return _compile(convolution)
+
+
+@cache
+def _weight_sums_of_rows(side: int, inputs: int, outputs: int, kernel: int) -> Callable[..., None]:
+    rows, window, lanes, registers = side - kernel + 1, kernel * inputs, _LANES, _REGISTERS
+    row_in, row_out = side * inputs * _FLOAT, rows * outputs * _FLOAT
+    row_filter = window * outputs * _FLOAT
+
+    def weight_sums(x: Floats, gradient: Floats, sums: Floats) -> None:
+        for image in range(x.shape[0]):
+            for row in range(rows):
+                by = gradient.ctypes.data + (image * rows + row) * row_out
+                for i in range(kernel):
+                    at = x.ctypes.data + (image * side + row + i) * row_in
+                    to = sums.ctypes.data + i * row_filter
+                    _multiply(at, by, to, window, rows, outputs, 1, inputs, 1, lanes, registers)
 
     return _compile(weight_sums)
 
@@ -342,6 +408,19 @@ def _from_points(
                 vectors.store(output, row, x * outputs + channel)
 
 
+@_vector_code(addresses=2)
+def _finish(
+    builder: Any, row: Any, bias: Any, pixels: int, outputs: int, relu: int, lanes: int
+) -> None:
+    """Add the bias to a row of results, and apply ReLU where asked for."""
+    vectors = _Vectors(builder, gcd(lanes, outputs))
+    for channel in range(0, outputs, vectors.lanes):
+        shift = vectors.load(bias, channel)
+        for at in range(channel, pixels * outputs, outputs):
+            value = vectors.add(vectors.load(row, at), shift)
+            vectors.store(vectors.rectify(value) if relu else value, row, at)
+
+
 def _inputs_at_points(vectors: _Vectors, a: Any, b: Any, c: Any, d: Any) -> list[Any]:
     add, subtract = vectors.add, vectors.subtract
     return [subtract(a, c), add(b, c), subtract(c, b), subtract(b, d)]
@@ -373,7 +452,7 @@ def _multiply(
 ) -> None:
     """Write, or add, the product of a [rows, steps] of these strides and b [steps, columns]."""
     vectors = _Vectors(builder, gcd(lanes, columns))
-    width = 2  # vectors of b at a time
+    width = min(2, columns // vectors.lanes)  # vectors of b at a time
     room = (registers - width - 1) // width  # rows of a whose sums stay in registers
     height = ceil(rows / ceil(rows / room))
     starts = range(0, columns, vectors.lanes)
