@@ -1,4 +1,3 @@
-import copy
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.fused import training_forward
-from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.optim import Average, build_optimizer, learning_rates
+from tune_mnist.mnist.optim import averaging_decay, learning_rates
 
 EPOCHS, STEPS = 7, 13
 
@@ -83,77 +80,8 @@ def test_every_rate_of_every_length_of_run_is_usable(
     assert ((rates > 0) & (rates <= 0.2)).all()
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (
-            TrainConfig(lr=0.1, momentum=0.8, nesterov=True, weight_decay=1e-3),
-            {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 1e-3},
-        ),
-        (
-            TrainConfig(optimizer="adamw", lr=0.002, beta1=0.8, beta2=0.99, weight_decay=0.1),
-            {"lr": 0.002, "betas": (0.8, 0.99), "weight_decay": 0.1},
-        ),
-    ],
-)
-def test_the_optimizer_is_what_the_configuration_says(
-    config: TrainConfig, expected: dict[str, Any]
-) -> None:
-    net = Net()
-    (group,) = build_optimizer(net, config).param_groups
-    assert {name: group[name] for name in expected} == expected
-    assert len(group["params"]) == len(list(net.parameters()))
-
-
-def train_a_step(net: Net, optimizer: torch.optim.Optimizer) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(4, 1, 28, 28, generator=generator)
-    optimizer.zero_grad()
-    loss = -training_forward(net, images, 0.1, generator)[:, 3].mean()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
-def test_the_average_follows_weights_and_statistics_by_its_formula() -> None:
-    torch.manual_seed(0)
-    net = Net().to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(net, TrainConfig(lr=0.1))
-    average = Average(net, decay=0.25)
-    expected = copy.deepcopy(net.state_dict())
-    for step in range(5):
-        train_a_step(net, optimizer)
-        average.update()
-        decay = min(0.25, (1 + step) / (10 + step))
-        for name, value in net.state_dict().items():
-            if value.is_floating_point():
-                expected[name] = decay * expected[name] + (1 - decay) * value
-            else:
-                expected[name] = value.clone()
-    torch.testing.assert_close(average.net.state_dict(), expected)
-    assert expected["features.2.num_batches_tracked"] == 5
-    difference = expected["classifier.weight"] - net.state_dict()["classifier.weight"]
-    assert difference.abs().max() > 0
-
-
-def test_the_average_leaves_the_net_alone() -> None:
-    net = Net()
-    before = copy.deepcopy(net.state_dict())
-    average = Average(net, decay=0.5)
-    average.update()
-    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
-    assert all(parameter.requires_grad for parameter in net.parameters())
-    assert not any(parameter.requires_grad for parameter in average.net.parameters())
-
-
-def test_an_average_goes_on_from_its_state() -> None:
-    net = Net().to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(net, TrainConfig(lr=0.1))
-    average = Average(net, decay=0.9)
-    for _ in range(3):
-        train_a_step(net, optimizer)
-        average.update()
-    resumed = Average(net, decay=0.9)
-    resumed.load_state_dict(copy.deepcopy(average.state_dict()))
-    for one in (average, resumed):
-        one.update()
-    torch.testing.assert_close(resumed.net.state_dict(), average.net.state_dict(), rtol=0, atol=0)
+def test_an_average_keeps_little_of_its_start_and_then_the_decay_asked_for() -> None:
+    kept = averaging_decay(0.9, np.arange(200))
+    assert kept[0] == 0.1
+    np.testing.assert_allclose(kept, np.minimum(0.9, np.arange(1, 201) / np.arange(10, 210)))
+    assert (kept[-100:] == 0.9).all()

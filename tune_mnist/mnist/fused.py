@@ -332,7 +332,8 @@ def _update_running(
     norm: nn.BatchNorm2d, mean: kernels.Floats, variance: kernels.Floats, count: int
 ) -> None:
     """Move the running statistics as torch does, towards the unbiased variance."""
-    _present(norm.num_batches_tracked).add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     momentum = cast(float, norm.momentum)
     unbiased = variance * np.float32(count / (count - 1))
     for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):

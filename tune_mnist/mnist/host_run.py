@@ -4,17 +4,21 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tune_mnist.mnist.augment import amounts_of, augments, distort
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
-from tune_mnist.mnist.epoch import Epoch, StepListener, draw_net, draw_order, draw_seeds
+from tune_mnist.mnist.epoch import Epoch, StepListener, draw_order, draw_seeds
 from tune_mnist.mnist.evaluation import Score, evaluate
+from tune_mnist.mnist.flat_net import FlatNet, flat
+from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, FlatOptimizer
 from tune_mnist.mnist.fused import training_forward
 from tune_mnist.mnist.losses import first_not_finite, smoothed_loss
-from tune_mnist.mnist.optim import Average, build_optimizer, learning_rates
+from tune_mnist.mnist.optim import averaging_decay, learning_rates
+from tune_mnist.mnist.run_state import initial_state, put_state, state_of, vectors_of
 from tune_mnist.mnist.tensors import SplitTensors, normalised, scaled
 
 DIVERGENCE_CHECK_EVERY = 32  # steps
@@ -27,11 +31,14 @@ class HostRun:
         self.config, self.data, self.seed = config, SplitTensors.on(split, "cpu"), seed
         self.epochs = epochs
         self.steps = math.ceil(len(split.train_labels) / config.batch_size)
-        self.net = draw_net(config, seed)
-        self.optimizer = build_optimizer(self.net, config)
-        self.average = Average(self.net, config.ema_decay) if config.ema_decay else None
-        rates = learning_rates(config, epochs=epochs, steps_per_epoch=self.steps)
-        self.rates: list[float] = rates.tolist()
+        self.rates = learning_rates(config, epochs=epochs, steps_per_epoch=self.steps)
+        self.net, self.average = (FlatNet(torch.device("cpu")) for _ in range(2))
+        self.optimizer: FlatOptimizer = FLAT_OPTIMIZERS[config.optimizer](self.net.weights)
+        self.load_state_dict(initial_state(config, seed))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from an Epoch's state."""
+        put_state(state, self)
 
     def train_epoch(self, done: int, on_step: StepListener | None) -> Epoch:
         """Train one more epoch than are done, and evaluate unless it diverged."""
@@ -40,28 +47,18 @@ class HostRun:
         trained = time.perf_counter()
         val, test = Score(), Score()
         if first_not_finite(losses) is None:
-            net = self.net if self.average is None else self.average.net
+            net = (self.average if self.config.ema_decay else self.net).net
             val = evaluate(net, self.data.val_images, self.data.val_labels)
             test = evaluate(net, self.data.test_images, self.data.test_labels)
+        vectors = [vector.clone() for vector in vectors_of(self)]
         return Epoch(
             losses,
             val,
             test,
             seconds=trained - began,
             evaluation_seconds=time.perf_counter() - trained,
-            state={
-                "net": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
-            },
+            state=state_of(self, vectors, self.config, done * self.steps + len(losses)),
         )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from an Epoch's state."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
 
     def _take_steps(self, done: int, on_step: StepListener | None) -> Tensor:
         """Take an epoch's steps and return their losses, [steps], fewer if one diverged."""
@@ -69,11 +66,14 @@ class HostRun:
         distorts = augments(self.config, done=done, epochs=self.epochs)
         order = draw_order(len(self.data.train_labels), order_seed)
         generator = torch.Generator().manual_seed(draw_seed)
-        rates = self.rates[done * self.steps :]
+        numbers = self._numbers_by_step(done * self.steps)
+        kept = averaging_decay(self.config.ema_decay, done * self.steps + np.arange(self.steps))
         losses = torch.zeros(self.steps)
-        self.net.train()
         for step, batch in enumerate(torch.split(order, self.config.batch_size), start=1):
-            loss = self._take_step(batch, rates[step - 1], generator, distorts)
+            loss, gradient = self._differentiate(batch, generator, distorts)
+            self.optimizer.update(gradient, numbers[step - 1])
+            if self.config.ema_decay:
+                self.average.vector.lerp_(self.net.vector, float(1 - kept[step - 1]))
             losses[step - 1] = loss
             if on_step is not None:
                 on_step(step, loss)
@@ -81,22 +81,25 @@ class HostRun:
                 return losses[:step]
         return losses
 
-    def _take_step(
-        self, batch: Tensor, rate: float, generator: torch.Generator, distorts: bool
-    ) -> Tensor:
-        """Move the weights once along the gradient of a batch, int64 [B], and return its loss."""
+    def _numbers_by_step(self, taken: int) -> list[dict[str, Tensor]]:
+        """Return what the optimizer goes by in each step of an epoch, after so many of the run."""
+        rates = self.rates[taken : taken + self.steps]
+        columns = self.optimizer.columns(self.config, rates, taken)
+        table = torch.empty(self.steps, len(columns))
+        for number, column in enumerate(columns.values()):
+            table[:, number] = torch.as_tensor(column)
+        return [dict(zip(columns, row.unbind(), strict=True)) for row in table]
+
+    def _differentiate(
+        self, batch: Tensor, generator: torch.Generator, distorts: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch, int64 [B], and its gradient, as long as the weights."""
         config = self.config
         images = scaled(self.data.train_images[batch])
         if distorts:
             amounts = amounts_of(config)
             images = distort(images, amounts, generator, bends=config.elastic > 0)
-        log_probs = training_forward(self.net, normalised(images), config.dropout, generator)
+        log_probs = training_forward(self.net.net, normalised(images), config.dropout, generator)
         loss = smoothed_loss(log_probs, self.data.train_labels[batch], config.label_smoothing)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
-        return loss.detach()
+        gradients = torch.autograd.grad(loss, self.net.parameters)
+        return loss.detach(), flat(gradients)

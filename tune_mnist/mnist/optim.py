@@ -1,41 +1,15 @@
-"""What moves the weights: the optimizer, the learning rate of every step, the running average."""
-
-from copy import deepcopy
-from typing import Any
+"""What every step goes by: its learning rate, and how much of it the average takes in."""
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.net import Net
 
 Floats = npt.NDArray[np.floating]
 
 # Smith & Topin, arXiv 1708.07120, with the factors of torch.optim.lr_scheduler.OneCycleLR.
 ONECYCLE_START = 1 / 25
 ONECYCLE_END = 1 / 25 / 1e4
-
-
-def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build the optimizer; `fused` does all 36 tensors in one call."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            net.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    return torch.optim.AdamW(
-        net.parameters(),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 def learning_rates(config: TrainConfig, *, epochs: int, steps_per_epoch: int) -> Floats:
@@ -76,37 +50,3 @@ def averaging_decay(decay: float, steps: npt.NDArray[np.integer]) -> Floats:
     once (TensorFlow's ExponentialMovingAverage with num_updates).
     """
     return np.minimum(decay, (1 + steps) / (10 + steps))
-
-
-class Average:
-    """The exponential moving average of a net's weights and batch-norm statistics.
-
-    torch's AveragedModel takes ten times as long (0.26 ms on one core).
-    """
-
-    def __init__(self, net: Net, decay: float) -> None:
-        self.net = deepcopy(net).requires_grad_(False)
-        self.decay = decay
-        self.steps = 0  # counted here and not on the device, which nobody then waits for
-        # The values share the nets' memory: both nets are only ever changed in place.
-        pairs = list(zip(self.net.state_dict().values(), net.state_dict().values(), strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._averages, self._weights = [list(side) for side in zip(*floats, strict=True)]
-        self._average_counts, self._counts = [list(side) for side in zip(*counts, strict=True)]
-
-    def update(self) -> None:
-        """Take the net's present weights into the average."""
-        decay = averaging_decay(self.decay, np.array(self.steps))
-        torch._foreach_lerp_(self._averages, self._weights, float(1 - decay))
-        torch._foreach_copy_(self._average_counts, self._counts)  # batch norm's batches seen
-        self.steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the average and its age."""
-        return {"net": self.net.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier `state_dict`."""
-        self.net.load_state_dict(state["net"])
-        self.steps = state["steps"]
