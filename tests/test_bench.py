@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tune_mnist.benchmarks import pack as pack_module
+from tune_mnist.benchmarks import peer_training
 from tune_mnist.benchmarks import peers as peers_module
 from tune_mnist.benchmarks import turnaround as turnaround_module
 from tune_mnist.benchmarks.busy import busy_shares, busy_shares_of_run
@@ -184,8 +185,8 @@ def test_peers_refuses_a_space_that_not_all_can_express() -> None:
         peers(PeersSettings(space="default"))
 
 
-def task(folder: Path, images: int = 600) -> Task:
-    return Task("quick", 2, images, 2, 1, 0, str(default_data_dir()), str(folder))
+def task(folder: Path, images: int = 600, tests: bool = False) -> Task:
+    return Task("quick", 2, images, 2, 1, 0, tests, str(default_data_dir()), str(folder))
 
 
 def test_peers_train_on_the_images_that_ours_does(mnist: Mnist, tmp_path: Path) -> None:
@@ -196,6 +197,27 @@ def test_peers_train_on_the_images_that_ours_does(mnist: Mnist, tmp_path: Path) 
         chosen = np.load(tmp_path / f"{name}.npy")
         assert np.array_equal(mnist.train_images[chosen], images)
     assert Task.read(given.write()) == given
+
+
+@pytest.mark.parametrize(("tests", "evaluated"), [(False, [5_000]), (True, [10_000, 5_000])])
+def test_peers_evaluate_on_the_test_images_where_asked_to(
+    mnist: Mnist,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tests: bool,
+    evaluated: list[int],
+) -> None:
+    sizes = []
+
+    def evaluate(net: Net, loader: Any) -> float:
+        sizes.append(len(loader.dataset))
+        return 0.5
+
+    monkeypatch.setattr(peer_training, "evaluate_textbook", evaluate)
+    given = task(tmp_path, images=150, tests=tests)
+    write_chosen(given)
+    next(peer_training.train_textbook(given, {}))
+    assert sizes == evaluated
 
 
 def test_epochs_are_noted_in_the_order_of_their_ends(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ class Task:
     epochs: int
     at_once: int
     seed: int
+    tests: bool  # on the test images after every epoch too, and not only on the validation images
     data_dir: str
     folder: str  # for progress, and whatever the system writes
 

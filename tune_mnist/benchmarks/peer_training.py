@@ -18,7 +18,8 @@ def train_textbook(task: Task, values: Mapping[str, Any]) -> Iterator[float]:
     """Train on the task's images and yield the validation accuracy after every epoch.
 
     One thread: as many trials as there are cores run at once. The images are those that ours
-    trains on and validates with; the test set is left alone, which is less work than ours does.
+    trains on and validates with. The test set is left alone, which is less work than ours does,
+    unless the task asks for it.
     """
     torch.set_num_threads(1)
     config = TrainConfig.from_mapping(values)
@@ -28,6 +29,7 @@ def train_textbook(task: Task, values: Mapping[str, Any]) -> Iterator[float]:
         data_dir, train=True, batch_size=config.batch_size, shuffle=True, chosen=train
     )
     val_loader = textbook_loader(data_dir, train=True, batch_size=1000, chosen=val)
+    test_loader = textbook_loader(data_dir, train=False, batch_size=1000)
     net = Net(config.dropout)
     optimizer = build_optimizer(net, config)
     schedule = build_schedule(optimizer, config, task.epochs, len(train_loader))
@@ -38,6 +40,8 @@ def train_textbook(task: Task, values: Mapping[str, Any]) -> Iterator[float]:
             F.nll_loss(net(images), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+        if task.tests:
+            evaluate_textbook(net, test_loader)
         yield evaluate_textbook(net, val_loader)
 
 

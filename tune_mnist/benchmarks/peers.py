@@ -48,6 +48,9 @@ class PeersSettings:
     epochs: Annotated[int, AtLeast1] = 4
     """Budget of a trial in epochs; ASHA stops the poor ones from the first on."""
 
+    tests: Annotated[bool, Parameter(negative="")] = False
+    """Have the others evaluate on the test images after every epoch, too, as ours always does."""
+
     at_once: Annotated[int | None, AtLeast1, Parameter(show_default=False)] = None
     """Trials at once, one core each; one for every core unless given."""
 
@@ -95,6 +98,7 @@ def peers(settings: PeersSettings) -> None:
         epochs=settings.epochs,
         at_once=settings.at_once or usable_cores(),
         seed=0,
+        tests=settings.tests,
         data_dir=str(data_dir),
         folder="",
     )

@@ -18,10 +18,10 @@ from tune_mnist.mnist.net import IMAGE_SHAPE, NORMS, Net, check_dropout
 
 _LAST = torch.channels_last
 
-# Images at a time in evaluation. On a CPU few, so that activations stay in the caches: 15,000
-# images take 1.24 s by 32 or 64, 1.42 s by 250, 1.98 s by 1,000 (n = 5, AMD EPYC, AVX-512, one
-# thread).
-_CHUNK_ON_CPU = 64
+# Images at a time in evaluation. On a CPU few, so that activations stay in the caches: an image
+# takes 81 us by 16, 76 by 32, 81 to 89 by 64, 94 by 250 (lower ends of 3 times 12, AMD EPYC,
+# AVX-512, one thread).
+_CHUNK_ON_CPU = 32
 _CHUNK_ON_GPU = 5_000
 
 
