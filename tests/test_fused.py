@@ -20,14 +20,17 @@ Masks = list[Tensor]
 BATCH = 5
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run every test on both forms of the training step."""
+@pytest.fixture(params=["compiled", "compiled, two threads", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run every test on all forms of the step; with two threads torch does the convolutions."""
     if request.param == "torch":
         monkeypatch.setattr(kernels, "COMPILED", False)
     elif not kernels.COMPILED:
         pytest.skip("needs numba")
-    return str(request.param)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if "two" in request.param else 1)
+    yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -85,7 +88,7 @@ def as_reference(net: Net, path: str) -> Net:
     6 seeds). Torch's own channels-last batch norm rounds more (up to 1e-3), so the form that is
     made of it is compared with the same operations.
     """
-    if path == "compiled":
+    if path != "torch":
         return deepcopy(net).double().train()
     return deepcopy(net).to(memory_format=torch.channels_last).train()
 

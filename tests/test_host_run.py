@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tune_mnist.mnist import host_run
+from tune_mnist.mnist import evaluation, host_run
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.epoch import draw_net, draw_order, draw_seeds
@@ -28,7 +28,8 @@ def data(small_mnist: Mnist) -> Split:
 def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
     torch.set_default_dtype(torch.float64)
-    monkeypatch.setattr(host_run, "scaled", lambda images: scaled(images).double())
+    for module in (host_run, evaluation):
+        monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
     yield
     torch.set_default_dtype(torch.float32)
 

@@ -21,7 +21,7 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Ten
     kept: see the functions below.
     """
     outputs, _, kernel, _ = weight.shape
-    if _in_vector_code(images, channels=outputs):
+    if _in_vector_code(images, weight, channels=outputs):
         side = images.shape[2] - kernel + 1
         out = torch.empty((len(images), outputs, side, side), memory_format=_LAST)
         arrays = _array(images), weight.detach().numpy(), bias.detach().numpy(), _array(out)
@@ -39,7 +39,7 @@ def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
         images: [B, C_in, S, S].
         weight: [C_out, C_in, K, K].
     """
-    if _in_vector_code(images, channels=weight.shape[1]):
+    if _in_vector_code(images, weight, channels=weight.shape[1]):
         out = torch.empty_like(images)
         vector_convolution.input_gradient(_array(gradient), weight.detach().numpy(), _array(out))
         return out
@@ -48,7 +48,7 @@ def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the weight; arguments as above."""
-    if _in_vector_code(images, channels=weight.shape[0]):
+    if _in_vector_code(images, weight, channels=weight.shape[0]):
         return torch.from_numpy(
             vector_convolution.weight_gradient(_array(images), _array(gradient))
         )
@@ -73,9 +73,14 @@ def _torchs_gradient(gradient: Tensor, images: Tensor, weight: Tensor, *, which:
     return gradients[which]  # type: ignore[no-any-return]
 
 
-def _in_vector_code(images: Tensor, *, channels: int) -> bool:
-    """Say whether the compiled code serves, and the channels of its result suit it."""
-    if not kernels.COMPILED or images.device.type != "cpu" or images.dtype != torch.float32:
+def _in_vector_code(images: Tensor, weight: Tensor, *, channels: int) -> bool:
+    """Say whether the vector code serves, and the channels of its result suit it.
+
+    It runs in one thread. With two, oneDNN takes nine tenths of its time, and less with more.
+    """
+    if not kernels.COMPILED or torch.get_num_threads() > 1:
+        return False
+    if images.device.type != "cpu" or {images.dtype, weight.dtype} != {torch.float32}:
         return False
     square = images.shape[2] == images.shape[3]
     in_order = images.is_contiguous(memory_format=_LAST)
