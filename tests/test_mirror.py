@@ -490,13 +490,13 @@ def test_a_close_as_the_writer_wakes_is_not_missed(
             return was_set
 
     monkeypatch.setattr(mirror, "WRITE_EVERY", 0.2)
-    monkeypatch.setattr(mirror, "CLOSING_PATIENCE", 1.0)
+    monkeypatch.setattr(mirror, "CLOSING_PATIENCE", 5.0)
     search = Search(path)
     started, reasons = threading.Event(), list[str | None]()
     closer = threading.Thread(target=lambda: reasons.append(search.study.close()))
     monkeypatch.setattr(search.study._mirror, "_closing", EventSetWhileWaking())
     search.steps(5)
-    assert started.wait(5)
-    closer.join(5)
+    assert started.wait(20)
+    closer.join(60)
     assert reasons == [None]
     assert_mirrors(path, search)
