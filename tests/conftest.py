@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,28 @@ def small_mnist(mnist: Mnist) -> Mnist:
         test_images=mnist.test_images[:200],
         test_labels=mnist.test_labels[:200],
     )
+
+
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
+    import torch  # most tests do without it
+
+    from tune_mnist.mnist import augment, device_step, evaluation, host_run
+    from tune_mnist.mnist.tensors import scaled
+
+    def forget_constants() -> None:
+        """Have distortions compute anew, in the present precision, what they keep."""
+        augment._pixel_centres.cache_clear()
+        augment._gaussians.cache_clear()
+
+    torch.set_default_dtype(torch.float64)
+    forget_constants()
+    for module in (host_run, device_step, evaluation):
+        monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
+    yield
+    torch.set_default_dtype(torch.float32)
+    forget_constants()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist import augment, device_step, evaluation, host_run, training, workspace
+from tune_mnist.mnist import device_step, training, workspace
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.device_run import DeviceRun
 from tune_mnist.mnist.device_step import DeviceStep, StepKind
 from tune_mnist.mnist.epoch import Epoch
 from tune_mnist.mnist.host_run import HostRun
-from tune_mnist.mnist.tensors import SplitTensors, scaled
+from tune_mnist.mnist.tensors import SplitTensors
 from tune_mnist.mnist.workspace import Workspace
 
 SGD = TrainConfig(lr=0.02, batch_size=8, dropout=0)
@@ -67,24 +66,6 @@ def fresh_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
-    torch.set_default_dtype(torch.float64)
-    forget_constants()
-    for module in (host_run, device_step, evaluation):
-        monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
-    yield
-    torch.set_default_dtype(torch.float32)
-    forget_constants()
-
-
-def forget_constants() -> None:
-    """Have distortions compute anew, in the present precision, what they keep."""
-    augment._pixel_centres.cache_clear()
-    augment._gaussians.cache_clear()
 
 
 def epochs_of(run: HostRun | DeviceRun, count: int = 2) -> list[Epoch]:
@@ -164,8 +145,8 @@ def test_a_run_may_change_between_cpu_and_device(little: Split, config: TrainCon
     for done, make in enumerate(makes):
         run = make(config, little, epochs=3, seed=1)
         if found:
-            run.load_state_dict(deepcopy(found[-1].state))
-        found.append(deepcopy(run.train_epoch(done, None)))
+            run.load_state_dict(found[-1].state)
+        found.append(run.train_epoch(done, None))
     assert_same(found, expected, rtol=1e-7, atol=1e-9)
 
 

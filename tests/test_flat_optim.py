@@ -5,29 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from tune_mnist.benchmarks.peer_training import build_optimizer
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.flat_net import FlatNet, flat
 from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS
 from tune_mnist.mnist.net import Net
-
-
-def torchs(layer: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer as it comes."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            layer.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.AdamW(
-        layer.parameters(),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-    )
-
 
 SGD = TrainConfig(lr=0.1)
 ADAMW = TrainConfig(optimizer="adamw", lr=0.01)
@@ -50,7 +32,7 @@ def test_many_steps_equal_torchs(config: TrainConfig) -> None:
     generator = torch.Generator().manual_seed(1)
     layer = nn.Linear(30, 20)
     weights = layer.weight.detach().flatten().clone()
-    ours, theirs = FLAT_OPTIMIZERS[config.optimizer](weights), torchs(layer, config)
+    ours, theirs = FLAT_OPTIMIZERS[config.optimizer](weights), build_optimizer(layer, config)
     rates = config.lr * np.linspace(0.1, 1, STEPS)
     # In two parts, as epochs are.
     halves = [ours.columns(config, rates[:15], 0), ours.columns(config, rates[15:], 15)]

@@ -1,12 +1,11 @@
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tune_mnist.mnist import evaluation, host_run
+from tune_mnist.benchmarks.peer_training import build_optimizer, build_schedule
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.epoch import draw_net, draw_order, draw_seeds
@@ -24,40 +23,12 @@ def data(small_mnist: Mnist) -> Split:
     return split(small_mnist, holdout=True, images=72)
 
 
-@pytest.fixture
-def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
-    torch.set_default_dtype(torch.float64)
-    for module in (host_run, evaluation):
-        monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def losses_by_torch(config: TrainConfig, data: Split, seed: int) -> Tensor:
     """The losses of the plain modules with torch's optimizer and schedule, [epochs, steps]."""
     net = draw_net(config, seed)
     steps = math.ceil(len(data.train_labels) / config.batch_size)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            net.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.AdamW(
-            net.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=config.lr,
-        total_steps=EPOCHS * steps,
-        pct_start=config.peak_position,
-        cycle_momentum=False,
-    )
+    optimizer = build_optimizer(net, config)
+    schedule = build_schedule(optimizer, config, EPOCHS, steps)
     losses = []
     for epoch in range(1, EPOCHS + 1):
         order = draw_order(len(data.train_labels), draw_seeds(seed, epoch)[0])

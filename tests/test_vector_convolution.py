@@ -8,7 +8,7 @@ from torch.nn.grad import conv2d_weight
 pytest.importorskip("numba")
 
 from tune_mnist.mnist import vector_convolution as convolutions
-from tune_mnist.mnist.vector_convolution import Floats
+from tune_mnist.mnist.kernels import Floats
 
 pytestmark = pytest.mark.skipif(not convolutions.serves(8), reason="for CPUs with AVX-512 or AVX2")
 

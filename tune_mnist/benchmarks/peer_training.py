@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tune_mnist.benchmarks.peer_task import CHOSEN, Task
@@ -29,7 +30,7 @@ def train_textbook(task: Task, values: Mapping[str, Any]) -> Iterator[float]:
         data_dir, train=True, batch_size=config.batch_size, shuffle=True, chosen=train
     )
     val_loader = textbook_loader(data_dir, train=True, batch_size=1000, chosen=val)
-    test_loader = textbook_loader(data_dir, train=False, batch_size=1000)
+    test_loader = textbook_loader(data_dir, train=False, batch_size=1000) if task.tests else None
     net = Net(config.dropout)
     optimizer = build_optimizer(net, config)
     schedule = build_schedule(optimizer, config, task.epochs, len(train_loader))
@@ -40,12 +41,12 @@ def train_textbook(task: Task, values: Mapping[str, Any]) -> Iterator[float]:
             F.nll_loss(net(images), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        if task.tests:
+        if test_loader is not None:
             evaluate_textbook(net, test_loader)
         yield evaluate_textbook(net, val_loader)
 
 
-def build_optimizer(net: Net, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Build torch's optimizer as it comes."""
     decay = config.weight_decay
     if config.optimizer == "sgd":

@@ -14,7 +14,7 @@ from torch import Tensor
 from tune_mnist.mnist.augment import Amounts, amounts_of, distort
 from tune_mnist.mnist.config import Optimizer, TrainConfig
 from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, Columns, FlatOptimizer
+from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, Columns, FlatOptimizer, as_table
 from tune_mnist.mnist.fused import training_forward
 from tune_mnist.mnist.graphs import capture
 from tune_mnist.mnist.losses import smoothed_loss
@@ -80,10 +80,8 @@ class DeviceStep:
             seed: of distortions and masks.
         """
         self._order.copy_(order)
-        rows = np.empty(self._table.shape)
-        for number, name in enumerate(self._columns):
-            rows[:, number] = columns[name]
-        self._table.copy_(torch.from_numpy(rows))
+        ordered = {name: columns[name] for name in self._columns}
+        self._table.copy_(as_table(ordered, self.steps))
         self._taken.zero_()
         self._generator.manual_seed(seed)
 

@@ -14,7 +14,7 @@ from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.epoch import Epoch, StepListener, draw_order, draw_seeds
 from tune_mnist.mnist.evaluation import Score, evaluate
 from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, FlatOptimizer
+from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, FlatOptimizer, as_table
 from tune_mnist.mnist.fused import training_forward
 from tune_mnist.mnist.losses import first_not_finite, smoothed_loss
 from tune_mnist.mnist.optim import averaging_decay, learning_rates
@@ -85,9 +85,7 @@ class HostRun:
         """Return what the optimizer goes by in each step of an epoch, after so many of the run."""
         rates = self.rates[taken : taken + self.steps]
         columns = self.optimizer.columns(self.config, rates, taken)
-        table = torch.empty(self.steps, len(columns))
-        for number, column in enumerate(columns.values()):
-            table[:, number] = torch.as_tensor(column)
+        table = as_table(columns, self.steps).to(torch.get_default_dtype())
         return [dict(zip(columns, row.unbind(), strict=True)) for row in table]
 
     def _differentiate(

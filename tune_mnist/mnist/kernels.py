@@ -21,13 +21,14 @@ try:
 except ImportError:
     COMPILED = False
 
-    def _compile(loop: Loop) -> Loop:
+    def compiled(loop: Loop) -> Loop:
+        """Leave a loop to Python."""
         return loop
 
 else:
     COMPILED = True
     # "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
-    _compile = njit(  # type: ignore[assignment, unused-ignore]
+    compiled = njit(  # type: ignore[assignment, unused-ignore]
         cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
     )
 
@@ -55,7 +56,7 @@ def draw_keep(seed: int, dropout: float, keep: Bytes) -> None:
     fill(np.uint64(seed % 2**64), np.int32(threshold), keep)
 
 
-@_compile
+@compiled
 def _fill_keep(seed: np.uint64, threshold: np.int32, keep: Bytes) -> None:
     words = np.empty(_WORDS, np.uint64)
     quarters = words.view(np.uint16)
@@ -90,7 +91,7 @@ def _fill_keep_by_numpy(seed: np.uint64, threshold: np.int32, keep: Bytes) -> No
             block[:] = 0
 
 
-@_compile
+@compiled
 def _spread(values: Floats) -> Floats:
     """Repeat one value per channel to a row."""
     row = np.empty(_WIDTH, np.float32)
@@ -99,7 +100,7 @@ def _spread(values: Floats) -> Floats:
     return row
 
 
-@_compile
+@compiled
 def _gather(sums: Doubles, channels: int) -> Doubles:
     """Add up a row's repetitions of each channel."""
     totals = np.zeros(channels)
@@ -108,14 +109,14 @@ def _gather(sums: Doubles, channels: int) -> Doubles:
     return totals
 
 
-@_compile
+@compiled
 def _rows(array: NDArray[Any]) -> NDArray[Any]:
     """View all whole rows; indices of two dimensions are what lets LLVM use vectors here."""
     count = array.size // _WIDTH
     return array[: count * _WIDTH].reshape(count, _WIDTH)
 
 
-@_compile
+@compiled
 def moments(x: Floats, channels: int) -> tuple[Floats, Floats]:
     """Return each channel's mean and biased variance [channels]."""
     sums, squares = np.zeros(_WIDTH), np.zeros(_WIDTH)
@@ -151,7 +152,7 @@ def moments(x: Floats, channels: int) -> tuple[Floats, Floats]:
     return (shift[:channels] + offset).astype(np.float32), variance.astype(np.float32)
 
 
-@_compile
+@compiled
 def scale_and_drop(x: Floats, keep: Bytes, scale: Floats, shift: Floats, out: Floats) -> None:
     """Write `scale * x + shift` where kept, else 0; an empty `keep` keeps everything."""
     zero = np.float32(0)
@@ -171,7 +172,7 @@ def scale_and_drop(x: Floats, keep: Bytes, scale: Floats, shift: Floats, out: Fl
         out[i] = scales[c] * x[i] + shifts[c] if keep.size == 0 or keep[i] else zero
 
 
-@_compile
+@compiled
 def norm_backward_sums(
     gradient: Floats, keep: Bytes, x: Floats, mean: Floats
 ) -> tuple[Doubles, Doubles]:
@@ -208,7 +209,7 @@ def norm_backward_sums(
     return _gather(sums, mean.size), _gather(products, mean.size)
 
 
-@_compile
+@compiled
 def norm_and_relu_backward(
     gradient: Floats, keep: Bytes, x: Floats, by_gradient: Floats, by_x: Floats, constant: Floats
 ) -> Doubles:
@@ -251,7 +252,7 @@ def norm_and_relu_backward(
     return _gather(sums, by_x.size)
 
 
-@_compile
+@compiled
 def max_pool(x: Floats, channels: int, out: Floats, winner: Bytes) -> None:
     """Take the greatest of each 2 x 2 pixels and note which (0 to 3) it was; NaN is greatest.
 
@@ -273,7 +274,7 @@ def max_pool(x: Floats, channels: int, out: Floats, winner: Bytes) -> None:
                 winner[row, column, c] = at
 
 
-@_compile
+@compiled
 def max_pool_backward(gradient: Floats, winner: Bytes, channels: int, out: Floats) -> None:
     """Send each gradient to its winner and 0 to the other three; shapes as in `max_pool`."""
     for row in range(out.shape[0]):

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from tune_mnist.mnist.kernels import Floats, compiled
 
 POINTS = 16  # of a tile, 4 x 4
 _FLOAT = 4  # bytes
@@ -142,10 +141,6 @@ def _scratch(tiles: int, channels: int) -> Floats:
 # numba keeps the code on disk for as long as this file is the same: what they call is in it, too.
 
 
-def _compile(loop: Callable[..., None]) -> Callable[..., None]:
-    return njit(cache=True, nogil=True, error_model="numpy")(loop)
-
-
 @cache
 def _convolution_by_tiles(
     tiles: int, inputs: int, outputs: int, padding: int, relu: int
@@ -182,7 +177,7 @@ def _convolution_by_tiles(
                     _from_points(at, bias_at, to, to + row_out, tiles, outputs, relu, lanes)
                     to += 2 * pixel
 
-    return _compile(convolution)
+    return compiled(convolution)
 
 
 @cache
@@ -210,7 +205,7 @@ def _weight_sums_of_tiles(tiles: int, inputs: int, outputs: int) -> Callable[...
                 # A sum over an image before it is added: so little is lost to rounding.
                 _multiply(at, by, to, inputs, total, outputs, 1, inputs, 1, lanes, registers)
 
-    return _compile(weight_sums)
+    return compiled(weight_sums)
 
 
 @cache
@@ -234,7 +229,7 @@ def _convolution_by_rows(
                     _multiply(at, by, to, rows, window, outputs, inputs, 1, 1, lanes, registers)
                 _finish(to, bias.ctypes.data, rows, outputs, relu, lanes)
 
-    return _compile(convolution)
+    return compiled(convolution)
 
 
 @cache
@@ -252,7 +247,7 @@ def _weight_sums_of_rows(side: int, inputs: int, outputs: int, kernel: int) -> C
                     to = sums.ctypes.data + i * row_filter
                     _multiply(at, by, to, window, rows, outputs, 1, inputs, 1, lanes, registers)
 
-    return _compile(weight_sums)
+    return compiled(weight_sums)
 
 
 # Vector code. An intrinsic emits LLVM's code into the loops that call it, in which its sizes are
@@ -267,10 +262,10 @@ class _Vectors:
         self.type = ir.VectorType(ir.FloatType(), lanes)
         self.zero = ir.Constant(self.type, None)
 
-    def load(self, address: Any, offset: int = 0) -> Any:
+    def load(self, address: Any, offset: int) -> Any:
         return self.builder.load(self._pointer(address, offset, self.type), align=_FLOAT)
 
-    def store(self, vector: Any, address: Any, offset: int = 0) -> None:
+    def store(self, vector: Any, address: Any, offset: int) -> None:
         self.builder.store(vector, self._pointer(address, offset, self.type), align=_FLOAT)
 
     def spread(self, address: Any, offset: int) -> Any:
@@ -349,10 +344,10 @@ def _to_points(
                     at = (x - padding) * inputs + channel
                     column = [vectors.load(row, at) for row in (row_0, row_1, row_2, row_3)]
                 columns.append(_inputs_at_points(vectors, *column))
-            lines = zip(*columns[2 * tile :], strict=True)
-            values = (_inputs_at_points(vectors, *line) for line in lines)
-            for point, value in enumerate(itertools.chain.from_iterable(values)):
-                vectors.store(value, points, (point * total + tile) * inputs + channel)
+            at = tile * inputs + channel
+            _store_points(
+                vectors, _inputs_at_points, columns[2 * tile :], points, at, total * inputs
+            )
 
 
 @_vector_code(addresses=3)
@@ -374,10 +369,8 @@ def _gradient_to_points(
             for x in (2 * tile, 2 * tile + 1):
                 column = [vectors.load(row, x * outputs + channel) for row in (upper, lower)]
                 columns.append(_gradients_at_points(vectors, *column))
-            lines = zip(*columns, strict=True)
-            values = (_gradients_at_points(vectors, *line) for line in lines)
-            for point, value in enumerate(itertools.chain.from_iterable(values)):
-                vectors.store(value, points, (point * total + tile) * outputs + channel)
+            at = tile * outputs + channel
+            _store_points(vectors, _gradients_at_points, columns, points, at, total * outputs)
 
 
 @_vector_code(addresses=4)
@@ -419,6 +412,21 @@ def _finish(
         for at in range(channel, pixels * outputs, outputs):
             value = vectors.add(vectors.load(row, at), shift)
             vectors.store(vectors.rectify(value) if relu else value, row, at)
+
+
+def _store_points(
+    vectors: _Vectors,
+    transform: Callable[..., list[Any]],
+    columns: list[list[Any]],
+    points: Any,
+    at: int,
+    stride: int,
+) -> None:
+    """Transform the lines across a tile's transformed columns, and store its 16 points."""
+    lines = zip(*columns, strict=True)
+    values = itertools.chain.from_iterable(transform(vectors, *line) for line in lines)
+    for point, value in enumerate(values):
+        vectors.store(value, points, at + point * stride)
 
 
 def _inputs_at_points(vectors: _Vectors, a: Any, b: Any, c: Any, d: Any) -> list[Any]:
