@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from tune_mnist.benchmarks.peer_training import build_optimizer, build_schedule
+from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.epoch import draw_net, draw_order, draw_seeds
 from tune_mnist.mnist.host_run import HostRun
+from tune_mnist.mnist.run_state import State
 from tune_mnist.mnist.tensors import normalised, scaled
 
 EPOCHS = 2
@@ -93,3 +95,12 @@ def test_a_state_is_left_alone_by_the_steps_that_follow(data: Split) -> None:
     before = {name: value.clone() for name, value in first.state["net"].items()}
     run.train_epoch(1, None)
     assert all(torch.equal(first.state["net"][name], value) for name, value in before.items())
+
+
+def test_a_state_with_the_optimizers_memory_in_another_form_is_refused(data: Split) -> None:
+    run = HostRun(SGD, data, epochs=EPOCHS, seed=3)
+    state = run.train_epoch(0, None).state
+    of_torch: State = {"state": {}, "param_groups": []}  # as torch's optimizers have it
+    with pytest.raises(ConfigError, match="another version"):
+        run.load_state_dict(state | {"optimizer": of_torch})
+    run.load_state_dict(state)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.epoch import draw_net
 from tune_mnist.mnist.flat_net import FlatNet, flat
@@ -33,14 +34,24 @@ def initial_state(config: TrainConfig, seed: int) -> State:
 
 
 def put_state(state: State, moving: Moving) -> None:
-    """Copy a state into the vectors of what moves."""
+    """Copy a state into the vectors of what moves.
+
+    Raises:
+        ConfigError: it has the optimizer's memory in another form, as earlier versions wrote it.
+    """
+    memory, buffers = state["optimizer"], moving.optimizer.buffers
+    if memory and memory.keys() != buffers.keys():  # it is empty before the first step
+        raise ConfigError(
+            "the saved state was written by another version of tune_mnist: go on with that "
+            "version, or start the run anew"
+        )
     moving.net.copy_from(state["net"])
     average = state["average"]
     moving.average.copy_from(state["net"] if average is None else average["net"])
-    for name, buffer in moving.optimizer.buffers.items():
+    for name, buffer in buffers.items():
         buffer.zero_()
-        if name in state["optimizer"]:  # none before the first step
-            buffer.copy_(flat(state["optimizer"][name].values()))
+        if memory:
+            buffer.copy_(flat(memory[name].values()))
 
 
 def vectors_of(moving: Moving) -> list[Tensor]:

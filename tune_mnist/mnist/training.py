@@ -79,8 +79,8 @@ def train(
         on_step: called after each step with the batch's number (1-based) and its loss.
 
     Raises:
-        ConfigError: the state is damaged or belongs to another run, or a CPU is to compute less
-            precisely.
+        ConfigError: the state is damaged, belongs to another run or to another version, or a CPU
+            is to compute less precisely.
     """
     check_precision(precision, device)
     run: HostRun | DeviceRun
