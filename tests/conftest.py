@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tune_mnist.mnist.data import Mnist, load_mnist
-from tune_mnist.mnist.fetch import WHEEL
+from tune_mnist.mnist.download import WHEEL
 
 
 @pytest.fixture(scope="session")
@@ -33,18 +33,18 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
     import torch  # most tests do without it
 
-    from tune_mnist.mnist import augment, device_step, evaluation, host_run
-    from tune_mnist.mnist.tensors import scaled
+    from tune_mnist.mnist import device_step, evaluation, host_run, images
+    from tune_mnist.mnist.images import scaled
 
     def forget_constants() -> None:
         """Have distortions compute anew, in the present precision, what they keep."""
-        augment._pixel_centres.cache_clear()
-        augment._gaussians.cache_clear()
+        images._pixel_centres.cache_clear()
+        images._gaussians.cache_clear()
 
     torch.set_default_dtype(torch.float64)
     forget_constants()
     for module in (host_run, device_step, evaluation):
-        monkeypatch.setattr(module, "scaled", lambda images: scaled(images).double())
+        monkeypatch.setattr(module, "scaled", lambda batch: scaled(batch).double())
     yield
     torch.set_default_dtype(torch.float32)
     forget_constants()

@@ -20,9 +20,9 @@ import pytest
 from optuna.trial import FrozenTrial
 from scripted import Script
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.tuning.trial import EpochSource
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
+from tune_mnist.tuning.worker import EpochSource
 
 PATIENCE = 240.0  # seconds that anything may take
 

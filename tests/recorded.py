@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_mnist.analysis.history import History, Origin, Row, State, TrialRecord
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History, Origin, Row, State, TrialRecord
 
 
 class RecordedSearch:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.trial import TrialEpoch, train_assignment
+from tune_mnist.runs.history import Assignment
+from tune_mnist.tuning.worker import TrialEpoch, train_assignment
 
 Faults = Mapping[int, tuple[int, ...]]  # trial -> the epochs (1-based) in which it happens
 

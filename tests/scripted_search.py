@@ -12,7 +12,7 @@ from ray import cloudpickle
 from tune_mnist.cli import run
 from tune_mnist.tuning.launch import search
 from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.trial import EpochSource
+from tune_mnist.tuning.worker import EpochSource
 
 
 def scripted_search(settings: SearchSettings, script: EpochSource) -> int:

@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tune_mnist.mnist.augment import (
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.data import Mnist
+from tune_mnist.mnist.images import (
     affine_sources,
     amounts_of,
     augments,
     distort,
     sample,
+    scaled,
     smooth,
 )
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.data import Mnist
-from tune_mnist.mnist.tensors import scaled
 
 
 @pytest.fixture

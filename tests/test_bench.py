@@ -31,9 +31,9 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, default_data_dir, split
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.optim import learning_rates
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.nodes import Node, Share
+from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.packing import Packing, Probe
+from tune_mnist.tuning.resources import Node, TrialResources
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def test_pack_names_the_options_to_use(
 def test_mps_is_advised_only_where_it_is_clearly_better() -> None:
     def probes(*rates: float) -> list[Probe]:
         return [
-            Probe(Packing(n, Share(cpus=1, gpus=1 / n)), rate, 500.0)
+            Probe(Packing(n, TrialResources(cpus=1, gpus=1 / n)), rate, 500.0)
             for n, rate in enumerate(rates, start=1)
         ]
 

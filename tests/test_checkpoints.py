@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tune_mnist.analysis.rows import COLUMNS, Row
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.tuning.checkpoints import Checkpoint, Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoint, Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import COLUMNS, Row
 
 
 def row_of(epoch: int) -> Row:

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.config_file import override, read_config
+from tune_mnist.mnist.config import TrainConfig, override, read_config
 
 
 def test_a_file_names_only_what_differs(tmp_path: Path) -> None:

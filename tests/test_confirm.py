@@ -15,12 +15,12 @@ from ray.cluster_utils import Cluster
 from reported import all_failed, rich
 from scripted import Script
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.report import write_report
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.analysis.runs import RunView
 from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
+from tune_mnist.reporting.page import write_report
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
+from tune_mnist.runs.view import RunView
+from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run
 from tune_mnist.tuning.plan import Plan
 
 pytest_plugins = ["ray_fixtures"]

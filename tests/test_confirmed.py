@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from recorded import RecordedSearch
 
-from tune_mnist.analysis.confirmed import (
+from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.confirmed import (
     Candidate,
     claim,
     confirmed_lines,
@@ -14,8 +15,7 @@ from tune_mnist.analysis.confirmed import (
     read_confirmed,
     write_confirmed,
 )
-from tune_mnist.analysis.history import TrialRecord
-from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.history import TrialRecord
 
 EPOCHS = 3
 CANDIDATES = [

@@ -17,7 +17,7 @@ from tune_mnist.mnist.device_run import DeviceRun
 from tune_mnist.mnist.device_step import DeviceStep, StepKind
 from tune_mnist.mnist.epoch import Epoch
 from tune_mnist.mnist.host_run import HostRun
-from tune_mnist.mnist.tensors import SplitTensors
+from tune_mnist.mnist.images import SplitTensors
 from tune_mnist.mnist.workspace import Workspace
 
 SGD = TrainConfig(lr=0.02, batch_size=8, dropout=0)

@@ -9,10 +9,10 @@ from recorded import RecordedSearch
 from rich.console import Console, Group
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.display import announce, finished_line, live_view, nodes_line, start_line
+from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Rules
-from tune_mnist.tuning.nodes import Node, Share
-from tune_mnist.tuning.space import load_space
+from tune_mnist.tuning.live_view import announce, finished_line, live_view, nodes_line, start_line
+from tune_mnist.tuning.resources import Node, TrialResources
 from tune_mnist.tuning.tally import Tally
 
 RULES = Rules(
@@ -57,14 +57,14 @@ def _node(last: int, cpus: float, gpus: float = 0.0) -> Node:
 
 def test_the_nodes_line_says_how_many_trials_run_where() -> None:
     nodes = [_node(1, 4, 1), _node(2, 1, 1), _node(3, 8)]
-    assert nodes_line(nodes, Share(1, 0.25)) == (
+    assert nodes_line(nodes, TrialResources(1, 0.25)) == (
         "3 nodes: 10.0.0.1 4 trials, 10.0.0.2 1 trial, 10.0.0.3 no trial (8 CPUs, no GPU)"
     )
 
 
 def test_alike_nodes_of_a_large_cluster_are_counted() -> None:
     nodes = [*(_node(n, 16) for n in range(1, 41)), _node(41, 0)]
-    assert nodes_line(nodes, Share(1, 0)) == (
+    assert nodes_line(nodes, TrialResources(1, 0)) == (
         "41 nodes: 40 of 16 CPUs 16 trials each, 1 of 0 CPUs no trial"
     )
 
@@ -74,16 +74,18 @@ def test_a_log_has_whole_lines_and_a_terminal_lines_that_fit() -> None:
     for is_terminal, longest in ((False, len(start)), (True, 40)):
         file = io.StringIO()
         console = Console(file=file, force_terminal=is_terminal, width=40)
-        announce(console, start, nodes, Share(1, 0))
+        announce(console, start, nodes, TrialResources(1, 0))
         shown = file.getvalue()
         assert max(map(len, shown.splitlines())) == pytest.approx(longest, abs=8)
         assert "2 nodes: 10.0.0.1 4 trials" in shown
-    announce(console, start, nodes[:1], Share(1, 0))
+    announce(console, start, nodes[:1], TrialResources(1, 0))
     assert file.getvalue().count("2 nodes") == 1
 
 
 def test_the_start_line_says_what_will_run(search: RecordedSearch) -> None:
-    line = start_line(search.folder, RULES, search.history, Share(1, 0), 2, _split(55_000, 5_000))
+    line = start_line(
+        search.folder, RULES, search.history, TrialResources(1, 0), 2, _split(55_000, 5_000)
+    )
     assert line == (
         "search: up to 50 trials of at most 20 epochs, 2 at a time on 2 CPUs, "
         "55,000 training images, held-out 5,000 steer"
@@ -94,7 +96,9 @@ def test_the_start_line_names_budget_gpus_and_a_test_set_that_steers(
     search: RecordedSearch,
 ) -> None:
     rules = replace(RULES, time_budget=600.0, trials=1)
-    line = start_line(search.folder, rules, search.history, Share(1, 0.25), 4, _split(60_000, 0))
+    line = start_line(
+        search.folder, rules, search.history, TrialResources(1, 0.25), 4, _split(60_000, 0)
+    )
     assert line == (
         "search: up to 1 trial of at most 20 epochs, for at most 10 min, 4 at a time on "
         "4 CPUs and 1 GPU, 60,000 training images, the test set steers"
@@ -104,7 +108,9 @@ def test_the_start_line_names_budget_gpus_and_a_test_set_that_steers(
 def test_the_start_line_of_a_resumed_search_says_what_is_done(search: RecordedSearch) -> None:
     search.trial([0.9])
     search.start()
-    line = start_line(search.folder, RULES, search.history, Share(1, 0), 1, _split(500, 50))
+    line = start_line(
+        search.folder, RULES, search.history, TrialResources(1, 0), 1, _split(500, 50)
+    )
     assert line.startswith("going on with search: 1 of 50 trials done in 5 s, at most 20 epochs")
     assert "1 at a time on 1 CPU, 500 training images" in line
 

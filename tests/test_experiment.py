@@ -10,13 +10,13 @@ from drivers import replace
 from optuna.trial import FrozenTrial, TrialState
 from scripted import curve
 
-from tune_mnist.analysis.history import History, Metric
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History, Metric
+from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.mirror import Mirror
-from tune_mnist.tuning.space import load_space
 from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study_file import StudyFile
 
 EPOCHS = 9
 
@@ -49,7 +49,7 @@ class Course:
         self.history = History.load(self.folder)
         self.history.open_session({})
         metric = self.rules.metric
-        mirror = Mirror(self.folder.study, metric) if self._mirrored else None
+        mirror = StudyFile(self.folder.study, metric) if self._mirrored else None
         settings = SamplerSettings(self.rules.seed, self.rules.startup_trials)
         self.study = Study(settings, metric, mirror)
         self.checkpoints = Checkpoints(self.folder)

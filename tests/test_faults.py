@@ -22,8 +22,8 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from scripted import Script
 
-from tune_mnist.tuning import mirror
-from tune_mnist.tuning.memory import OUT_OF_MEMORY
+from tune_mnist.tuning import study_file as mirror
+from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 
 pytest_plugins = ["ray_fixtures"]
 

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 
 from tune_mnist.errors import DataUnavailableError
-from tune_mnist.mnist import fetch
+from tune_mnist.mnist import download as fetch
 from tune_mnist.mnist.data import Mnist, default_data_dir, load_mnist
-from tune_mnist.mnist.download import SourceError
-from tune_mnist.mnist.fetch import (
+from tune_mnist.mnist.download import (
     MD5S,
     TEST_LABELS,
     TRAIN_IMAGES,
     ArrayUnpickler,
     DamagedError,
+    SourceError,
     read_checked,
 )
 
@@ -170,7 +170,7 @@ def test_an_archive_that_is_cut_off_is_not_taken(archives: Path, tmp_path: Path)
         fetch.unpack_archives(tmp_path, tmp_path, print)
 
 
-class Mirror(http.server.SimpleHTTPRequestHandler):
+class StudyFile(http.server.SimpleHTTPRequestHandler):
     """Serves a folder in small pieces with pauses, as a slow link would."""
 
     def copyfile(self, source: io.BufferedReader, outputfile: io.BufferedIOBase) -> None:  # type: ignore[override]
@@ -186,7 +186,7 @@ class Mirror(http.server.SimpleHTTPRequestHandler):
 def mirror(monkeypatch: pytest.MonkeyPatch, archives: Path) -> Iterator[None]:
     """A mirror that torchvision downloads from."""
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Mirror, directory=str(archives))
+        ("127.0.0.1", 0), partial(StudyFile, directory=str(archives))
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"

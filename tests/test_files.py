@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tune_mnist.analysis.files import AppendLog, remove_leftovers, replace_file
+from tune_mnist.runs.files import AppendLog, remove_leftovers, replace_file
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_readers_of_a_file_that_is_replaced_all_the_time_see_whole_contents(
     code = """
 import sys
 from pathlib import Path
-from tune_mnist.analysis.files import replace_file
+from tune_mnist.runs.files import replace_file
 for number in range(10**9):
     replace_file(Path(sys.argv[1]), f"{number % 10}" * 300_000, sync=False)
     if not number: print(flush=True)
@@ -203,7 +203,7 @@ def test_a_killed_writer_loses_no_line_that_it_had_appended(tmp_path: Path) -> N
     code = """
 import os, sys
 from pathlib import Path
-from tune_mnist.analysis.files import AppendLog
+from tune_mnist.runs.files import AppendLog
 log, told = AppendLog(Path(sys.argv[1])), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
 for number in range(10**9):
     log.append(f"{number} " + "x" * 500)

@@ -7,9 +7,8 @@ from torch import nn
 
 from tune_mnist.benchmarks.peer_training import build_optimizer
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS
 from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.optim import FLAT_OPTIMIZERS, FlatNet, flat
 
 SGD = TrainConfig(lr=0.1)
 ADAMW = TrainConfig(optimizer="adamw", lr=0.01)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist import fused, kernels
+from tune_mnist.mnist import fused
+from tune_mnist.mnist.cpu import loops as kernels
+from tune_mnist.mnist.cpu.loops import Bytes
 from tune_mnist.mnist.fused import evaluation_forward, keep_freed_memory, training_forward
-from tune_mnist.mnist.kernels import Bytes
 from tune_mnist.mnist.net import Net
 
 Masks = list[Tensor]

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from tune_mnist.mnist import device_step, workspace
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import Precision, TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.device_run import DeviceRun
 from tune_mnist.mnist.device_step import StepKind, step_columns
 from tune_mnist.mnist.epoch import Epoch, draw_order
 from tune_mnist.mnist.host_run import HostRun
-from tune_mnist.mnist.precision import Precision
 from tune_mnist.mnist.workspace import Workspace
 
 pytestmark = [

@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 from recorded import RecordedSearch
 
-from tune_mnist.analysis.history import History, TrialRecord
-from tune_mnist.analysis.rows import COLUMNS, METRICS, Row, format_row, parse_row
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import (
+    COLUMNS,
+    METRICS,
+    History,
+    Row,
+    TrialRecord,
+    format_row,
+    parse_row,
+)
 
 WHOLE = ("trial", "epoch", "test_correct", "diverged_step")
 

@@ -11,8 +11,8 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.epoch import draw_net, draw_order, draw_seeds
 from tune_mnist.mnist.host_run import HostRun
+from tune_mnist.mnist.images import normalised, scaled
 from tune_mnist.mnist.run_state import State
-from tune_mnist.mnist.tensors import normalised, scaled
 
 EPOCHS = 2
 SGD = TrainConfig(lr=0.05, nesterov=True, weight_decay=1e-3, batch_size=16, dropout=0)

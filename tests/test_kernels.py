@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from tune_mnist.mnist import kernels
-from tune_mnist.mnist.kernels import Bytes, Floats
+from tune_mnist.mnist.cpu import loops as kernels
+from tune_mnist.mnist.cpu.loops import Bytes, Floats
 
 Fill = Callable[[np.uint64, np.int32, Bytes], None]
 

@@ -24,9 +24,9 @@ from drivers import (
 from ray.cluster_utils import Cluster
 from scripted import Script
 
-from tune_mnist.analysis.files import AppendLog
-from tune_mnist.analysis.history import History
-from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.files import AppendLog
+from tune_mnist.runs.history import History
 
 pytest_plugins = ["ray_fixtures"]
 

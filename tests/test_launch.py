@@ -23,9 +23,9 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from scripted import Script
 
-from tune_mnist.analysis.history import History
 from tune_mnist.errors import SearchFailedError
-from tune_mnist.tuning import sharing
+from tune_mnist.runs.history import History
+from tune_mnist.tuning import packing as sharing
 
 pytest_plugins = ["ray_fixtures"]
 

@@ -1,7 +1,6 @@
 import torch
 
-from tune_mnist.mnist.layers import layer_table
-from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.net import Net, layer_table
 
 
 def test_the_table_has_a_row_for_each_of_the_35_layers() -> None:

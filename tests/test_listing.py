@@ -5,8 +5,8 @@ from filelock import FileLock
 from reported import all_failed, empty, rich
 from rich.console import Console
 
-from tune_mnist.analysis.listing import listing
 from tune_mnist.cli import exit_code
+from tune_mnist.reporting.summary import listing
 from tune_mnist.tuning.launch import search
 from tune_mnist.tuning.settings import SearchSettings
 

@@ -15,9 +15,9 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_mnist.tuning import mirror
-from tune_mnist.tuning.mirror import Mirror, facts, is_sound
+from tune_mnist.tuning import study_file as mirror
 from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study_file import StudyFile, facts, is_sound
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -46,7 +46,7 @@ class Search:
     """A small search that reports made-up values, with several trials at once."""
 
     def __init__(self, path: Path, seed: int = 0, earlier: list[FrozenTrial] | None = None):
-        self.study = Study(SamplerSettings(0, 5), "val_accuracy", Mirror(path, "val_accuracy"))
+        self.study = Study(SamplerSettings(0, 5), "val_accuracy", StudyFile(path, "val_accuracy"))
         self.generator = random.Random(seed)
         self.live: list[int] = []
         for trial in earlier or []:

@@ -7,9 +7,9 @@ from mlflow.tracking import MlflowClient
 from recorded import RecordedSearch
 from scripted import Script
 
-from tune_mnist.analysis.history import TrialRecord
 from tune_mnist.errors import ConfigError
-from tune_mnist.tuning.mlflow import MlflowRuns, check_mlflow, mlflow_trackers
+from tune_mnist.runs.history import TrialRecord
+from tune_mnist.tuning.trackers import MlflowRuns, check_mlflow, mlflow_trackers
 
 pytest_plugins = ["ray_fixtures"]
 
@@ -113,7 +113,7 @@ def test_a_store_that_does_not_answer_is_refused_before_anything_starts(tmp_path
 
 
 def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tune_mnist.tuning.mlflow.find_spec", lambda name: None)
+    monkeypatch.setattr("tune_mnist.tuning.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install mlflow-skinny"):
         check_mlflow("sqlite:///mlflow.db")
 

@@ -3,8 +3,8 @@
 import pytest
 
 from tune_mnist.errors import ClusterError
-from tune_mnist.tuning import nodes
-from tune_mnist.tuning.nodes import COUNT_EVERY, Node, Room, Share, in_words
+from tune_mnist.tuning import resources as nodes
+from tune_mnist.tuning.resources import COUNT_EVERY, Node, Room, TrialResources, in_words
 
 
 def node(cpus: float, gpus: float = 0.0) -> Node:
@@ -29,12 +29,12 @@ def node(cpus: float, gpus: float = 0.0) -> Node:
 def test_a_node_takes_as_many_trials_as_fit(
     cpus: float, gpus: float, machine: Node, fits: int
 ) -> None:
-    assert Share(cpus, gpus).slots_on(machine) == fits
+    assert TrialResources(cpus, gpus).slots_on(machine) == fits
 
 
 def test_a_trial_takes_something() -> None:
     with pytest.raises(ClusterError, match="above 0"):
-        Share(0, 0)
+        TrialResources(0, 0)
 
 
 class Growing:
@@ -53,7 +53,7 @@ def test_room_follows_the_cluster_without_asking_each_time(
 ) -> None:
     cluster, now = Growing(), [0.0]
     monkeypatch.setattr(nodes, "living_nodes", cluster)
-    room = Room(Share(cpus=1, gpus=0), None, clock=lambda: now[0])
+    room = Room(TrialResources(cpus=1, gpus=0), None, clock=lambda: now[0])
     assert [room() for _ in range(5)] == [4] * 5
     assert cluster.looks == 1
     cluster.nodes.append(node(2))
@@ -63,8 +63,8 @@ def test_room_follows_the_cluster_without_asking_each_time(
 
 def test_room_is_at_most_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "living_nodes", Growing())
-    assert Room(Share(cpus=1, gpus=0), 3)() == 3
-    assert Room(Share(cpus=1, gpus=0), 9)() == 4
+    assert Room(TrialResources(cpus=1, gpus=0), 3)() == 3
+    assert Room(TrialResources(cpus=1, gpus=0), 9)() == 4
 
 
 def test_what_a_machine_has_is_said_in_words() -> None:

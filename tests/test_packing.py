@@ -2,7 +2,6 @@ import pytest
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import Mnist, split
-from tune_mnist.tuning.nodes import Node, Share
 from tune_mnist.tuning.packing import (
     Packing,
     Probe,
@@ -11,6 +10,7 @@ from tune_mnist.tuning.packing import (
     part_of,
     probe_all,
 )
+from tune_mnist.tuning.resources import Node, TrialResources
 from tune_mnist.tuning.settings import SearchSettings
 
 
@@ -19,7 +19,7 @@ def node(cpus: int, gpus: int = 0, megabytes: float = 64_000) -> Node:
 
 
 def probe(at_once: int, epochs_per_hour: float, megabytes: float = 500) -> Probe:
-    return Probe(Packing(at_once, Share(cpus=1, gpus=0)), epochs_per_hour, megabytes)
+    return Probe(Packing(at_once, TrialResources(cpus=1, gpus=0)), epochs_per_hour, megabytes)
 
 
 def shares(node: Node) -> list[tuple[int, float, float]]:
@@ -87,11 +87,11 @@ def test_a_part_of_a_split_keeps_something_of_each_set(small_mnist: Mnist) -> No
 
 
 def test_a_packing_says_what_to_ask_the_search_for() -> None:
-    assert Packing(2, Share(cpus=1, gpus=0)).options() == "--cpus-per-trial 1"
-    quarter = Packing(4, Share(cpus=0.5, gpus=0.25))
+    assert Packing(2, TrialResources(cpus=1, gpus=0)).options() == "--cpus-per-trial 1"
+    quarter = Packing(4, TrialResources(cpus=0.5, gpus=0.25))
     assert quarter.options() == "--cpus-per-trial 0.5 --gpus-per-trial 0.25"
     assert str(quarter) == "4 trials on 0.5 CPU and 0.25 GPU each"
-    assert str(Packing(1, Share(cpus=2, gpus=0))) == "1 trial on 2 CPUs"
+    assert str(Packing(1, TrialResources(cpus=2, gpus=0))) == "1 trial on 2 CPUs"
 
 
 def test_pack_auto_and_shares_of_ones_own_exclude_each_other() -> None:

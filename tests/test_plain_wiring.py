@@ -27,7 +27,7 @@ from ray import tune
 from ray.cluster_utils import Cluster
 from scripted import Script
 
-from tune_mnist.analysis.history import History, TrialRecord
+from tune_mnist.runs.history import History, TrialRecord
 
 pytest_plugins = ["ray_fixtures"]
 

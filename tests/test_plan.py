@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 import tune_mnist
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.space import available_spaces
 from tune_mnist.tuning.plan import DEFAULT_TRIALS, Plan, compare, machine, versions
 from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.space import available_spaces
 
 
 @pytest.fixture

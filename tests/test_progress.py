@@ -13,16 +13,16 @@ import pytest
 from optuna.trial import FrozenTrial
 from rich.console import Console, ConsoleDimensions
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.analysis.tables import read_table, write_tables
-from tune_mnist.tuning import progress as module
-from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
+from tune_mnist.runs.space import load_space
+from tune_mnist.runs.tables import read_table, write_tables
+from tune_mnist.tuning import live_view as module
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.mirror import Mirror
-from tune_mnist.tuning.progress import Progress
-from tune_mnist.tuning.space import load_space
+from tune_mnist.tuning.live_view import Progress
 from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study_file import StudyFile
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
@@ -36,7 +36,7 @@ class Clock:
         return self.now
 
 
-class NoMirror(Mirror):
+class NoMirror(StudyFile):
     """Stands for study.db, whose making takes seconds and which nobody reads here."""
 
     def __init__(self) -> None:

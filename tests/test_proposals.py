@@ -7,10 +7,9 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_mnist.tuning import model_trials
-from tune_mnist.tuning.model_trials import MODELLED, ModelTrials
-from tune_mnist.tuning.space import load_space
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.runs.space import load_space
+from tune_mnist.tuning import study as model_trials
+from tune_mnist.tuning.study import MODELLED, ModelTrials, SamplerSettings, Study
 
 SPACE = load_space("sgd")
 

@@ -12,8 +12,6 @@ import optuna
 import pandas as pd
 import pytest
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.benchmarks.curves import CurvesSettings, Recording, curves, record
 from tune_mnist.benchmarks.rank_correlations import rank_correlations
 from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
@@ -22,9 +20,11 @@ from tune_mnist.benchmarks.replay_line_up import line_up
 from tune_mnist.benchmarks.replay_systems import Ours, Random
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
+from tune_mnist.runs.space import SearchSpace, load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.space import SearchSpace, load_space
 from tune_mnist.tuning.study import SamplerSettings, Study
 
 EPOCHS = 9

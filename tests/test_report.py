@@ -13,12 +13,12 @@ from PIL import Image
 from recorded import RecordedSearch
 from reported import EVIL, all_failed, empty, rich, write_search
 
-from tune_mnist.analysis.report import report_path, write_report
-from tune_mnist.analysis.runs import RunView
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.model_file import pack_model
 from tune_mnist.mnist.net import Net
-from tune_mnist.tuning.space import available_spaces, load_space
+from tune_mnist.reporting.page import report_path, write_report
+from tune_mnist.runs.space import available_spaces, load_space
+from tune_mnist.runs.view import RunView
 
 
 def _page(*searches: RecordedSearch, **options: object) -> str:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tune_mnist.analysis.run import RunFolder, check_new_run
 from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.folder import RunFolder, check_new_run
 
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from tune_mnist.analysis.run import RunFolder
+from tune_mnist.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1])).only_writer():
     child = subprocess.Popen(["sleep", "60"])  # as Ray's processes may outlive a killed driver
     print(child.pid, flush=True)
@@ -152,7 +152,7 @@ def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_of_several_that_make_the_same_run_at_once_one_succeeds(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tune_mnist.analysis.run import RunFolder;"
+        "import sys; from pathlib import Path; from tune_mnist.runs.folder import RunFolder;"
         "sys.stdin.read(); RunFolder.create(Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "results" / "run")]

@@ -7,7 +7,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.async_hyperband import _Bracket
 
-from tune_mnist.tuning.rungs import Rungs
+from tune_mnist.tuning.asha import Rungs
 
 ADVANCE = [(1, 3.0), (1, 2.0), (2, 3.0), (1, 4.0), (3, 2.5), (1, 1.5), (5, 2.0), (25, 3.0)]
 

@@ -5,8 +5,8 @@ import pytest
 from drivers import Searches
 from reported import rich
 
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.tuning.drawing import draw_report
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.tuning.confirmation import draw_report
 
 pytest_plugins = ["ray_fixtures"]
 

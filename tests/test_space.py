@@ -9,8 +9,8 @@ import yaml
 
 from tune_mnist.errors import SearchSpaceError
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.tuning import space_file
-from tune_mnist.tuning.space import SearchSpace, available_spaces, load_space
+from tune_mnist.runs import space as space_file
+from tune_mnist.runs.space import SearchSpace, available_spaces, load_space
 
 NAMES = ["default", "quick", "refined", "sgd"]
 

@@ -26,14 +26,12 @@ from ray.cluster_utils import Cluster
 from s3_server import CREDENTIALS, S3, s3_server
 from scripted import Script
 
-from tune_mnist.analysis.history import History, Row, TrialRecord
-from tune_mnist.analysis.rows import COLUMNS
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.tuning import claim, copying, remote, storage
-from tune_mnist.tuning.checkpoints import Checkpoints
-from tune_mnist.tuning.remote import RemoteRun
-from tune_mnist.tuning.uri import storage_uri
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import COLUMNS, History, Row, TrialRecord
+from tune_mnist.tuning import remote, sync
+from tune_mnist.tuning.remote import RemoteRun, storage_uri
 
 pytest_plugins = ["ray_fixtures"]
 
@@ -61,17 +59,17 @@ def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 def hurry() -> None:
     """Have this process be as impatient as tests are."""
-    replace(copying, "COPY_EVERY", 0.1)
-    replace(copying, "CLOSING_PATIENCE", 1.0)
+    replace(sync, "COPY_EVERY", 0.1)
+    replace(sync, "CLOSING_PATIENCE", 1.0)
     replace(remote, "PATIENCE", 1)
-    replace(claim, "LEASE", 2.0)
-    replace(claim, "SIGN_EVERY", 0.2)
-    replace(claim, "LOOK_EVERY", 0.1)
+    replace(remote, "LEASE", 2.0)
+    replace(remote, "SIGN_EVERY", 0.2)
+    replace(remote, "LOOK_EVERY", 0.1)
 
 
 def hurry_now_and_then() -> None:
     hurry()
-    replace(copying, "COPY_EVERY", 1.0)
+    replace(sync, "COPY_EVERY", 1.0)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -253,12 +251,12 @@ def search_alone(folder: RunFolder) -> None:
 def test_a_copy_can_be_gone_on_with_at_every_instant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copying, "COPY_EVERY", 0.005)
-    monkeypatch.setattr(copying, "COPY_SHARE", 1.0)
+    monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
+    monkeypatch.setattr(sync, "COPY_SHARE", 1.0)
     folder = make_run(tmp_path / "run", b"", b"")
     copy = RemoteRun((tmp_path / "there" / "run").as_uri())
     instants = Instants(tmp_path / "there" / "run", tmp_path / "instants", monkeypatch)
-    with storage.kept_in_line(folder, copy):
+    with sync.kept_in_line(folder, copy):
         search_alone(folder)
     monkeypatch.undo()
     seen = Counter[int]()
@@ -266,8 +264,8 @@ def test_a_copy_can_be_gone_on_with_at_every_instant(
         if not (instant / "search.yaml").exists():
             continue  # as good as none
         remote = RemoteRun(instant.as_uri())
-        fetched = storage.folder_for(remote, tmp_path / "fetched" / str(number))
-        storage.fetch_newer(fetched, remote)
+        fetched = sync.folder_for(remote, tmp_path / "fetched" / str(number))
+        sync.fetch_newer(fetched, remote)
         history = History.load(fetched)
         seen[len(history.rows)] += 1
         best = int(fetched.best_model.read_bytes()) if fetched.best_model.exists() else 0
@@ -294,7 +292,7 @@ def make_run(folder: Path, events: bytes, epochs: bytes) -> RunFolder:
 def test_a_folder_that_is_behind_its_copy_is_caught_up(tmp_path: Path) -> None:
     make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
     folder = make_run(tmp_path / "run", START % 0, ROWS[0] + b"0,")
-    with storage.kept_in_line(folder, RemoteRun((tmp_path / "there" / "run").as_uri())):
+    with sync.kept_in_line(folder, RemoteRun((tmp_path / "there" / "run").as_uri())):
         assert folder.epochs.read_bytes() == b"".join(ROWS)
         assert folder.events.read_bytes() == START % 0 + START % 1
 
@@ -303,7 +301,7 @@ def test_a_copy_that_is_behind_its_folder_is_caught_up(tmp_path: Path) -> None:
     there = make_run(tmp_path / "there" / "run", START % 0, ROWS[0])
     (there.checkpoints / "00000.state").write_bytes(b"of a trial that has ended")
     folder = make_run(tmp_path / "run", START % 0 + START % 1, b"".join(ROWS))
-    with storage.kept_in_line(folder, RemoteRun(there.path.as_uri())):
+    with sync.kept_in_line(folder, RemoteRun(there.path.as_uri())):
         pass
     assert contents_of(there.path) == contents_of(folder.path)
 
@@ -311,8 +309,8 @@ def test_a_copy_that_is_behind_its_folder_is_caught_up(tmp_path: Path) -> None:
 def test_epochs_of_trials_whose_start_was_not_copied_are_run_again(tmp_path: Path) -> None:
     there = make_run(tmp_path / "there" / "run", START % 0, b"".join(ROWS))
     copy = RemoteRun(there.path.as_uri())
-    folder = storage.folder_for(copy, tmp_path)
-    with storage.kept_in_line(folder, copy):
+    folder = sync.folder_for(copy, tmp_path)
+    with sync.kept_in_line(folder, copy):
         assert folder.epochs.read_bytes() == b"".join(ROWS[:2])
 
 
@@ -322,7 +320,7 @@ def test_a_run_that_went_on_in_both_places_is_refused(tmp_path: Path) -> None:
     before = contents_of(there.path)
     with (
         pytest.raises(RunFolderError, match="gone on with in both places"),
-        storage.kept_in_line(folder, RemoteRun(there.path.as_uri())),
+        sync.kept_in_line(folder, RemoteRun(there.path.as_uri())),
     ):
         pass
     assert contents_of(there.path) == before
@@ -330,7 +328,7 @@ def test_a_run_that_went_on_in_both_places_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_copy_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no run's copy: it has no search\.yaml"):
-        storage.folder_for(RemoteRun((tmp_path / "nothing").as_uri()), tmp_path)
+        sync.folder_for(RemoteRun((tmp_path / "nothing").as_uri()), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tune_mnist.analysis.history import METRICS, History
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.tuning.checkpoints import Checkpoints
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import METRICS, History
+from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.mirror import facts
-from tune_mnist.tuning.space import load_space
 from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study_file import facts
 
 SPACE = load_space("default")
 EPOCHS = 9

@@ -5,8 +5,8 @@ import pytest
 from recorded import RecordedSearch
 from rich.console import Console
 
-from tune_mnist.analysis.history import Metric
-from tune_mnist.analysis.summary import summary
+from tune_mnist.reporting.summary import summary
+from tune_mnist.runs.history import Metric
 
 
 @pytest.fixture

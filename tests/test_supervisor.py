@@ -11,15 +11,16 @@ from ray.exceptions import RayActorError
 from test_experiment import Course
 
 from tune_mnist.errors import SearchFailedError
-from tune_mnist.tuning.memory import OUT_OF_MEMORY
-from tune_mnist.tuning.scheduler import ExperimentScheduler, number_of
-from tune_mnist.tuning.searcher import ExperimentSearcher
-from tune_mnist.tuning.supervisor import (
+from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
+from tune_mnist.tuning.tune_adapters import (
     MAX_LOSSES,
     NODE_LOST,
+    ExperimentScheduler,
+    ExperimentSearcher,
     SearchOverError,
     Supervisor,
     describe,
+    number_of,
 )
 
 

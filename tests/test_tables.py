@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from recorded import RecordedSearch
 
-from tune_mnist.analysis.history import History, TrialRecord
-from tune_mnist.analysis.tables import best_table, read_table, trials_table, write_tables
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.runs.history import History, TrialRecord
+from tune_mnist.runs.tables import best_table, read_table, trials_table, write_tables
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from recorded import RecordedSearch
 
-from tune_mnist.analysis.history import TrialRecord
+from tune_mnist.runs.history import TrialRecord
+from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Rules
-from tune_mnist.tuning.space import load_space
 from tune_mnist.tuning.tally import Tally
 
 

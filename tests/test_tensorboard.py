@@ -9,8 +9,8 @@ from scripted import Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from tune_mnist.analysis.history import History, TrialRecord
-from tune_mnist.tuning.tensorboard import EventFiles
+from tune_mnist.runs.history import History, TrialRecord
+from tune_mnist.tuning.trackers import EventFiles
 
 pytest_plugins = ["ray_fixtures"]
 

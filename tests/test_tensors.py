@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from tune_mnist.mnist.data import Mnist, Split, split
-from tune_mnist.mnist.tensors import SplitTensors, normalised, scaled
+from tune_mnist.mnist.images import SplitTensors, normalised, scaled
 
 
 def read_only(data: Split) -> Split:

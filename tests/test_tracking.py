@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from recorded import RecordedSearch
 
-from tune_mnist.analysis.history import Row, TrialRecord
-from tune_mnist.tuning import tracking
-from tune_mnist.tuning.tracking import Tracking
+from tune_mnist.runs.history import Row, TrialRecord
+from tune_mnist.tuning import trackers as tracking
+from tune_mnist.tuning.trackers import Tracking
 
 PATIENCE = 60.0  # seconds that anything may take
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune_mnist.analysis.history import History, TrialRecord
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.cli import exit_code
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.net import Net
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.train import (
     TrainSettings,
     chosen_config,

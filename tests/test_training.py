@@ -17,8 +17,8 @@ from tune_mnist.mnist import host_run
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.evaluation import Score, evaluate
+from tune_mnist.mnist.images import normalised, scaled
 from tune_mnist.mnist.losses import smoothed_loss
-from tune_mnist.mnist.tensors import normalised, scaled
 from tune_mnist.mnist.training import EpochResult, load_weights, train
 
 SGD = TrainConfig(

@@ -13,10 +13,9 @@ from drivers import Searches, die_at, history_of
 from ray import tune
 from scripted import train_little
 
-from tune_mnist.analysis.history import History, Metric
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.trial import TrialEpoch, run_trial
+from tune_mnist.runs.history import Assignment, History, Metric
+from tune_mnist.tuning.worker import TrialEpoch, run_trial
 
 pytest_plugins = ["ray_fixtures"]
 

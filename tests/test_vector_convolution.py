@@ -7,8 +7,8 @@ from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("numba")
 
-from tune_mnist.mnist import vector_convolution as convolutions
-from tune_mnist.mnist.kernels import Floats
+from tune_mnist.mnist.cpu import llvm as convolutions
+from tune_mnist.mnist.cpu.loops import Floats
 
 pytestmark = pytest.mark.skipif(not convolutions.serves(8), reason="for CPUs with AVX-512 or AVX2")
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tune_mnist.analysis.wording import (
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.runs.formatting import (
     count,
     differences,
     duration,
@@ -13,7 +14,6 @@ from tune_mnist.analysis.wording import (
     setting,
     short_path,
 )
-from tune_mnist.mnist.config import TrainConfig
 
 BASELINE = TrainConfig().as_dict()
 

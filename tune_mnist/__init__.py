@@ -22,7 +22,7 @@ def load(run: str | os.PathLike[str]) -> Net:
 
     It maps images float32 [B, 1, 28, 28], light on dark, to log-probabilities [B, 10]:
 
-        from tune_mnist.mnist.tensors import normalised, scaled
+        from tune_mnist.mnist.images import normalised, scaled
         digits = net(normalised(scaled(images))).argmax(1)      # of images uint8 [B, 28, 28]
 
     Args:

@@ -5,7 +5,7 @@ python -m tune_mnist.confirm results/default --top 1 --seeds 2 --epochs 3 --imag
 """
 
 from tune_mnist.cli import run
-from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
+from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run
 
 if __name__ == "__main__":
     run("confirm", ConfirmSettings, confirm_run)

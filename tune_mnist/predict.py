@@ -49,8 +49,8 @@ def predict(settings: PredictSettings) -> None:
     import torch
 
     import tune_mnist
+    from tune_mnist.mnist.images import normalised, scaled
     from tune_mnist.mnist.picture import read_digit
-    from tune_mnist.mnist.tensors import normalised, scaled
 
     net = tune_mnist.load(settings.run)
     errors = []

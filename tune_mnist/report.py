@@ -47,8 +47,8 @@ def report(settings: ReportSettings) -> None:
     if not settings.runs:
         raise ConfigError("name a run's folder, such as results/default")
     # Here and not above: they take a second, and --help can do without.
-    from tune_mnist.analysis.report import report_path, write_report
-    from tune_mnist.analysis.runs import RunView
+    from tune_mnist.reporting.page import report_path, write_report
+    from tune_mnist.runs.view import RunView
 
     runs = [RunView.read(path) for path in settings.runs]
     path = settings.output or report_path(runs)

@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from tune_mnist.analysis.files import replace_file
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.cli import Interrupted, heeding_interrupts, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
-from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
-from tune_mnist.mnist.config_file import override, read_config
-from tune_mnist.mnist.precision import Precision, check_precision
+from tune_mnist.mnist.config import (
+    CONFIG_FIELDS,
+    Precision,
+    TrainConfig,
+    check_precision,
+    override,
+    read_config,
+)
 from tune_mnist.mnist.step_bar import StepBar
+from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
 # --help and a misspelt option are answered at once.
@@ -98,8 +103,7 @@ def train_by(settings: TrainSettings) -> None:
 
     from tune_mnist.mnist.data import load_mnist, split
     from tune_mnist.mnist.fused import keep_freed_memory
-    from tune_mnist.mnist.layers import layer_table
-    from tune_mnist.mnist.net import Net
+    from tune_mnist.mnist.net import Net, layer_table
     from tune_mnist.mnist.training import train
 
     device = chosen_device(settings.device)

@@ -7,10 +7,10 @@ that was asked for and counts as busy; the share of the steps alone is told besi
 
 from pathlib import Path
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.benchmarks.sources import Note
 from tune_mnist.errors import ConfigError
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
 
 
 def busy_shares(workers: list[list[Note]]) -> tuple[float, float]:

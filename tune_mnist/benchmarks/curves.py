@@ -26,9 +26,9 @@ from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.mnist.evaluation import Score, evaluate
 from tune_mnist.mnist.fused import keep_freed_memory
-from tune_mnist.mnist.tensors import SplitTensors
+from tune_mnist.mnist.images import SplitTensors
 from tune_mnist.mnist.training import EpochResult, load_weights, raw_weights, train
-from tune_mnist.tuning.space import load_space
+from tune_mnist.runs.space import load_space
 
 AtLeast1 = Parameter(validator=Number(gte=1))
 

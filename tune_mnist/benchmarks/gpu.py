@@ -12,10 +12,9 @@ from cyclopts.validators import Number
 
 from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.cli import tell
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import Precision, TrainConfig
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.mnist.device_run import DeviceRun
-from tune_mnist.mnist.precision import Precision
 from tune_mnist.mnist.training import train
 
 VARIANTS: dict[str, tuple[Precision, bool]] = {  # precision; captured as a CUDA graph

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune_mnist.analysis.files import replace_file
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
+from tune_mnist.runs.files import replace_file
 
 COLUMNS = ("part", "subject", "quantity", "round", "value")
 

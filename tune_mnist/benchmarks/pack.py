@@ -21,7 +21,6 @@ from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.cli import tell
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.tuning.cluster import connected
-from tune_mnist.tuning.nodes import Node
 from tune_mnist.tuning.packing import (
     AS_GOOD,
     Packing,
@@ -31,6 +30,7 @@ from tune_mnist.tuning.packing import (
     packings,
     probe_packing,
 )
+from tune_mnist.tuning.resources import Node
 
 MPS = "nvidia-cuda-mps-control"
 MPS_PATIENCE = 10.0  # seconds that its daemon may take to start, and to end

@@ -11,7 +11,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_mnist.benchmarks.peer_task import REDUCTION_FACTOR, Task, note_epoch
-from tune_mnist.tuning.parameter import Distribution
+from tune_mnist.runs.parameter import Distribution
 
 
 def train_mnist(config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from tune_mnist.benchmarks.peer_task import REDUCTION_FACTOR, Task, note_epoch
 from tune_mnist.mnist.config import choices_of, is_integer
-from tune_mnist.tuning.parameter import Distribution
+from tune_mnist.runs.parameter import Distribution
 
 
 def domain(distribution: Distribution) -> Any:

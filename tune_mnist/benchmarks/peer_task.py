@@ -17,8 +17,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import HOLDOUT_SHARE, choose_stratified, load_mnist
-from tune_mnist.tuning.parameter import Distribution
-from tune_mnist.tuning.space import SearchSpace, load_space
+from tune_mnist.runs.parameter import Distribution
+from tune_mnist.runs.space import SearchSpace, load_space
 
 CHOSEN = ("train", "val")  # files <name>.npy: which of the 60,000 images
 REDUCTION_FACTOR = 3  # of successive halving, from epoch 1 on; in every system

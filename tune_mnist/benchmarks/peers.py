@@ -19,13 +19,13 @@ from typing import Annotated, Any, Literal, get_args
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
 from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.peer_task import Progress, Task, read_progress, write_chosen
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import default_data_dir, load_mnist
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
 
 System = Literal["ours", "ray", "optuna_threads", "optuna_processes", "syne_tune"]
 GOOD = 0.99  # validation accuracy

@@ -6,8 +6,8 @@ accuracy after the last one, over the configurations of one schedule and over al
 
 import pandas as pd
 
-from tune_mnist.analysis.intervals import interval
 from tune_mnist.benchmarks.recorded_curves import PREFIX
+from tune_mnist.runs.confirmed import interval
 
 YOUNG = (1, 3, 9)  # ASHA's rungs
 

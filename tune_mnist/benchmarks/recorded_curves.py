@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
-from tune_mnist.tuning.space import SearchSpace
+from tune_mnist.runs.space import SearchSpace
 
 Floats = npt.NDArray[np.float64]
 Weights = Literal["raw", "averaged"]

@@ -20,14 +20,14 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from tune_mnist.analysis.intervals import interval
 from tune_mnist.benchmarks.measurements import Measurements, json_line, usable_cores, write_file
 from tune_mnist.benchmarks.rank_correlations import rank_correlations
 from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
 from tune_mnist.benchmarks.replay_line_up import OURS, LineUp, line_up
 from tune_mnist.benchmarks.replay_systems import Search
 from tune_mnist.cli import tell
-from tune_mnist.tuning.space import load_space
+from tune_mnist.runs.confirmed import interval
+from tune_mnist.runs.space import load_space
 
 CHUNK = 25  # searches that a process runs in one go
 AtLeast1 = Parameter(validator=Number(gte=1))
@@ -121,9 +121,9 @@ def picks(
     pick, best = 0, (-math.inf, -math.inf)
     found = []
     for row, epoch in islice(epochs_of(search, curves, at_once), max(budgets)):
-        merit = (curves.val_accuracy[row, epoch - 1], -curves.val_loss[row, epoch - 1])
-        if merit > best:  # false where the epoch diverged
-            pick, best = row, merit
+        score = (curves.val_accuracy[row, epoch - 1], -curves.val_loss[row, epoch - 1])
+        if score > best:  # false where the epoch diverged
+            pick, best = row, score
         found.append(pick)
     # A search that has run through all that is recorded stays with its pick.
     return [found[min(budget, len(found)) - 1] for budget in budgets]

@@ -10,8 +10,8 @@ from optuna.samplers import TPESampler
 
 from tune_mnist.benchmarks.recorded_curves import Weights
 from tune_mnist.benchmarks.replay_systems import Optuna, Ours, Random, Ray, RayAsha, Search
+from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.space import SearchSpace
 
 LineUp = Literal["systems", "stopping", "sampling"]
 Build = Callable[[SearchSpace, int, int], Search]  # space, epochs of a trial, seed

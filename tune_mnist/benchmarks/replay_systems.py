@@ -18,8 +18,8 @@ from ray.tune.schedulers.trial_scheduler import TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.tuning.rungs import Rungs
-from tune_mnist.tuning.space import SearchSpace
+from tune_mnist.runs.space import SearchSpace
+from tune_mnist.tuning.asha import Rungs
 from tune_mnist.tuning.study import SamplerSettings, Study
 
 METRIC = "val_accuracy"

@@ -20,8 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_mnist.benchmarks.sources import Trivial
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.trial import TrialEpoch
+from tune_mnist.runs.history import Assignment
+from tune_mnist.tuning.worker import TrialEpoch
 
 
 class Mark(NamedTuple):

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.trial import EpochSource, TrialEpoch
+from tune_mnist.runs.history import Assignment
+from tune_mnist.tuning.worker import EpochSource, TrialEpoch
 
 
 @dataclass(frozen=True)

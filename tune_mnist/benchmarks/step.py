@@ -16,11 +16,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from tune_mnist.analysis.wording import count
 from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import load_mnist
+from tune_mnist.runs.formatting import count
 
 VARIANTS = {
     "textbook": "DataLoader, ToTensor, Normalize, torch's modules",

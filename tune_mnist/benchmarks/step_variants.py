@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from tune_mnist.benchmarks.textbook import evaluate_textbook, textbook_loader
-from tune_mnist.mnist import kernels
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.cpu import loops as kernels
 from tune_mnist.mnist.data import Split, default_data_dir, load_mnist, split
 from tune_mnist.mnist.evaluation import evaluate
 from tune_mnist.mnist.fused import keep_freed_memory
+from tune_mnist.mnist.images import SplitTensors, normalised, scaled
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.tensors import SplitTensors, normalised, scaled
 from tune_mnist.mnist.training import train
 
 WARM_UP = 5  # steps; one pass of an evaluation

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
+from tune_mnist.mnist.images import PIXEL_MEAN, PIXEL_STD
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.tensors import PIXEL_MEAN, PIXEL_STD
 
 Loader = DataLoader[Any]
 

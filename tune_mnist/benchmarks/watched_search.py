@@ -117,7 +117,7 @@ def main(source: str, notes: str, arguments: Sequence[str]) -> int:
     from tune_mnist.cli import exit_code
     from tune_mnist.tuning.launch import search
     from tune_mnist.tuning.settings import SearchSettings
-    from tune_mnist.tuning.trial import EpochSource, train_assignment
+    from tune_mnist.tuning.worker import EpochSource, train_assignment
 
     trial: EpochSource = (
         train_assignment if source == "real" else Trivial(first=os.cpu_count() or 1)

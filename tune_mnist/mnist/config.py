@@ -3,10 +3,14 @@
 The defaults are the reference baseline: constant-rate SGD without augmentation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
+
+import yaml
 
 from tune_mnist.errors import ConfigError, did_you_mean
 
@@ -164,3 +168,94 @@ def _hint_for_number(value: Any) -> str:
     return (
         f" (text: YAML needs a dot and a signed exponent; write {'e'.join((dotted, *exponent))})"
     )
+
+
+# MERGED-DOC mnist.config_file: A configuration as people write it: a YAML file, and `NAME=VALUE`
+# texts over it.
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a configuration from a YAML mapping of hyperparameters; the others keep their defaults.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name or value in it is not usable.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        rule = "must hold hyperparameters, one `name: value` a line"
+        raise ConfigError(f"{path}: {rule}, but holds {str(values)[:60]!r}")
+    try:
+        return TrainConfig.from_mapping(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def override(config: TrainConfig, texts: Iterable[str]) -> TrainConfig:
+    """Put `NAME=VALUE` texts over a configuration; a later one goes over an earlier one.
+
+    Raises:
+        ConfigError: a text is of another form, or a name or value is not usable.
+    """
+    values: dict[str, Any] = dict(config.as_dict())
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"must be NAME=VALUE, as in lr=0.05, but got {text!r}")
+        check_name(name)
+        values[name] = check_value(name, _parse_value(name, value))
+    return TrainConfig.from_mapping(values)
+
+
+def _parse_value(name: str, text: str) -> Any:
+    if not choices_of(name):
+        with suppress(ValueError):  # before YAML, which takes 1e-4 for text
+            return float(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the check of the value says what would do
+
+
+# MERGED-DOC mnist.precision: How precisely a GPU computes the training steps. float32 is the
+# default: only its losses can be compared with a CPU's, step by step. Evaluation is always in
+# float32, and so are weights, their updates and batch norm's statistics.
+
+Precision = Literal["float32", "tf32", "bf16"]
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Raise ConfigError unless the device computes as precisely as asked, and no more so."""
+    if precision != "float32" and device == "cpu":
+        raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
+
+
+@contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Have CUDA compute float32 convolutions and products as they are, or rounded to TF32."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn  # whose `conv` its type lacks
+    settings = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:  # torch's own default is TF32 for convolutions
+        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def forward_in(precision: Precision, device: str) -> AbstractContextManager[object]:
+    """Return the context in which a forward pass computes in bfloat16 where that is asked for."""
+    if precision != "bf16":
+        return nullcontext()
+    import torch
+
+    # A captured graph must round the weights anew at each replay: none are kept rounded.
+    return torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)

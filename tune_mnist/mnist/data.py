@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
-from tune_mnist.mnist.fetch import (
+from tune_mnist.mnist.download import (
     TEST_IMAGES,
     TEST_LABELS,
     TRAIN_IMAGES,

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist.augment import augments
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import Precision, TrainConfig, products_in
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.device_step import DeviceStep, StepKind, step_columns
 from tune_mnist.mnist.epoch import Epoch, StepListener, draw_order, draw_seeds
 from tune_mnist.mnist.evaluation import Score, tally
+from tune_mnist.mnist.images import augments
 from tune_mnist.mnist.optim import learning_rates
-from tune_mnist.mnist.precision import Precision, products_in
 from tune_mnist.mnist.run_state import initial_state, put_state, state_of, vectors_of
 from tune_mnist.mnist.workspace import Workspace
 

@@ -11,16 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist.augment import Amounts, amounts_of, distort
-from tune_mnist.mnist.config import Optimizer, TrainConfig
-from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, Columns, FlatOptimizer, as_table
+from tune_mnist.mnist.config import Optimizer, Precision, TrainConfig, forward_in, products_in
 from tune_mnist.mnist.fused import training_forward
 from tune_mnist.mnist.graphs import capture
+from tune_mnist.mnist.images import Amounts, SplitTensors, amounts_of, distort, normalised, scaled
 from tune_mnist.mnist.losses import smoothed_loss
-from tune_mnist.mnist.optim import Floats, averaging_decay
-from tune_mnist.mnist.precision import Precision, forward_in, products_in
-from tune_mnist.mnist.tensors import SplitTensors, normalised, scaled
+from tune_mnist.mnist.optim import (
+    FLAT_OPTIMIZERS,
+    Columns,
+    FlatNet,
+    FlatOptimizer,
+    Floats,
+    as_table,
+    averaging_decay,
+    flat,
+)
 
 
 class StepKind(NamedTuple):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tune_mnist.mnist.fused import evaluation_forward
+from tune_mnist.mnist.images import normalised, scaled
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.tensors import normalised, scaled
 
 EVALUATION_BATCH = 1000  # images turned from bytes to floats at a time on a CPU: 3 MB
 

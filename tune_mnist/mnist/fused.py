@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tune_mnist.mnist import kernels
-from tune_mnist.mnist.convolution import convolve, image_gradient, weight_gradient
+from tune_mnist.mnist.cpu import loops as kernels
+from tune_mnist.mnist.cpu.convolution import convolve, image_gradient, weight_gradient
 from tune_mnist.mnist.net import IMAGE_SHAPE, NORMS, Net, check_dropout
 
 _LAST = torch.channels_last

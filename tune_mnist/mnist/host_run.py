@@ -8,18 +8,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_mnist.mnist.augment import amounts_of, augments, distort
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.epoch import Epoch, StepListener, draw_order, draw_seeds
 from tune_mnist.mnist.evaluation import Score, evaluate
-from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FLAT_OPTIMIZERS, FlatOptimizer, as_table
 from tune_mnist.mnist.fused import training_forward
+from tune_mnist.mnist.images import SplitTensors, amounts_of, augments, distort, normalised, scaled
 from tune_mnist.mnist.losses import first_not_finite, smoothed_loss
-from tune_mnist.mnist.optim import averaging_decay, learning_rates
+from tune_mnist.mnist.optim import (
+    FLAT_OPTIMIZERS,
+    FlatNet,
+    FlatOptimizer,
+    as_table,
+    averaging_decay,
+    flat,
+    learning_rates,
+)
 from tune_mnist.mnist.run_state import initial_state, put_state, state_of, vectors_of
-from tune_mnist.mnist.tensors import SplitTensors, normalised, scaled
 
 DIVERGENCE_CHECK_EVERY = 32  # steps
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.epoch import draw_net
-from tune_mnist.mnist.flat_net import FlatNet, flat
-from tune_mnist.mnist.flat_optim import FlatOptimizer
+from tune_mnist.mnist.optim import FlatNet, FlatOptimizer, flat
 
 State = dict[str, Any]
 

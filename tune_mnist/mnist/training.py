@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.device_run import DeviceRun
 from tune_mnist.mnist.epoch import Epoch, StepListener
@@ -21,7 +21,6 @@ from tune_mnist.mnist.evaluation import Score
 from tune_mnist.mnist.host_run import HostRun
 from tune_mnist.mnist.losses import first_not_finite, mean_per_image
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.precision import Precision, check_precision
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.device_step import DeviceStep, StepKind
-from tune_mnist.mnist.tensors import SplitTensors
+from tune_mnist.mnist.images import SplitTensors
 
 _MOST_STEPS = 16  # kept prepared; a search of the default space has four kinds
 

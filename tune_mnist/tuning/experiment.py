@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from tune_mnist.analysis.history import History, Metric, Origin, Row, State, TrialRecord
-from tune_mnist.analysis.ranking import counts, merit
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.tuning.assignment import Assignment
-from tune_mnist.tuning.checkpoints import Checkpoints
-from tune_mnist.tuning.rungs import Rungs
-from tune_mnist.tuning.space import SearchSpace
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.history import Assignment, History, Metric, Origin, Row, State, TrialRecord
+from tune_mnist.runs.ranking import counts, score
+from tune_mnist.runs.space import SearchSpace
+from tune_mnist.tuning.asha import Rungs
 from tune_mnist.tuning.study import Study
 
 OPTUNA_STATES: dict[State, TrialState] = {
@@ -34,7 +33,7 @@ OPTUNA_STATES: dict[State, TrialState] = {
 
 
 @dataclass(frozen=True)
-class Listed:
+class FixedTrial:
     """A trial that is settled before the first one starts."""
 
     config: TrainConfig
@@ -55,7 +54,7 @@ class Rules:
     reduction_factor: float
     startup_trials: int
     seed: int
-    listed: Sequence[Listed] = ()  # all the trials; without it, the space's and the sampler's
+    listed: Sequence[FixedTrial] = ()  # all the trials; without it, the space's and the sampler's
 
 
 class Experiment:
@@ -197,23 +196,23 @@ class Experiment:
         metric = self.rules.metric
         if not counts(row, metric):
             return False
-        if self.best and merit(row, metric) <= merit(self.best[1], metric):
+        if self.best and score(row, metric) <= score(self.best[1], metric):
             return False
         self.best = (record, row)
         return True
 
-    def _propose(self, number: int, ray_id: str) -> Listed:
+    def _propose(self, number: int, ray_id: str) -> FixedTrial:
         """Choose trial `number`'s configuration and start it in the study."""
         space, seed = self.rules.space, _trial_seed(self.rules.seed, number)
         if self.rules.listed or number == 0:
-            listed = self.rules.listed or [Listed(space.baseline(), seed, "baseline")]
+            listed = self.rules.listed or [FixedTrial(space.baseline(), seed, "baseline")]
             settled = listed[number]
             template = _template(number, space, settled.config, {"ray_trial_id": ray_id})
             self._study.add(template)
             return settled
         fixed = space.start[number - 1] if number <= len(space.start) else {}
         sampled = self._study.ask(number, space.sample, fixed, {"ray_trial_id": ray_id})
-        return Listed(TrainConfig.from_mapping(sampled), seed, "start" if fixed else "sampled")
+        return FixedTrial(TrainConfig.from_mapping(sampled), seed, "start" if fixed else "sampled")
 
     def _take_up_history(self) -> None:
         """Rebuild study, rungs and best from the record, and queue what was broken off."""

@@ -11,27 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.listing import listing
-from tune_mnist.analysis.run import RunFolder, check_new_run
-from tune_mnist.analysis.summary import summary
-from tune_mnist.analysis.wording import duration
 from tune_mnist.cli import tell
 from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.reporting.summary import listing, summary
+from tune_mnist.runs.folder import RunFolder, check_new_run
+from tune_mnist.runs.formatting import duration
+from tune_mnist.runs.history import History
 from tune_mnist.tuning.cluster import connected
-from tune_mnist.tuning.confirm_run import ConfirmSettings, confirm_run
-from tune_mnist.tuning.display import announce, start_line
-from tune_mnist.tuning.drawing import draw_report
-from tune_mnist.tuning.mlflow import check_mlflow, mlflow_trackers
-from tune_mnist.tuning.nodes import Share, living_nodes
+from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run, draw_report
+from tune_mnist.tuning.live_view import Progress, announce, start_line
+from tune_mnist.tuning.packing import settle_share
 from tune_mnist.tuning.plan import Plan
-from tune_mnist.tuning.progress import Progress
 from tune_mnist.tuning.remote import RemoteRun
-from tune_mnist.tuning.runner import Machinery, run_session, writing
+from tune_mnist.tuning.resources import TrialResources, living_nodes
+from tune_mnist.tuning.runner import Runtime, run_session, writing
 from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.sharing import settle_share
-from tune_mnist.tuning.storage import check_new_copy, folder_for, kept_in_line
-from tune_mnist.tuning.trial import EpochSource, train_assignment
+from tune_mnist.tuning.sync import check_new_copy, folder_for, kept_in_line
+from tune_mnist.tuning.trackers import check_mlflow, mlflow_trackers
+from tune_mnist.tuning.worker import EpochSource, train_assignment
 
 
 def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> int:
@@ -121,13 +118,13 @@ def _run(
     history: History,
     plan: Plan,
     settings: SearchSettings,
-    share: Share,
+    share: TrialResources,
     data: Split,
     epochs_of: EpochSource | None,
 ) -> int:
     with writing(folder):
         history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
-    machinery = Machinery(
+    machinery = Runtime(
         share,
         settings.max_concurrent,
         settings.retries,

@@ -5,6 +5,7 @@ idle the more threads one of them is given, and one of them fills no GPU.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tune_mnist.cli import tell
 from tune_mnist.errors import ClusterError
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.nodes import Node, Share, in_words, living_nodes
+from tune_mnist.runs.formatting import count
+from tune_mnist.tuning.resources import Node, TrialResources, in_words, living_nodes
+from tune_mnist.tuning.settings import SearchSettings
 
 PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is tried
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
@@ -30,7 +34,7 @@ class Packing:
     """So many trials at once on a node, each with its share."""
 
     at_once: int
-    share: Share
+    share: TrialResources
 
     def __str__(self) -> str:
         trials = "1 trial" if self.at_once == 1 else f"{self.at_once} trials"
@@ -77,13 +81,15 @@ def packings(node: Node) -> list[Packing]:
         cores = cpus / node.gpus  # for the trials of one GPU
         counts = [2**power for power in range(6) if 2**power <= 2 * cores]
         return [
-            Packing(count, Share(cpus=round(min(1.0, cores / count), 4), gpus=1 / count))
+            Packing(count, TrialResources(cpus=round(min(1.0, cores / count), 4), gpus=1 / count))
             for count in counts or [1]
         ]
     counts = [2**power for power in range(cpus.bit_length()) if 2**power <= cpus]
     if counts[-1] != cpus:
         counts.append(cpus)
-    return [Packing(count, Share(cpus=float(cpus // count), gpus=0.0)) for count in counts]
+    return [
+        Packing(count, TrialResources(cpus=float(cpus // count), gpus=0.0)) for count in counts
+    ]
 
 
 def probe_all(
@@ -210,3 +216,52 @@ def _may_be_better(packing: Packing, probes: Sequence[Probe], node: Node) -> boo
         packing.at_once * probes[-1].megabytes < MEMORY_SHARE * node.megabytes
     )
     return fits and probes[-1].epochs_per_hour >= WORSE * best
+
+
+# MERGED-DOC tuning.sharing: What one trial takes of the machines: as asked, or as tried.
+
+DEFAULT_GPU_SHARE = 0.25
+PACK_SECONDS = 5.0  # that each packing is tried
+
+
+def settle_share(settings: SearchSettings, data: Split, precision: Precision) -> TrialResources:
+    """Settle what one trial takes, and see that at least one fits.
+
+    Raises:
+        ClusterError: no node has that much.
+        ConfigError: the precision asked for is a GPU's, and a trial takes none.
+    """
+    share = _tried_share(data) if settings.pack == "auto" else _asked_share(settings)
+    if not share.gpus:
+        check_precision(precision, "cpu")
+    return share
+
+
+def _asked_share(settings: SearchSettings) -> TrialResources:
+    nodes = living_nodes()
+    gpus = settings.gpus_per_trial
+    if gpus is None:
+        gpus = DEFAULT_GPU_SHARE if any(node.gpus for node in nodes) else 0.0
+    share = TrialResources(cpus=settings.cpus_per_trial, gpus=gpus)
+    if share.slots(nodes) == 0:
+        raise ClusterError(
+            f"no node can run a trial of {in_words(share.cpus, share.gpus)}: there is "
+            f"{_offers(nodes)}; ask for less with --cpus-per-trial or --gpus-per-trial"
+        )
+    return share
+
+
+def _offers(nodes: Sequence[Node]) -> str:
+    alike = Counter(in_words(node.cpus, node.gpus) for node in nodes)
+    return ", ".join(f"{count(number, 'node')} of {each}" for each, number in alike.most_common())
+
+
+def _tried_share(data: Split) -> TrialResources:
+    """Try what serves the machine best, and say so."""
+
+    def say(probe: Probe) -> None:
+        tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
+
+    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say))
+    tell(f"pack: {best.packing} it is; without trying: {best.packing.options()}")
+    return best.packing.share

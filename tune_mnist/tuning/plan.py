@@ -12,15 +12,15 @@ from types import NoneType
 from typing import Any, Self, get_args
 
 import tune_mnist
-from tune_mnist.analysis.history import Metric
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.analysis.runs import refuse_confirmation
 from tune_mnist.errors import RunFolderError, TuneMnistError
-from tune_mnist.mnist.precision import Precision
+from tune_mnist.mnist.config import Precision
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import Metric
+from tune_mnist.runs.space import SearchSpace, load_space
+from tune_mnist.runs.view import refuse_confirmation
 from tune_mnist.tuning.experiment import Rules
+from tune_mnist.tuning.remote import storage_uri
 from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.space import SearchSpace, load_space
-from tune_mnist.tuning.uri import storage_uri
 
 DEFAULT_TRIALS = 50
 CONFIRMING = 0.5  # of a time budget: what --confirm may have of it

@@ -14,25 +14,26 @@ from types import FrameType
 from ray import tune
 from ray.tune.experiment import Trial
 
-from tune_mnist.analysis.history import History
-from tune_mnist.analysis.run import RunFolder
-from tune_mnist.analysis.tables import write_tables
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.mnist.data import Split
-from tune_mnist.tuning.checkpoints import Checkpoints
-from tune_mnist.tuning.client import staging_in
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History
+from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.memory import memory_kills_survived
-from tune_mnist.tuning.mirror import Mirror
-from tune_mnist.tuning.nodes import Room, Share
-from tune_mnist.tuning.progress import Progress
-from tune_mnist.tuning.scheduler import ExperimentScheduler
-from tune_mnist.tuning.searcher import ExperimentSearcher
+from tune_mnist.tuning.live_view import Progress
+from tune_mnist.tuning.ray_patches import memory_kills_survived, staging_in
+from tune_mnist.tuning.resources import Room, TrialResources
 from tune_mnist.tuning.study import SamplerSettings, Study
-from tune_mnist.tuning.supervisor import SearchOverError, Supervisor
-from tune_mnist.tuning.tensorboard import EventFiles
-from tune_mnist.tuning.tracking import Tracker, Tracking
-from tune_mnist.tuning.trial import EpochSource, run_trial, train_assignment
+from tune_mnist.tuning.study_file import StudyFile
+from tune_mnist.tuning.trackers import EventFiles, Tracker, Tracking
+from tune_mnist.tuning.tune_adapters import (
+    ExperimentScheduler,
+    ExperimentSearcher,
+    SearchOverError,
+    Supervisor,
+)
+from tune_mnist.tuning.worker import EpochSource, run_trial, train_assignment
 
 # Tune's own bookkeeping would write every result a second time, and snapshot what the run's
 # folder already holds.
@@ -48,10 +49,10 @@ _TUNE_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Machinery:
+class Runtime:
     """What a search runs with, beside its rules."""
 
-    share: Share
+    share: TrialResources
     max_concurrent: int | None
     retries: int
     hang_timeout: float
@@ -72,7 +73,7 @@ def run_session(
     folder: RunFolder,
     history: History,
     rules: Rules,
-    machinery: Machinery,
+    machinery: Runtime,
     split: Split,
     progress: Progress,
 ) -> Ending:
@@ -87,7 +88,7 @@ def run_session(
         Study(
             SamplerSettings(rules.seed, rules.startup_trials),
             rules.metric,
-            Mirror(folder.study, rules.metric),
+            StudyFile(folder.study, rules.metric),
         ),
         Checkpoints(folder),
     )
@@ -108,7 +109,7 @@ def run_session(
 def _fit(
     experiment: Experiment,
     supervisor: Supervisor,
-    machinery: Machinery,
+    machinery: Runtime,
     split: Split,
     progress: Progress,
 ) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from tune_mnist.analysis.history import Metric
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.precision import Precision
-from tune_mnist.tuning.uri import is_uri, storage_uri
+from tune_mnist.mnist.config import Precision
+from tune_mnist.runs.history import Metric
+from tune_mnist.tuning.remote import is_uri, storage_uri
 
 _WHAT = Group.create_ordered("What to search")
 _HOW = Group.create_ordered("How to search")

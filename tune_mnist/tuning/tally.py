@@ -3,9 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from tune_mnist.analysis.history import History, Row, State, TrialRecord
-from tune_mnist.analysis.ranking import counts, merit
-from tune_mnist.analysis.wording import differences, duration
+from tune_mnist.runs.formatting import differences, duration
+from tune_mnist.runs.history import History, Row, State, TrialRecord
+from tune_mnist.runs.ranking import counts, score
 from tune_mnist.tuning.experiment import Rules
 
 
@@ -103,10 +103,10 @@ class Tally:
         metric = self.rules.metric
         if not counts(row, metric):
             return
-        if self.best is None or merit(row, metric) > merit(self.best[1], metric):
+        if self.best is None or score(row, metric) > score(self.best[1], metric):
             self.best = record, row
         if record.origin == "baseline" and (
-            self.baseline is None or merit(row, metric) > merit(self.baseline[1], metric)
+            self.baseline is None or score(row, metric) > score(self.baseline[1], metric)
         ):
             self.baseline = record, row
 

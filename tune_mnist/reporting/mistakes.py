@@ -1,0 +1,89 @@
+"""The test digits that a run's best model gets wrong."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tune_mnist.mnist.data import read_test_set
+from tune_mnist.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from tune_mnist.mnist.model_file import SavedModel
+
+
+_BATCH = 1000  # images
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A digit that was read wrongly."""
+
+    index: int  # in the test set
+    label: int
+    guess: int
+    confidence: float  # the probability that the model gave its guess
+    image: npt.NDArray[np.uint8]  # [28, 28]
+
+    def png(self) -> str:
+        """Return the digit, dark on light, as a data URI."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(255 - self.image).save(buffer, "png", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """What a model does on the test set."""
+
+    confusion: npt.NDArray[np.int64]  # [label, guess]: how many images
+    wrong: list[Mistake]  # the most confident first
+    facts: dict[str, Any]  # of the model: its trial, its epoch, ...
+
+
+def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
+    """Have a run's best model read the test set.
+
+    Raises:
+        TuneMnistError: there is no model that can be read, or no test set on this machine.
+    """
+    images, labels = read_test_set(data_dir)
+    # Here and not above: torch takes seconds to import, and a report can do without.
+    from tune_mnist.mnist.model_file import load_model
+
+    model = load_model(folder.best_model)
+    probabilities = _probabilities(model, images)
+    guesses = probabilities.argmax(axis=1)
+    confusion = np.zeros((10, 10), dtype=np.int64)
+    np.add.at(confusion, (labels, guesses), 1)
+    wrong = [
+        Mistake(
+            index=int(index),
+            label=int(labels[index]),
+            guess=int(guesses[index]),
+            confidence=float(probabilities[index].max()),
+            image=images[index],
+        )
+        for index in np.flatnonzero(guesses != labels)
+    ]
+    wrong.sort(key=lambda mistake: -mistake.confidence)
+    return Mistakes(confusion, wrong, dict(model.facts))
+
+
+def _probabilities(model: "SavedModel", images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    import torch
+
+    from tune_mnist.mnist.fused import evaluation_forward
+    from tune_mnist.mnist.images import normalised, scaled
+
+    batches = torch.split(torch.from_numpy(images.copy()), _BATCH)
+    with torch.inference_mode():
+        outputs = [evaluation_forward(model.net, normalised(scaled(batch))) for batch in batches]
+    probabilities: npt.NDArray[np.float32] = torch.cat(outputs).exp().numpy()
+    return probabilities

@@ -1,0 +1,101 @@
+"""The saved states of unfinished trials, and the model of the best one.
+
+A checkpoint is a line of JSON (the epoch's row, the state's length and checksum), then the state.
+The one before is kept beside it, for the case that the newest cannot be read: they are written
+without waiting for the disk, so a power cut may leave one empty or cut short. Nothing here is
+unpickled: the worker reads the state with torch's weights-only loader.
+"""
+
+import contextlib
+import json
+import math
+import zlib
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import COLUMNS, Row
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trial's state after an epoch, and what the epoch came to."""
+
+    row: Row
+    state: bytes
+
+
+class Checkpoints:
+    """The checkpoints of a run, kept in its folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def save(self, number: int, row: Row, state: bytes) -> None:
+        """Keep a trial's newest state, and the one before.
+
+        Raises:
+            OSError: it could not be written; the older ones are untouched.
+        """
+        newest, before = self._paths(number)
+        header = {"row": row, "size": len(state), "crc32": zlib.crc32(state)}
+        content = json.dumps(header).encode() + b"\n" + state
+        replace_file(newest, content, keep_as=before, sync=False)
+
+    def load(self, number: int, *, up_to: float = math.inf) -> Checkpoint | None:
+        """Return a trial's newest state that can be read, or None.
+
+        Args:
+            number: the trial's.
+            up_to: the last epoch of interest. After a power cut a checkpoint can be ahead of the
+                rows of `epochs.csv`; to go on from there would leave a gap in them.
+        """
+        for path in self._paths(number):
+            # Absent or damaged: the one before, or from the start.
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+                checkpoint = _parse(path.read_bytes())
+                if int(checkpoint.row["epoch"] or 0) <= up_to:
+                    return checkpoint
+        return None
+
+    def remove(self, number: int) -> None:
+        """Drop a finished trial's states."""
+        for path in self._paths(number):
+            path.unlink(missing_ok=True)
+
+    def remove_others(self, unfinished: Container[int]) -> None:
+        """Drop the states of all but these trials, such as a kill right after an end leaves."""
+        for path in self._folder.checkpoints.glob("*.state"):
+            number = path.name.partition(".")[0]
+            if number.isdigit() and int(number) not in unfinished:
+                path.unlink(missing_ok=True)
+
+    def save_best(self, model: bytes) -> None:
+        """Keep the best trial's model, a file that its worker has made.
+
+        Raises:
+            OSError: it could not be written; the one before is untouched.
+        """
+        replace_file(self._folder.best_model, model)
+
+    def _paths(self, number: int) -> tuple[Path, Path]:
+        stem = self._folder.checkpoints / f"{number:05d}"
+        return stem.with_suffix(".state"), stem.with_suffix(".before.state")
+
+
+def _parse(content: bytes) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError, LookupError, TypeError, RecursionError: it is damaged.
+    """
+    header, _, state = content.partition(b"\n")
+    facts = json.loads(header)
+    if (len(state), zlib.crc32(state)) != (facts["size"], facts["crc32"]):
+        raise ValueError("the state is not the one that was written")
+    row = facts["row"]
+    if not set(COLUMNS) <= set(row):
+        raise ValueError("the row is not an epoch's")
+    return Checkpoint(row=row, state=state)

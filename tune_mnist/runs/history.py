@@ -1,0 +1,333 @@
+"""What happened in a search: its trials and their epochs, as its files tell it.
+
+`events.jsonl` and `epochs.csv` only ever grow and are the whole truth of a run; every other file
+can be made again from them. One process writes (the search's driver), any number may read.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.files import AppendLog
+from tune_mnist.runs.folder import RunFolder
+
+# MERGED-DOC analysis.rows: One epoch of one trial: its columns, and the line of `epochs.csv` that
+# holds it.
+
+INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
+METRICS = (
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "test_correct",
+    "seconds",
+    "evaluation_seconds",
+    "diverged_step",
+)
+COLUMNS = ("trial", *METRICS, "elapsed")
+
+Row = dict[str, float | int | None]
+
+
+def format_row(row: Row) -> str:
+    """Return an epoch as a line of CSV: floats in full, what was not measured left empty."""
+    return ",".join(_cell(column, row[column]) for column in COLUMNS)
+
+
+def _cell(column: str, value: float | int | None) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    # Plain numbers' own way to be written: NumPy's have another.
+    return int.__repr__(int(value)) if column in INTEGERS else float.__repr__(float(value))
+
+
+def parse_row(line: str) -> Row:
+    """Read a line that `format_row` wrote."""
+    cells = line.split(",")
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
+    row: Row = {}
+    for column, cell in zip(COLUMNS, cells, strict=True):
+        if column in INTEGERS:
+            row[column] = int(cell) if cell else None
+        else:
+            row[column] = float(cell) if cell else math.nan
+    return row
+
+
+def check_header(line: str) -> None:
+    """Refuse the first line of a file with other columns than these."""
+    if tuple(line.strip().split(",")) != COLUMNS:
+        raise ValueError(
+            f"the columns {','.join(COLUMNS)} were expected; another version of tune_mnist may "
+            "have written others"
+        )
+
+
+State = Literal["running", "complete", "stopped", "diverged", "failed"]
+Origin = Literal["baseline", "start", "sampled"]
+Metric = Literal["val_accuracy", "test_accuracy"]
+
+_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
+
+
+@dataclass
+class TrialRecord:
+    """One trial: what it was asked to do and what came of it."""
+
+    number: int  # Optuna's, the trial's one name in every file
+    config: dict[str, Any]  # every hyperparameter
+    seed: int
+    origin: Origin
+    ray_id: str = ""  # Ray's name for it, in the session that ran it last
+    state: State = "running"  # also while it waits, interrupted, to be gone on with
+    reason: str = ""  # why it was stopped, diverged or failed
+    retries: int = 0  # times it was started again after its worker died
+    started: float = math.nan  # seconds on the search's clock
+    ended: float = math.nan
+    started_at: float = math.nan  # seconds since 1970, by the driver's wall clock
+    ended_at: float = math.nan
+    rows: list[Row] = field(default_factory=list)  # one an epoch, in order
+
+    @property
+    def epochs(self) -> int:
+        """Epochs finished."""
+        return len(self.rows)
+
+    @property
+    def finite_rows(self) -> list[Row]:
+        """The epochs that did not diverge."""
+        return [row for row in self.rows if row["diverged_step"] is None]
+
+
+class History:
+    """The record of a search, in memory and on disk."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.trials: dict[int, TrialRecord] = {}
+        self._unfinished: dict[int, TrialRecord] = {}  # of the trials, for long searches
+        self.rows: list[tuple[TrialRecord, Row]] = []  # all epochs in the order they were judged
+        self.elapsed = 0.0  # last known time on the search's clock, over all sessions
+        self.closed_as: str | None = None  # how the last session ended; None: it was killed
+        self.sessions = 0
+        self._epochs_at_end: dict[int, int] = {}
+        self._events = AppendLog(folder.events)
+        self._epochs = AppendLog(folder.epochs)
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> "History":
+        """Read a run's history; a line that was never finished does not count.
+
+        Raises:
+            RunFolderError: a file is damaged; the message names the line.
+        """
+        history = cls(folder)
+        events = 0
+        for events, content in _numbered(history._events):
+            try:
+                history._take_event(_entry(content))
+            except _DAMAGE as error:
+                raise _damaged(folder.events, events, error) from error
+        for line, content in _numbered(history._epochs):
+            try:
+                history._take_line(line, content)
+            except _UnknownTrialError as error:
+                # Not damaged if it has started only after its events were read.
+                if len(history._events.read()) == events:
+                    raise _damaged(folder.epochs, line, error) from error
+            except _DAMAGE as error:
+                raise _damaged(folder.epochs, line, error) from error
+        history._check_ends(folder)
+        return history
+
+    def open_session(self, facts: Mapping[str, Any]) -> None:
+        """Note that a driver has begun to work on the run.
+
+        Raises:
+            OSError: this, like whatever else is noted, could not be written.
+        """
+        if not self._epochs.read():
+            self._epochs.append(",".join(COLUMNS))
+        self._add("session", **facts)
+
+    def close_session(self, why: str, elapsed: float) -> None:
+        """Note how the driver's work ended and let go of the files."""
+        try:
+            self._add("close", why=why, elapsed=elapsed)
+        finally:
+            self._events.close()
+            self._epochs.close()
+
+    def start_trial(self, record: TrialRecord, elapsed: float) -> None:
+        """Note a new trial, before anyone runs it."""
+        self._add(
+            "start",
+            trial=record.number,
+            elapsed=elapsed,
+            ray_id=record.ray_id,
+            origin=record.origin,
+            seed=record.seed,
+            config=record.config,
+        )
+        self._events.sync()
+
+    def rerun_trial(self, number: int, elapsed: float, *, ray_id: str, error: str) -> None:
+        """Note that a trial goes on: in a new session, or (with an error) on a new worker."""
+        self._add("rerun", trial=number, elapsed=elapsed, ray_id=ray_id, error=error)
+
+    def end_trial(self, number: int, elapsed: float, state: State, reason: str) -> None:
+        """Note a trial's final state; from here on not even a power cut takes the trial back."""
+        self._epochs.sync()
+        epochs = self.trials[number].epochs
+        self._add("end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs)
+        self._events.sync()
+
+    def add_epoch(self, row: Row) -> bool:
+        """Append an epoch, or return False where it is there already."""
+        if int(row["epoch"] or 0) <= self.trials[int(row["trial"] or 0)].epochs:
+            return False
+        self._epochs.append(format_row(row))
+        self._take_row(row)
+        return True
+
+    def unfinished(self) -> list[TrialRecord]:
+        """Return the trials without a final state, oldest first."""
+        return list(self._unfinished.values())
+
+    def _add(self, event: str, **facts: Any) -> None:
+        entry = {"event": event, "time": time.time(), **facts}
+        self._events.append(json.dumps(entry, allow_nan=False))
+        self._take_event(entry)
+
+    def _take_event(self, entry: dict[str, Any]) -> None:
+        match entry["event"]:
+            case "session":
+                self.sessions += 1
+                self.closed_as = None
+            case "close":
+                self.closed_as = entry["why"]
+            case "start":
+                self._take_start(entry)
+            case "rerun":
+                record = self._record(entry["trial"])
+                record.ray_id = entry["ray_id"]
+                if entry["error"]:
+                    record.retries += 1
+                    record.reason = entry["error"]
+            case "end":
+                record = self._record(entry["trial"])
+                if entry["state"] not in get_args(State) or entry["state"] == "running":
+                    raise ValueError(f"a trial cannot end as {entry['state']!r}")
+                record.state, record.reason = entry["state"], entry["reason"]
+                self._unfinished.pop(record.number, None)
+                record.ended, record.ended_at = entry["elapsed"], entry["time"]
+                if "epochs" in entry:  # in logs of older versions it is not
+                    self._epochs_at_end[record.number] = entry["epochs"]
+            case unknown:
+                raise ValueError(
+                    f"event {unknown!r} is not known to this version of tune_mnist: "
+                    "a newer one wrote it"
+                )
+        self.elapsed = max(self.elapsed, entry.get("elapsed", 0.0))
+
+    def _take_start(self, entry: dict[str, Any]) -> None:
+        number = entry["trial"]
+        if number != len(self.trials):
+            raise ValueError(f"trial {number} follows {len(self.trials)} trials")
+        self.trials[number] = self._unfinished[number] = TrialRecord(
+            number=number,
+            config=dict(entry["config"]),
+            seed=entry["seed"],
+            origin=entry["origin"],
+            ray_id=entry["ray_id"],
+            started=entry["elapsed"],
+            started_at=entry["time"],
+        )
+
+    def _take_line(self, line: int, content: bytes) -> None:
+        if line == 1:
+            check_header(content.decode())
+        else:
+            self._take_row(parse_row(content.decode()))
+
+    def _take_row(self, row: Row) -> None:
+        record = self._record(row["trial"])
+        if row["epoch"] != record.epochs + 1:
+            raise ValueError(
+                f"epoch {row['epoch']} of trial {record.number} follows epoch {record.epochs}"
+            )
+        record.rows.append(row)
+        self.rows.append((record, row))
+        self.elapsed = max(self.elapsed, float(row["elapsed"] or 0.0))
+
+    def _record(self, number: Any) -> TrialRecord:
+        if number not in self.trials:
+            raise _UnknownTrialError(f"no trial {number} has started")
+        return self.trials[number]
+
+    def _check_ends(self, folder: RunFolder) -> None:
+        for number, epochs in self._epochs_at_end.items():
+            if epochs != self.trials[number].epochs:
+                raise RunFolderError(
+                    f"{folder.epochs} is damaged: it has {self.trials[number].epochs} of the "
+                    f"{epochs} epochs of trial {number}, which has ended: put back a copy, or "
+                    f"take the trial's end out of {folder.events} to have it run again"
+                )
+
+
+class _UnknownTrialError(ValueError):
+    """An event or a row of a trial that no event has started."""
+
+
+def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
+    """Return a log's lines, counted from 1.
+
+    Raises:
+        RunFolderError: the file cannot be read.
+    """
+    try:
+        yield from enumerate(log.read(), start=1)
+    except OSError as error:
+        raise RunFolderError(f"{log.path} cannot be read ({error.strerror})") from error
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    entry = json.loads(line.decode())
+    if not isinstance(entry, dict):
+        raise ValueError(f"an event was expected, but got {entry!r}")
+    return entry
+
+
+def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:
+    what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return RunFolderError(
+        f"{path} is damaged in line {line} ({' '.join(what.split())}): "
+        "put back a copy, or cut the file before that line"
+    )
+
+
+# MERGED-DOC tuning.assignment: What a worker is told to do; apart, so that workers load nothing
+# that only the driver needs.
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Train this, from here on."""
+
+    number: int
+    config: Mapping[str, Any]
+    seed: int
+    epochs: int
+    metric: Metric
+    state: bytes | None  # None: from the start
+
+    def __repr__(self) -> str:  # Tune puts configurations into folder names and logs
+        return f"trial {self.number}"

@@ -1,0 +1,301 @@
+"""One searched parameter of a space: the values it may take, and when it is active."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import BaseTrial
+
+from tune_mnist.errors import ConfigError, SearchSpaceError, did_you_mean
+from tune_mnist.mnist.config import (
+    CONFIG_FIELDS,
+    Value,
+    check_name,
+    check_value,
+    choices_of,
+    is_integer,
+)
+
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+Conditions = Mapping[str, tuple[Value, ...]]  # name: the values, one of which it must have
+
+_RANGE_KEYS = ("low", "high", "log", "step")
+_KEYS = ("choices", *_RANGE_KEYS, "when")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A hyperparameter that a search draws, with Optuna's distribution of its values."""
+
+    name: str
+    distribution: Distribution
+    when: Conditions  # active only where all hold; a name that is itself inactive never does
+
+    def active(self, values: Mapping[str, Value]) -> bool:
+        """Say whether the parameter is drawn, given all that was drawn before it."""
+        return all(name in values and values[name] in ok for name, ok in self.when.items())
+
+    def suggest(self, trial: BaseTrial) -> Value:
+        """Let the trial draw a value."""
+        match self.distribution:
+            case CategoricalDistribution(choices=choices):
+                value: Any = trial.suggest_categorical(self.name, choices)
+                return value  # type: ignore[no-any-return]
+            case IntDistribution(low=low, high=high, log=log, step=step):
+                return trial.suggest_int(self.name, low, high, step=step, log=log)
+            case FloatDistribution(low=low, high=high, log=log, step=step):
+                return trial.suggest_float(self.name, low, high, step=step, log=log)
+
+    def rule_broken_by(self, value: Any) -> str:
+        """Return the rule that a value in the hyperparameter's type breaks, or an empty string."""
+        domain = self.distribution
+        if isinstance(domain, CategoricalDistribution):
+            return "" if value in domain.choices else f"must be one of {show(domain.choices)}"
+        if not domain.low <= value <= domain.high:
+            return f"must be from low {domain.low} to high {domain.high}"
+        if domain.step is not None:
+            steps = (value - domain.low) / domain.step
+            if abs(steps - round(steps)) > 1e-8:  # Optuna's own tolerance
+                return f"must be low {domain.low} plus a multiple of step {domain.step}"
+        return ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the mapping that a space file would hold."""
+        domain = self.distribution
+        data: dict[str, Any]
+        if isinstance(domain, CategoricalDistribution):
+            data = {"choices": list(domain.choices)}
+        else:
+            data = {"low": domain.low, "high": domain.high}
+            if domain.log:
+                data["log"] = True
+            elif domain.step is not None:
+                data["step"] = domain.step
+        if self.when:
+            data["when"] = {
+                name: values[0] if len(values) == 1 else list(values)
+                for name, values in self.when.items()
+            }
+        return data
+
+
+def parse_parameter(name: str, data: Mapping[Any, Any]) -> Parameter:
+    """Read `{choices | low, high [, log] [, step]} [, when]`; `when` is only checked by itself.
+
+    Raises:
+        SearchSpaceError: a key or value is not usable; the message begins with the key.
+    """
+    where = f"parameters.{name}"
+    check_keys(where, data, _KEYS)
+    domain = _choices(where, name, data) if "choices" in data else _range(where, name, data)
+    return Parameter(name, domain, _when(f"{where}.when", data.get("when", {})))
+
+
+def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistribution:
+    mixed = [key for key in _RANGE_KEYS if key in data]
+    if mixed:
+        raise SearchSpaceError(
+            f"{where}: takes either choices or low and high, but got choices and "
+            f"{', '.join(mixed)}; remove one or the other"
+        )
+    given = data["choices"]
+    if not isinstance(given, list) or not given:
+        raise SearchSpaceError(
+            f"{where}.choices: must be a list of at least one value, but got {given!r}"
+        )
+    values = [checked(f"{where}.choices", name, value) for value in given]
+    for position, value in enumerate(values):
+        if value in values[:position]:
+            raise SearchSpaceError(
+                f"{where}.choices: every value may stand there once, but got {show([value])} "
+                "twice; remove one"
+            )
+    return CategoricalDistribution(values)
+
+
+def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
+    possible = choices_of(name)
+    if possible:
+        raise SearchSpaceError(
+            f"{where}: is no number and needs choices, but got {data!r}; "
+            f"write {{choices: [{show(possible)}]}}"
+        )
+    for key in ("low", "high"):
+        if key not in data:
+            raise SearchSpaceError(
+                f"{where}: needs low and high, or choices, but got {data!r}; add {key}"
+            )
+    low: Any = checked(f"{where}.low", name, data["low"])
+    high: Any = checked(f"{where}.high", name, data["high"])
+    if low > high:
+        raise SearchSpaceError(
+            f"{where}: low must not exceed high, but got low {low} and high {high}; swap them"
+        )
+    log = data.get("log", False)
+    if not isinstance(log, bool):
+        raise SearchSpaceError(f"{where}.log: must be true or false, but got {log!r}")
+    if log and low <= 0:
+        raise SearchSpaceError(
+            f"{where}.low: must be > 0 where log is true, but got {low}; raise it or drop log"
+        )
+    step = _step(where, low, high, data["step"], is_integer(name)) if "step" in data else None
+    if log and step is not None:
+        raise SearchSpaceError(
+            f"{where}.step: does not go with log: true, but got {step}; remove one of them"
+        )
+    if is_integer(name):
+        return IntDistribution(low, high, log=log, step=1 if step is None else int(step))
+    return FloatDistribution(low, high, log=log, step=step)
+
+
+def _step(where: str, low: float, high: float, step: Any, whole: bool) -> float:
+    kind = "a whole number" if whole else "a number"
+    if isinstance(step, bool) or not isinstance(step, int if whole else int | float):
+        raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {step!r}")
+    if not 0 < step < float("inf"):
+        raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {step!r}")
+    # In decimals, as written: in binary 0.3 is no multiple of 0.1.
+    if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
+        raise SearchSpaceError(
+            f"{where}.step: high must be low plus a multiple of step, but got low {low}, "
+            f"high {high} and step {step}; change high or step"
+        )
+    return step if whole else float(step)
+
+
+def _when(where: str, data: Any) -> Conditions:
+    if not isinstance(data, Mapping):
+        raise SearchSpaceError(
+            f"{where}: must be a mapping of names to values such as {{optimizer: sgd}}, "
+            f"but got {data!r}"
+        )
+    conditions: dict[str, tuple[Value, ...]] = {}
+    for name, given in data.items():
+        checked_name(where, name)
+        values = given if isinstance(given, list) else [given]
+        if not values:
+            raise SearchSpaceError(
+                f"{where}.{name}: must be a value or a list of values, but got an empty list"
+            )
+        conditions[name] = tuple(checked(f"{where}.{name}", name, value) for value in values)
+    return conditions
+
+
+def check_keys(where: str, data: Mapping[Any, Any], known: Iterable[str]) -> None:
+    """Raise SearchSpaceError if a mapping holds a key that means nothing."""
+    known = tuple(known)
+    for key in data:
+        if key not in known:
+            raise SearchSpaceError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; "
+                f"known are {', '.join(known)}"
+            )
+
+
+def checked_name(where: str, name: Any) -> str:
+    """Return a hyperparameter's name, or raise SearchSpaceError with the key where it stands."""
+    try:
+        check_name(name)
+    except ConfigError as error:
+        raise SearchSpaceError(f"{where}: {error}") from error
+    return str(name)
+
+
+def checked(where: str, name: str, value: Any) -> Value:
+    """Return a value in the hyperparameter's type, or raise SearchSpaceError with its key."""
+    try:
+        return check_value(name, value)
+    except ConfigError as error:
+        raise SearchSpaceError(f"{where}: {str(error).removeprefix(f'{name}: ')}") from error
+
+
+def show(values: Iterable[Any]) -> str:
+    """Return values as a space file spells them."""
+    return ", ".join(str(value).lower() for value in values)
+
+
+# MERGED-DOC tuning.conditions: What the conditions (`when`) of a space's parameters mean together.
+
+
+def merged(conditions: Iterable[Conditions]) -> Conditions | None:
+    """Return the conditions that say the same as all the given, or None if they contradict."""
+    together: dict[str, tuple[Value, ...]] = {}
+    for condition in conditions:
+        for name, values in condition.items():
+            known = together.get(name, values)
+            together[name] = tuple(value for value in known if value in values)
+    return together if all(together.values()) else None
+
+
+def check_parents(
+    child: Parameter,
+    parameters: Mapping[str, Parameter],
+    constants: Mapping[str, Value],
+    given: Mapping[str, Any],
+) -> None:
+    """Raise SearchSpaceError unless each condition names something earlier and can hold."""
+    for name, values in child.when.items():
+        where = f"parameters.{child.name}.when.{name}"
+        if name == child.name:
+            raise SearchSpaceError(f"{where}: a parameter cannot depend on itself; remove it")
+        if name in constants:
+            possible: tuple[Any, ...] = (constants[name],)
+        elif name not in parameters:
+            rule = "comes later" if name in given else "is not in this space"
+            raise SearchSpaceError(
+                f"{where}: must name a parameter that comes earlier in the file, but {name} "
+                f"{rule}; put it before {child.name}"
+            )
+        else:
+            distribution = parameters[name].distribution
+            if not isinstance(distribution, CategoricalDistribution):
+                raise SearchSpaceError(
+                    f"{where}: must name a parameter with choices or a constant, but {name} has "
+                    f"low and high; give {name} choices or drop the condition"
+                )
+            possible = distribution.choices
+        for value in values:
+            if value not in possible:
+                raise SearchSpaceError(
+                    f"{where}: must be a value that {name} can take, but got {show([value])}; "
+                    f"{name} takes {show(possible)}"
+                )
+
+
+def all_conditions(parameters: Mapping[str, Parameter]) -> dict[str, Conditions]:
+    """Return all that must hold for each parameter to be active, its parents' conditions too."""
+    needs: dict[str, Conditions] = {}
+    for name, parameter in parameters.items():
+        parents = (needs[parent] for parent in parameter.when if parent in needs)
+        together = merged((parameter.when, *parents))
+        if together is None:
+            raise SearchSpaceError(
+                f"parameters.{name}.when: can never hold, because it contradicts the conditions "
+                f"of {', '.join(parameter.when)}; change one of them"
+            )
+        needs[name] = together
+    return needs
+
+
+def check_nesterov(
+    parameters: Mapping[str, Parameter],
+    constants: Mapping[str, Value],
+    needs: Mapping[str, Conditions],
+) -> None:
+    """Raise SearchSpaceError if some trial could have Nesterov momentum with momentum 0."""
+
+    def can_be(name: str, value: Value) -> bool:
+        if name in parameters:
+            return not parameters[name].rule_broken_by(value)
+        return constants.get(name, CONFIG_FIELDS[name].default) == value
+
+    if not (can_be("nesterov", True) and can_be("momentum", 0.0)):
+        return
+    wanted: Conditions = {"nesterov": (True,), "momentum": (0.0,)}
+    if merged((wanted, needs.get("nesterov", {}), needs.get("momentum", {}))) is not None:
+        raise SearchSpaceError(
+            "parameters.momentum: must be > 0 wherever nesterov can be true, but can be 0; "
+            "raise its low, or make one conditional on the other"
+        )

@@ -1,0 +1,341 @@
+"""A search space: what is searched, what is fixed, how long a trial trains, where to start.
+
+    space = load_space("default")           # by name, or the path of a YAML file
+    values = space.sample(study.ask())      # only the active parameters are drawn
+    config = TrainConfig.from_mapping(values)
+
+A hyperparameter that the space does not mention, and a parameter that is inactive in a trial,
+has its default of `TrainConfig`.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from optuna.distributions import BaseDistribution
+from optuna.trial import BaseTrial
+
+from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean
+from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig, Value
+from tune_mnist.runs.parameter import (
+    Conditions,
+    Parameter,
+    all_conditions,
+    check_keys,
+    check_nesterov,
+    check_parents,
+    checked,
+    checked_name,
+    parse_parameter,
+    show,
+)
+
+_MAX_EPOCHS = 1000
+_AVERAGING = "ema_decay"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A checked search space: whatever is sampled from it is a valid `TrainConfig`."""
+
+    name: str  # stem of the file's name
+    source: str  # where it was read from, for messages
+    epochs: int  # that a trial may train
+    parameters: Mapping[str, Parameter]  # searched; a condition's names precede its parameter
+    constants: Mapping[str, Value]  # with batch_size, unless that is searched
+    start: Sequence[Mapping[str, Value]]  # points to try first; what one leaves out is sampled
+
+    def sample(self, trial: BaseTrial) -> dict[str, Value]:
+        """Draw the active parameters and return them with the constants."""
+        values = dict(self.constants)
+        for name, parameter in self.parameters.items():
+            if parameter.active(values):
+                values[name] = parameter.suggest(trial)
+        return values
+
+    def config(self, sampled: Mapping[str, Value]) -> TrainConfig:
+        """Return the configuration of sampled values, such as a trial's `params`."""
+        return TrainConfig.from_mapping({**self.constants, **sampled})
+
+    def baseline(self) -> TrainConfig:
+        """Return the reference baseline: all defaults, but this space's batch size if fixed."""
+        size = self.constants.get("batch_size", CONFIG_FIELDS["batch_size"].default)
+        return TrainConfig.from_mapping({"batch_size": size})
+
+    def frozen_params(
+        self, config: TrainConfig
+    ) -> tuple[dict[str, Any], dict[str, BaseDistribution]] | None:
+        """Return the Optuna params and distributions of a trial that had this configuration.
+
+        None where no trial could have had it: a value outside its bounds or off its grid, a
+        constant with another value, or a hyperparameter that is inactive or not mentioned with
+        another value than its default.
+
+        A constant `ema_decay` may differ: averaging weights changes nothing of how they are
+        trained, and the baseline, which has its own, teaches the sampler a good deal (`bench
+        replay`, regret at 150 epochs: 0.140 points with it, 0.209 without; 200 searches each).
+        """
+        given = config.as_dict()
+        if _AVERAGING in self.constants:
+            given[_AVERAGING] = self.constants[_AVERAGING]
+        values = dict(self.constants)
+        params: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.active(values):
+                if parameter.rule_broken_by(given[name]):
+                    return None
+                params[name] = values[name] = given[name]
+        if self.config(values).as_dict() != given:
+            return None
+        return params, {name: self.parameters[name].distribution for name in params}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data, as a space file holds it; `from_dict` makes an equal space of it."""
+        fixed = dict(self.constants)
+        data: dict[str, Any] = {"epochs": self.epochs}
+        if "batch_size" in fixed:
+            data["batch_size"] = fixed.pop("batch_size")
+        # The constants first: a condition may name one.
+        searched = {name: parameter.as_dict() for name, parameter in self.parameters.items()}
+        data["parameters"] = {**fixed, **searched}
+        data["start"] = [dict(point) for point in self.start]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any, name: str, source: str) -> Self:
+        """Check what a space file holds and make a space of it.
+
+        Raises:
+            SearchSpaceError: with file, key, rule, value and way out, in one line.
+        """
+        try:
+            return cls._parse(data, name, source)
+        except InvalidInputError as error:
+            # Names and values come from the file and may hold line breaks.
+            raise SearchSpaceError(" ".join(f"{source}: {error}".split())) from error
+
+    @classmethod
+    def _parse(cls, data: Any, name: str, source: str) -> Self:
+        if not isinstance(data, Mapping):
+            raise SearchSpaceError(
+                f"must be a mapping with the key parameters, but got {data!r}; "
+                "see search_spaces/default.yaml"
+            )
+        check_keys("top level", data, ("epochs", "batch_size", "parameters", "start"))
+        parameters, constants = _parse_parameters(data)
+        needs = all_conditions(parameters)
+        check_nesterov(parameters, constants, needs)
+        return cls(
+            name=name,
+            source=source,
+            epochs=_parse_epochs(data.get("epochs", 20)),
+            parameters=parameters,
+            constants=constants,
+            start=_parse_start(data.get("start", []), parameters, constants, needs),
+        )
+
+
+def load_space(name_or_path: str) -> SearchSpace:
+    """Read and check one of the project's spaces, by name, or any space file, by path.
+
+    Raises:
+        SearchSpaceError: nothing has this name or path, or what it holds is not usable.
+    """
+    path = find_space(name_or_path)
+    return SearchSpace.from_dict(read_yaml(path), name=path.stem, source=str(path))
+
+
+def _parse_epochs(epochs: Any) -> int:
+    if type(epochs) is not int or not 1 <= epochs <= _MAX_EPOCHS:
+        raise SearchSpaceError(
+            f"epochs: must be a whole number from 1 to {_MAX_EPOCHS}, but got {epochs!r}"
+        )
+    return epochs
+
+
+def _parse_parameters(
+    data: Mapping[str, Any],
+) -> tuple[dict[str, Parameter], dict[str, Value]]:
+    given = data.get("parameters")
+    if not isinstance(given, Mapping) or not given:
+        raise SearchSpaceError(
+            "parameters: must be a mapping of hyperparameters, one or more of them searched such "
+            f"as 'dropout: {{low: 0.0, high: 0.3}}', but got {given!r}"
+        )
+    for name in given:
+        checked_name("parameters", name)
+    constants: dict[str, Value] = {}
+    if "batch_size" in given:
+        if "batch_size" in data:
+            raise SearchSpaceError(
+                "batch_size: stands at the top level and in parameters; remove one of them"
+            )
+    else:
+        default = CONFIG_FIELDS["batch_size"].default
+        constants["batch_size"] = checked(
+            "batch_size", "batch_size", data.get("batch_size", default)
+        )
+    parameters: dict[str, Parameter] = {}
+    for name, entry in given.items():
+        if isinstance(entry, Mapping):
+            parameters[name] = parse_parameter(name, entry)
+            check_parents(parameters[name], parameters, constants, given)
+        else:
+            constants[name] = _parse_constant(name, entry)
+    if not parameters:
+        raise SearchSpaceError(
+            "parameters: holds constants only, so there is nothing to search; "
+            "give one a mapping such as 'dropout: {low: 0.0, high: 0.3}'"
+        )
+    return parameters, constants
+
+
+def _parse_constant(name: str, entry: Any) -> Value:
+    where = f"parameters.{name}"
+    if entry is None or isinstance(entry, list):
+        raise SearchSpaceError(
+            f"{where}: must be one value (a constant) or a mapping (searched), but got {entry!r}; "
+            "write {choices: [...]} or {low: ..., high: ...}"
+        )
+    return checked(where, name, entry)
+
+
+def _parse_start(
+    start: Any,
+    parameters: Mapping[str, Parameter],
+    constants: Mapping[str, Value],
+    needs: Mapping[str, Conditions],
+) -> list[dict[str, Value]]:
+    if not isinstance(start, list):
+        raise SearchSpaceError(
+            f"start: must be a list of mappings such as '- {{lr: 0.01}}', or [], but got {start!r}"
+        )
+    points = []
+    for number, given in enumerate(start, 1):
+        where = f"start[{number}]"
+        if not isinstance(given, Mapping) or not given:
+            raise SearchSpaceError(
+                f"{where}: must be a mapping such as {{lr: 0.01}}, but got {given!r}"
+            )
+        point: dict[str, Value] = {}
+        for name, value in given.items():
+            checked_name(where, name)
+            if name not in parameters:
+                rule = "is a constant" if name in constants else "is not in this space"
+                raise SearchSpaceError(
+                    f"{where}.{name}: must be a searched parameter, but {name} {rule}; "
+                    f"leave it out or add it to parameters; searched are {', '.join(parameters)}"
+                )
+            point[name] = checked(f"{where}.{name}", name, value)
+            rule = parameters[name].rule_broken_by(point[name])
+            if rule:
+                raise SearchSpaceError(
+                    f"{where}.{name}: {rule} (parameters.{name}), but got {show([point[name]])}; "
+                    "change the point or widen the parameter"
+                )
+        _check_active(where, point, needs)
+        points.append(point)
+    return points
+
+
+def _check_active(where: str, point: Mapping[str, Value], needs: Mapping[str, Conditions]) -> None:
+    for name in point:
+        for parent, values in needs[name].items():
+            if parent in point and point[parent] not in values:
+                raise SearchSpaceError(
+                    f"{where}.{name}: is only active when {parent} is {show(values)}, but the "
+                    f"point has {parent}: {show([point[parent]])}; leave {name} out"
+                )
+
+
+# MERGED-DOC tuning.space_file: Space files: where they lie and what YAML they hold.
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def spaces_folder() -> Path:
+    """Return the project's folder of space files: in the package (wheel) or beside it (checkout).
+
+    The package comes first: what lies beside an installed one belongs to somebody else.
+    """
+    packaged = _PACKAGE / "search_spaces"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "search_spaces"
+
+
+def available_spaces() -> list[str]:
+    """Return the names of the project's own spaces."""
+    return sorted(path.stem for path in spaces_folder().glob("*.yaml"))
+
+
+def find_space(name_or_path: str) -> Path:
+    """Return the file of one of the project's own spaces, or the path of any other file.
+
+    Raises:
+        SearchSpaceError: no space has this name and no file lies at this path.
+    """
+    names = available_spaces()
+    if name_or_path in names:
+        return spaces_folder() / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    try:
+        if name_or_path and path.exists():
+            return path
+    except OSError as error:  # a folder without permission, a name too long
+        raise SearchSpaceError(
+            f"{name_or_path}: cannot be read: {error.strerror}; give a readable YAML file"
+        ) from error
+    raise SearchSpaceError(
+        f"search space {name_or_path!r}: no space has this name and no file lies at this path"
+        f"{did_you_mean(path.stem, names)}; known are {', '.join(names)}, "
+        "or give the path of a YAML file"
+    )
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; a key given twice in one mapping is an error.
+
+    Raises:
+        SearchSpaceError: the file cannot be read, or is not YAML.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SearchSpaceError(
+            f"{path}: cannot be read: {error.strerror}; give a readable YAML file"
+        ) from error
+    try:
+        return yaml.load(content, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = error.problem or error.context
+        raise SearchSpaceError(f"{path}: {place}not usable YAML: {problem}; correct it") from error
+    except yaml.reader.ReaderError as error:
+        raise SearchSpaceError(
+            f"{path}: not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
+        ) from error
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # PyYAML lets these through: a date such as 2024-99-99, `!!bool maybe`, endless nesting.
+        raise SearchSpaceError(
+            f"{path}: not usable YAML: {type(error).__name__}: {error}; correct it"
+        ) from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader keeps the last of two equal keys; this one says that there are two."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, before merge keys (`<<`) are resolved: what they merge may be overridden.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node

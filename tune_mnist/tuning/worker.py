@@ -1,0 +1,78 @@
+"""What a worker does: train one assignment and report every epoch with its state."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ray import tune
+
+from tune_mnist.mnist.config import Precision, TrainConfig
+from tune_mnist.mnist.data import Split
+from tune_mnist.runs.history import Assignment
+from tune_mnist.runs.ranking import score
+
+
+@dataclass(frozen=True)
+class TrialEpoch:
+    """What a trial reports after an epoch."""
+
+    metrics: Mapping[str, Any]  # by the names of history.METRICS
+    state: bytes  # all it takes to go on with the next epoch
+    model: Callable[[], bytes]  # makes the content of best.pt, in case this epoch is the best
+
+
+EpochSource = Callable[[Assignment, Split], Iterator[TrialEpoch]]
+
+
+def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -> None:
+    """Train the assignment in `config`; Tune calls this in a worker, once a trial.
+
+    Raises:
+        Whatever training raises; Tune hands it to the driver.
+    """
+    # A worker that takes longer to let go of one trial is lost to the next, and Tune tells nobody:
+    # its own 2 s are little on a crowded machine.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
+    assignment: Assignment = config["assignment"]
+    best = (-math.inf, -math.inf)
+    for epoch in epochs_of(assignment, split):
+        model = None
+        if epoch.metrics["diverged_step"] is None:
+            value = score(dict(epoch.metrics), assignment.metric)
+            if value > best:  # only a trial's own best can be the search's best
+                best, model = value, epoch.model()
+        tune.report({**epoch.metrics, "state": epoch.state, "model": model})
+    raise RuntimeError("the training ended without having been told to")
+
+
+def train_assignment(
+    assignment: Assignment, split: Split, *, precision: Precision = "float32"
+) -> Iterator[TrialEpoch]:
+    """Train for real, on the worker's share of the machine."""
+    import torch  # the driver, which imports this module as well, does without it
+
+    from tune_mnist.mnist.fused import keep_freed_memory
+    from tune_mnist.mnist.model_file import pack_model
+    from tune_mnist.mnist.training import train
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    keep_freed_memory()
+    config = TrainConfig.from_mapping(assignment.config)
+    results = train(
+        config,
+        split,
+        epochs=assignment.epochs,
+        seed=assignment.seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        precision=precision,
+        state=assignment.state,
+    )
+    for result in results:
+        metrics = result.metrics()
+        facts = {"trial": assignment.number, "seed": assignment.seed, **metrics}
+        yield TrialEpoch(
+            metrics, result.state, partial(pack_model, config, result.weights, **facts)
+        )
