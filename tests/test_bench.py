@@ -99,10 +99,10 @@ def test_trivial_trials_report_what_real_ones_do_and_go_on_from_a_state(
     data = split(small_mnist, holdout=True)
     state = None
     for epochs in (2, 4):
-        assignment = Assignment(3, {}, 0, epochs, "val_accuracy", state)
+        assignment = Assignment(3, TrainConfig(), 0, epochs, "val_accuracy", state)
         reports = list(Watched(Trivial(state_size=10), notes)(assignment, data))
         state = reports[-1].state
-        assert [report.metrics["epoch"] for report in reports] == [epochs - 1, epochs]
+        assert [report.metrics.epoch for report in reports] == [epochs - 1, epochs]
     (worker,) = read_notes(notes)
     assert [each.epoch for each in worker] == [1, 2, 3, 4]
     assert all(0 < each.idle <= each.resident + 50 for each in worker)

@@ -4,18 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.epochs import epoch_metrics
 
 from tune_mnist.runs.checkpoints import Checkpoint, Checkpoints
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import COLUMNS, Row
+from tune_mnist.runs.history import EpochRow
 
 
-def row_of(epoch: int) -> Row:
-    row: Row = dict.fromkeys(COLUMNS, 0.25)
-    return row | {"trial": 7, "epoch": epoch, "test_correct": 9000, "diverged_step": None}
+def row_of(epoch: int) -> EpochRow:
+    return EpochRow(**epoch_metrics(epoch, 0.25).as_dict(), trial=7, elapsed=0.25)
 
 
 def state_of(epoch: int) -> bytes:
@@ -106,7 +107,7 @@ def test_states_ahead_of_the_rows_are_passed_over(saved: Checkpoints) -> None:
 
 
 def test_a_diverged_epochs_row_is_read_as_it_was_written(folder: RunFolder) -> None:
-    row = row_of(1) | {"val_loss": math.nan, "train_loss": math.inf, "diverged_step": 33}
+    row = replace(row_of(1), val_loss=math.nan, train_loss=math.inf, diverged_step=33)
     checkpoints = Checkpoints(folder)
     checkpoints.save(7, row, b"")
     loaded = checkpoints.load(7)
@@ -175,6 +176,6 @@ for epoch in range(1, 10**9):
             os.kill(writer.pid, signal.SIGKILL)
         loaded = Checkpoints(folder).load(7)
         assert loaded is not None
-        epoch = int(loaded.row["epoch"] or 0)
+        epoch = loaded.row.epoch
         assert loaded.state == b"%09d" % epoch * 30_000
         assert int(told.read_text()) - 1 <= epoch <= int(told.read_text()) + 1

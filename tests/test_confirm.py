@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import scripted
-from drivers import epochs_in
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
-from reported import all_failed, rich
-from scripted import Script
+from support import scripted
+from support.drivers import epochs_in
+from support.reported import all_failed, rich
+from support.scripted import Script
 
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.reporting.page import write_report
@@ -23,7 +23,7 @@ from tune_mnist.runs.view import RunView
 from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run
 from tune_mnist.tuning.plan import Plan
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 SCRIPT = Script(seconds=0.01)
 
@@ -90,7 +90,7 @@ def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
     assert list(table["configuration"]) == names
     assert list(table["n"]) == [3, 3, 3]
     for row, record in zip(table.itertuples(), records, strict=False):
-        assert row.test_accuracy_mean == pytest.approx(record.rows[-1]["test_accuracy"], abs=1e-6)
+        assert row.test_accuracy_mean == pytest.approx(record.rows[-1].test_accuracy, abs=1e-6)
     said = " ".join(capsys.readouterr().out.split())
     assert f"Over 3 fresh seeds on 1,000 training images {names[1]} reaches" in said
     page = settings.run / "report.html"
@@ -111,8 +111,8 @@ def test_one_that_was_broken_off_goes_on_and_more_seeds_add_to_it(
     assert confirm_run(settings, SCRIPT) == 0
     assert " of them done in " in " ".join(capsys.readouterr().out.split())
     second = _history(settings)
-    assert [row["epoch"] for _, row in second.rows[: len(first.rows)]] == [
-        row["epoch"] for _, row in first.rows
+    assert [row.epoch for _, row in second.rows[: len(first.rows)]] == [
+        row.epoch for _, row in first.rows
     ]
     assert confirm_run(replace(settings, seeds=4), SCRIPT) == 0
     third = _history(settings)

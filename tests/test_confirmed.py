@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from recorded import RecordedSearch
+from support.recorded import RecordedSearch
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.confirmed import (
     Candidate,
     claim,
@@ -19,9 +20,9 @@ from tune_mnist.runs.history import TrialRecord
 
 EPOCHS = 3
 CANDIDATES = [
-    Candidate("baseline", 0, 4, {"lr": 0.01}),
-    Candidate("trial 7", 7, 1, {"lr": 0.02}),
-    Candidate("trial 5", 5, 2, {"lr": 0.03}),
+    Candidate("baseline", 0, 4, TrainConfig(lr=0.01)),
+    Candidate("trial 7", 7, 1, TrainConfig(lr=0.02)),
+    Candidate("trial 5", 5, 2, TrainConfig(lr=0.03)),
 ]
 BASELINE = [0.990, 0.991, 0.992, 0.991, 0.990]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded import RecordedSearch
 from rich.console import Console, Group
+from support.recorded import RecordedSearch
 
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.space import load_space

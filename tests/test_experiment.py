@@ -6,13 +6,15 @@ from typing import Any
 
 import optuna
 import pytest
-from drivers import replace
 from optuna.trial import FrozenTrial, TrialState
-from scripted import curve
+from support.drivers import replace
+from support.epochs import epoch_metrics
+from support.scripted import curve
 
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History, Metric
+from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.study import SamplerSettings, Study
@@ -69,20 +71,8 @@ class Course:
     def epoch(self, number: int, val: float, test: float | None = None, **values: Any) -> bool:
         """Report a trial's next epoch and return whether it is told to stop."""
         epoch = self.history.trials[number].epochs + 1
-        test = val if test is None else test
-        metrics = {
-            "epoch": epoch,
-            "train_loss": 1 - val,
-            "val_loss": 1 - val,
-            "val_accuracy": val,
-            "test_loss": 1 - test,
-            "test_accuracy": test,
-            "test_correct": 0,
-            "seconds": 1.0,
-            "evaluation_seconds": 0.0,
-            "diverged_step": None,
-            **values,
-        }
+        values = {"train_loss": 1 - val, "seconds": 1.0, "evaluation_seconds": 0.0, **values}
+        metrics = epoch_metrics(epoch, val, test, **values)
         self.now += 1
         model = f"{number} {epoch}".encode()
         return self.experiment.report(number, metrics, f"after {epoch}".encode(), model)
@@ -146,8 +136,7 @@ def test_a_diverged_trial_is_pruned_with_its_last_finite_report(course: Course) 
     assert trial.state == TrialState.PRUNED
     assert (trial.value, trial.intermediate_values) == (0.9, {1: 0.9})
     assert course.history.trials[number].reason == "the loss was not finite at step 5 of epoch 2"
-    assert course.experiment.best is not None
-    assert course.experiment.best[1]["epoch"] == 1
+    assert course.folder.best_model.read_bytes() == b"0 1"
 
 
 def test_a_diverged_trial_without_a_finite_report_failed(course: Course) -> None:
@@ -156,7 +145,6 @@ def test_a_diverged_trial_without_a_finite_report_failed(course: Course) -> None
     course.experiment.finish(number)
     assert course.optuna(number).state == TrialState.FAIL
     assert course.history.trials[number].state == "diverged"
-    assert course.experiment.best is None
     assert not course.folder.best_model.exists()
 
 
@@ -222,9 +210,7 @@ def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) ->
             stop = course.epoch(number, val + epoch / 1000, test + epoch / 1000)
             assert stop == (epoch == EPOCHS - 1)
         course.experiment.finish(number)
-    assert course.optuna(1).value == course.history.trials[1].rows[-1][metric]
-    assert course.experiment.best is not None
-    assert course.experiment.best[0].number == 1
+    assert course.optuna(1).value == course.history.trials[1].rows[-1].accuracy(metric)
     assert course.folder.best_model.read_bytes() == f"1 {EPOCHS}".encode()
 
 
@@ -239,7 +225,7 @@ def test_equal_accuracies_rank_by_their_loss_as_in_the_tables(course: Course) ->
 def test_the_baseline_comes_first_and_is_never_stopped(tmp_path: Path) -> None:
     course = Course(tmp_path / "run")
     assert course.start() == 0
-    assert course.history.trials[0].config == course.rules.space.baseline().as_dict()
+    assert course.history.trials[0].config == course.rules.space.baseline()
     for _ in range(3):
         course.trial(*good())
     assert [course.epoch(0, 0.1) for _ in range(EPOCHS)] == [False] * (EPOCHS - 1) + [True]
@@ -257,7 +243,7 @@ def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:
     assert origins == ["baseline", *["start"] * len(points), "sampled"]
     for number, point in enumerate(points, start=1):
         config = course.history.trials[number].config
-        assert {name: config[name] for name in point} == dict(point)
+        assert {name: getattr(config, name) for name in point} == dict(point)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +269,7 @@ def test_proposals_and_stops_after_a_resume_are_those_of_the_unbroken_search(
 
 def shape(course: Course) -> list[tuple[Any, str, list[Any]]]:
     return [
-        (record.config, record.state, [row["val_accuracy"] for row in record.rows])
+        (record.config, record.state, [row.val_accuracy for row in record.rows])
         for record in course.history.trials.values()
     ]
 
@@ -320,7 +306,7 @@ def test_an_epoch_whose_row_a_kill_prevented_is_taken_from_its_checkpoint(course
     rows = course.folder.epochs.read_text().splitlines(keepends=True)
     course.folder.epochs.write_text("".join(rows[:-1]) + rows[-1][:20])
     course.again()
-    assert [row["val_accuracy"] for row in course.history.trials[number].rows] == [0.9, 0.91]
+    assert [row.val_accuracy for row in course.history.trials[number].rows] == [0.9, 0.91]
     assert course.experiment.next_trial("ray").state == b"after 2"
 
 
@@ -357,7 +343,7 @@ def test_a_retried_trial_is_the_next_one_and_goes_on_from_its_last_epoch(course:
 def test_an_epoch_that_is_reported_twice_counts_once(course: Course) -> None:
     number = course.start()
     course.epoch(number, 0.9)
-    again = dict(course.history.trials[number].rows[0])
+    again = course.history.trials[number].rows[0]
     assert not course.experiment.report(number, again, b"state", None)
     assert course.history.trials[number].epochs == 1
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drivers import (
+from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+from support.drivers import (
     Driver,
     Searches,
     epochs_in,
@@ -18,14 +20,12 @@ from drivers import (
     study_of,
     table_of,
 )
-from optuna.trial import TrialState
-from ray.cluster_utils import Cluster
-from scripted import Script
+from support.scripted import Script
 
 from tune_mnist.tuning import study_file as mirror
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 EPOCHS = 4
 NO_STOPPING = ("--epochs", EPOCHS, "--grace-epochs", EPOCHS)

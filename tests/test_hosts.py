@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from drivers import Driver, Searches, epochs_in, history_of, searches_in, study_of
-from hosts import Cluster, Host, network, ray_on
 from optuna.trial import TrialState
-from scripted import Script
+from support.drivers import Driver, Searches, epochs_in, history_of, searches_in, study_of
+from support.hosts import Cluster, Host, network, ray_on
+from support.scripted import Script
 
 EPOCHS, TRIALS, SECOND_TRIALS = 12, 26, 5
 CLONE_NEWNS = 0x00020000

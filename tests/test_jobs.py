@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from drivers import epochs_in, history_of, table_of
 from ray.job_submission import JobSubmissionClient
+from support.drivers import epochs_in, history_of, table_of
 
 ROOT = Path(__file__).parents[1]
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -121,7 +121,9 @@ def entrypoint(results: Path) -> list[str]:
     small = f"--space sgd --images 1000 --trials {TRIALS} --epochs {EPOCHS}"
     for old, new in {
         "/results": str(results),
-        "python -m tune_mnist.search": f"{sys.executable} tests/scripted_search.py --no-report",
+        "python -m tune_mnist.search": (
+            f"PYTHONPATH=tests {sys.executable} -m support.scripted_search --no-report"
+        ),
         "--space default --trials 500": f"{small} --grace-epochs {EPOCHS}",
     }.items():
         assert old in line
@@ -144,7 +146,7 @@ def test_a_job_is_stopped_in_order_and_the_same_again_goes_on_with_its_search(
 
     assert head.submit("second", *entrypoint(tmp_path), wait=True) == 0
     assert head.status("second") == "SUCCEEDED"
-    rows = [(record.number, row["epoch"]) for record, row in history_of(folder).rows]
+    rows = [(record.number, row.epoch) for record, row in history_of(folder).rows]
     assert len(rows) == TRIALS * EPOCHS
     assert set(rows) == {(t, e) for t in range(TRIALS) for e in range(1, EPOCHS + 1)}
     assert {row["state"] for row in table_of(folder).values()} == {"complete"}

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from drivers import Searches, epochs_in, history_of, replace, searches_in
-from scripted import Script, train_little
+from support.drivers import Searches, epochs_in, history_of, replace, searches_in
+from support.scripted import Script, train_little
 
 from tune_mnist.mnist.data import default_data_dir
 

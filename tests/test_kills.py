@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import (
+from ray.cluster_utils import Cluster
+from support.drivers import (
     Driver,
     Searches,
     die_at,
@@ -21,14 +22,13 @@ from drivers import (
     outcome_of,
     searches_in,
 )
-from ray.cluster_utils import Cluster
-from scripted import Script
+from support.scripted import Script
 
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.files import AppendLog
 from tune_mnist.runs.history import History
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 TRIALS = 30
 
@@ -96,7 +96,7 @@ def search_with_kills(
 def check_no_epoch_is_lost(folder: Path, notes: Path, *, allowed: int) -> None:
     """See that only epochs that were under way when something happened were trained again."""
     history = history_of(folder)  # which refuses rows that are doubled, or out of order
-    rows = {f"{record.number} {row['epoch']}" for record, row in history.rows}
+    rows = {f"{record.number} {row.epoch}" for record, row in history.rows}
     trained = notes_of(notes)
     assert rows == set(trained)
     assert trained.total() - len(rows) <= allowed

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from drivers import (
+from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+from support.drivers import (
     Driver,
     Searches,
     epochs_in,
@@ -19,15 +21,13 @@ from drivers import (
     searches_in,
     study_of,
 )
-from optuna.trial import TrialState
-from ray.cluster_utils import Cluster
-from scripted import Script
+from support.scripted import Script
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.runs.history import History
 from tune_mnist.tuning import packing as sharing
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 TWO = ("--max-concurrent", 2)
 SLOW = Script(seconds=0.05)

@@ -2,8 +2,8 @@ import io
 from pathlib import Path
 
 from filelock import FileLock
-from reported import all_failed, empty, rich
 from rich.console import Console
+from support.reported import all_failed, empty, rich
 
 from tune_mnist.cli import exit_code
 from tune_mnist.reporting.summary import listing

@@ -2,16 +2,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import Searches, history_of
 from mlflow.tracking import MlflowClient
-from recorded import RecordedSearch
-from scripted import Script
+from support.drivers import Searches, history_of
+from support.recorded import RecordedSearch
+from support.scripted import Script
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.runs.history import TrialRecord
 from tune_mnist.tuning.trackers import MlflowRuns, check_mlflow, mlflow_trackers
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_trial_is_a_run_with_parameters_metrics_by_epoch_and_its_state(
     _log(tracker, *records.values())
     tracker.close()
     stopped, diverged, failed = (_runs(uri, "states")[f"trial {n}"] for n in records)
-    asked = {**records[0].config, "seed": records[0].seed}
+    asked = {**records[0].config.as_dict(), "seed": records[0].seed}
     assert stopped.data.params == {name: str(value) for name, value in asked.items()}
     assert _logged(uri, stopped) == {1: 0.9, 2: 0.95}
     assert _logged(uri, diverged) == {1: 0.9}
@@ -101,7 +101,7 @@ def test_a_search_logs_to_the_experiment_of_its_name(uri: str, searches: Searche
     records = history_of(searches.folder("run")).trials
     runs = _runs(uri, "run")
     for number, record in records.items():
-        values = {int(row["epoch"] or 0): row["val_accuracy"] for row in record.rows}
+        values = {row.epoch: row.val_accuracy for row in record.rows}
         assert _logged(uri, runs[f"trial {number}"]) == pytest.approx(values)
 
 

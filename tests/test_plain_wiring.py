@@ -10,7 +10,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from drivers import (
+from optuna.trial import FrozenTrial, TrialState
+from ray import tune
+from ray.cluster_utils import Cluster
+from support.drivers import (
     PATIENCE,
     die_at,
     fork,
@@ -21,15 +24,12 @@ from drivers import (
     study_of,
     wait_for,
 )
-from optuna.trial import FrozenTrial, TrialState
-from plain_wiring import EPOCHS, plain_restore, plain_search
-from ray import tune
-from ray.cluster_utils import Cluster
-from scripted import Script
+from support.plain_wiring import EPOCHS, plain_restore, plain_search
+from support.scripted import Script
 
 from tune_mnist.runs.history import History, TrialRecord
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 GOOD, POOR, DIVERGING = ({"accuracy": value, "hangs": False} for value in (0.8, 0.1, 0.7))
 LATE = {"accuracy": 0.1, "hangs": True}  # as poor, but does not get to its first report

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from support.epochs import epoch_metrics
 
 from tune_mnist.benchmarks.curves import CurvesSettings, Recording, curves, record
 from tune_mnist.benchmarks.rank_correlations import rank_correlations
@@ -169,14 +170,11 @@ class Real:
         self._experiment = Experiment(rules, history, study, Checkpoints(folder))
 
     def propose(self, number: int) -> TrainConfig:
-        return TrainConfig.from_mapping(self._experiment.next_trial(str(number)).config)
+        return self._experiment.next_trial(str(number)).config
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        diverged = 1 if np.isnan(value) else None
-        metrics = dict.fromkeys(("train_loss", "val_loss", "test_loss", "test_accuracy"), 0.5)
-        times = {"seconds": 1.0, "evaluation_seconds": 1.0, "test_correct": 1}
-        row = {**metrics, **times, "epoch": epoch, "val_accuracy": value}
-        return self._experiment.report(number, {**row, "diverged_step": diverged}, b"", None)
+        metrics = epoch_metrics(epoch, value, val_loss=0.5)
+        return self._experiment.report(number, metrics, b"", None)
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
         self._experiment.finish(number)

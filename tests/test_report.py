@@ -6,12 +6,12 @@ from typing import Any
 
 import optuna
 import pytest
-from browser import visit
 from filelock import FileLock
 from optuna.samplers import RandomSampler
 from PIL import Image
-from recorded import RecordedSearch
-from reported import EVIL, all_failed, empty, rich, write_search
+from support.browser import visit
+from support.recorded import RecordedSearch
+from support.reported import EVIL, all_failed, empty, rich, write_search
 
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.model_file import pack_model

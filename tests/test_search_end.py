@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from drivers import Searches
-from reported import rich
+from support.drivers import Searches
+from support.reported import rich
 
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.tuning.confirmation import draw_report
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 
 def test_a_search_confirms_its_winners_in_half_of_its_time_and_draws_its_report(

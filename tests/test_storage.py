@@ -1,5 +1,6 @@
 """A run is copied to a bucket or a shared folder, and gone on with from there."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import (
+from ray.cluster_utils import Cluster
+from support.drivers import (
     Driver,
     Searches,
     epochs_in,
@@ -22,18 +24,19 @@ from drivers import (
     searches_in,
     study_of,
 )
-from ray.cluster_utils import Cluster
-from s3_server import CREDENTIALS, S3, s3_server
-from scripted import Script
+from support.epochs import epoch_metrics
+from support.s3_server import CREDENTIALS, S3, s3_server
+from support.scripted import Script
 
 from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import COLUMNS, History, Row, TrialRecord
+from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning import remote, sync
 from tune_mnist.tuning.remote import RemoteRun, storage_uri
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 TRIALS = 5
 ONE = ("--max-concurrent", 1)
@@ -233,10 +236,10 @@ def search_alone(folder: RunFolder) -> None:
     history, checkpoints = History(folder), Checkpoints(folder)
     history.open_session({})
     for number in range(3):
-        history.start_trial(TrialRecord(number, {}, number, "sampled"), 0.0)
+        history.start_trial(TrialRecord(number, TrainConfig(), number, "sampled"), 0.0)
     for epoch in range(1, 11):
         for number in range(3):
-            row: Row = {**dict.fromkeys(COLUMNS, 0.5), "trial": number, "epoch": epoch}
+            row = EpochRow(**epoch_metrics(epoch, 0.5).as_dict(), trial=number, elapsed=0.5)
             checkpoints.save_best(f"{len(history.rows) + 1}".encode())
             checkpoints.save(number, row, bytes(100_000))
             history.add_epoch(row)
@@ -244,8 +247,8 @@ def search_alone(folder: RunFolder) -> None:
     for number in range(3):
         history.end_trial(number, 0.0, "complete", "")
         checkpoints.remove(number)
-        history.start_trial(TrialRecord(3 + number, {}, 0, "sampled"), 0.0)
-        history.add_epoch({**dict.fromkeys(COLUMNS, 0.5), "trial": 3 + number, "epoch": 1})
+        history.start_trial(TrialRecord(3 + number, TrainConfig(), 0, "sampled"), 0.0)
+        history.add_epoch(dataclasses.replace(row, trial=3 + number, epoch=1))
 
 
 def test_a_copy_can_be_gone_on_with_at_every_instant(
@@ -273,7 +276,7 @@ def test_a_copy_can_be_gone_on_with_at_every_instant(
         for record in history.unfinished():
             state = Checkpoints(fetched).load(record.number)
             # One ahead: lost between checkpoint and row, which the checkpoint holds.
-            assert state is None or int(state.row["epoch"] or 0) <= record.epochs + 1
+            assert state is None or state.row.epoch <= record.epochs + 1
     assert len(seen) > 3, seen
 
 

@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 import shutil
 from collections.abc import Iterator
@@ -7,10 +8,12 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from support.epochs import epoch_metrics
 
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import METRICS, History
+from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.study import SamplerSettings, Study
@@ -50,15 +53,8 @@ def advance(experiment: Experiment, number: int, generator: random.Random) -> bo
     if fate < 0.03:
         experiment.fail(number, "the worker died")
         return False
-    metrics: dict[str, Any] = dict.fromkeys(METRICS, 0.5)
-    metrics |= {
-        "epoch": experiment.history.trials[number].epochs + 1,
-        "val_accuracy": generator.random(),
-        "test_correct": 9000,
-        "diverged_step": 3 if fate < 0.1 else None,
-    }
-    if metrics["diverged_step"]:
-        metrics |= {"val_accuracy": float("nan"), "val_loss": float("inf")}
+    epoch = experiment.history.trials[number].epochs + 1
+    metrics = epoch_metrics(epoch, generator.random() if fate >= 0.1 else math.nan)
     if experiment.report(number, metrics, b"state", None):
         experiment.finish(number)
         return False
@@ -85,7 +81,7 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_does(
     """With conditional parameters, start points, and trials of all ends or still running."""
     folder = RunFolder.create(tmp_path / "run")
     unbroken = open_experiment(folder, rules())
-    expected: dict[int, dict[str, Any]] = {}
+    expected: dict[int, TrainConfig] = {}
     for number in run_beside(unbroken, trials=70, at_once=at_once):
         if number % 6 == 2 or number > 62:
             copied = Path(shutil.copytree(folder.path, tmp_path / f"copy{number}"))

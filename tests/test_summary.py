@@ -2,11 +2,11 @@ import io
 from pathlib import Path
 
 import pytest
-from recorded import RecordedSearch
 from rich.console import Console
+from support.recorded import RecordedSearch
 
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.summary import summary
-from tune_mnist.runs.history import Metric
 
 
 @pytest.fixture

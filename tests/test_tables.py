@@ -1,11 +1,12 @@
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from recorded import RecordedSearch
+from support.recorded import RecordedSearch
 
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.history import History, TrialRecord
@@ -224,9 +225,9 @@ def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) 
 def test_two_thousand_trials_take_a_fraction_of_a_second(search: RecordedSearch) -> None:
     search.trial([0.9])
     row = search.history.trials[0].rows[0]
-    config = TrainConfig().as_dict()
+    config = TrainConfig()
     for number in range(1, 2000):
-        rows = [row | {"epoch": epoch, "val_loss": 1 / epoch} for epoch in range(1, 21)]
+        rows = [replace(row, epoch=epoch, val_loss=1 / epoch) for epoch in range(1, 21)]
         search.history.trials[number] = TrialRecord(number, config, 0, "sampled", rows=rows)
     began = time.process_time()
     table = trials_table(search.history, "val_accuracy")

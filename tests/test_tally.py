@@ -3,7 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
-from recorded import RecordedSearch
+from support.recorded import RecordedSearch
 
 from tune_mnist.runs.history import TrialRecord
 from tune_mnist.runs.space import load_space
@@ -69,10 +69,10 @@ def test_best_and_baseline_are_kept_by_the_metric_and_of_equals_the_loss(
     search.epoch(other, 0.9, val_loss=0.05)
     search.diverged_epoch(other)
     tally.catch_up()
-    assert tally.baseline is not None
-    assert tally.best is not None
-    assert tally.baseline[1]["epoch"] == 2
-    assert tally.best[0].number == other
+    assert tally.baseline.found is not None
+    assert tally.best.found is not None
+    assert tally.baseline.found[1].epoch == 2
+    assert tally.best.found[0].number == other
 
 
 def test_a_search_that_goes_on_counts_what_was_done_and_waits_for_the_rest(
@@ -84,8 +84,8 @@ def test_a_search_that_goes_on_counts_what_was_done_and_waits_for_the_rest(
     search.epoch(waiting, 0.8)
     tally = _tally(search)
     assert (tally.done, tally.epochs, tally.running) == (2, 4, {})
-    assert tally.best is not None
-    assert tally.best[1]["val_accuracy"] == 0.95
+    assert tally.best.found is not None
+    assert tally.best.found[1].val_accuracy == 0.95
     assert tally.last_failure is search.history.trials[1]
     tally.start(waiting)
     assert list(tally.running) == [waiting]

@@ -3,16 +3,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from drivers import Searches, epochs_in, history_of
-from recorded import RecordedSearch
-from scripted import Script
+from support.drivers import Searches, epochs_in, history_of
+from support.recorded import RecordedSearch
+from support.scripted import Script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.tuning.trackers import EventFiles
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 
 def _shown(folder: Path, tag: str = "val_accuracy") -> dict[int, float]:
@@ -99,8 +99,8 @@ def test_a_search_that_was_killed_and_resumed_has_every_epoch_once(searches: Sea
     assert len(records) == 6
     for record in records.values():
         trial = folder / "tensorboard" / str(record.number)
-        assert _steps(trial) == [row["epoch"] for row in record.rows]
-        values = {int(row["epoch"] or 0): row["val_accuracy"] for row in record.rows}
+        assert _steps(trial) == [row.epoch for row in record.rows]
+        values = {row.epoch: row.val_accuracy for row in record.rows}
         assert _shown(trial) == pytest.approx(values)
 
 

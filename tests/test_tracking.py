@@ -2,9 +2,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from recorded import RecordedSearch
+from support.recorded import RecordedSearch
 
-from tune_mnist.runs.history import Row, TrialRecord
+from tune_mnist.runs.history import EpochRow, TrialRecord
 from tune_mnist.tuning import trackers as tracking
 from tune_mnist.tuning.trackers import Tracking
 
@@ -21,8 +21,8 @@ class Notebook:
         self._note(f"begin {record.number}")
         return self._there
 
-    def add_epoch(self, record: TrialRecord, row: Row) -> None:
-        self._note(f"epoch {record.number}.{row['epoch']}")
+    def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
+        self._note(f"epoch {record.number}.{row.epoch}")
 
     def end(self, record: TrialRecord) -> None:
         self._note(f"end {record.number} {record.state}")

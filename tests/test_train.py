@@ -179,7 +179,7 @@ def test_a_trial_of_a_search_is_retrained_by_its_number(tmp_path: Path) -> None:
     history = History(folder)
     history.open_session({})
     found = TrainConfig(lr=0.123456789012345678, schedule="cosine")
-    history.start_trial(TrialRecord(0, found.as_dict(), seed=1, origin="sampled"), elapsed=0.0)
+    history.start_trial(TrialRecord(0, found, seed=1, origin="sampled"), elapsed=0.0)
     settings = TrainSettings(run=folder.path, trial=0)
     assert chosen_config(settings) == found
     assert chosen_epochs(settings) == 7

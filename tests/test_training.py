@@ -71,7 +71,7 @@ def same(first: EpochResult, second: EpochResult) -> bool:
     """Whether two results agree to the last digit in all but the time they took."""
 
     def timeless(result: EpochResult) -> tuple[str, Any, Any]:
-        metrics = result.metrics() | {"seconds": 0, "evaluation_seconds": 0}
+        metrics = replace(result.metrics, seconds=0, evaluation_seconds=0)
         return repr(metrics), content(result.weights), content(result.state)
 
     return timeless(first) == timeless(second)
@@ -82,7 +82,7 @@ def test_a_run_resumed_after_any_epoch_ends_as_the_unbroken_one(
     data: Split, config: TrainConfig
 ) -> None:
     unbroken = list(train(config, data, epochs=3, seed=1))
-    assert [result.epoch for result in unbroken] == [1, 2, 3]
+    assert [result.metrics.epoch for result in unbroken] == [1, 2, 3]
     for done in (1, 2, 3):
         state = unbroken[done - 1].state
         resumed = list(train(config, data, epochs=3, seed=1, state=state))
@@ -126,46 +126,30 @@ def test_a_result_holds_what_its_weights_come_to(data: Split) -> None:
             log_probs = net(normalised(scaled(torch.from_numpy(images.copy()))))
         loss = functional.nll_loss(log_probs, target).item()
         correct = int((log_probs.argmax(1) == target).sum())
-        assert getattr(result, f"{name}_loss") == pytest.approx(loss, rel=1e-4)
-        assert getattr(result, f"{name}_accuracy") == pytest.approx(correct / len(labels))
-    assert result.test_correct == correct
-    assert result.diverged_step is None
-    assert result.seconds > 0
-    assert result.evaluation_seconds > 0
-
-
-def test_metrics_are_the_result_without_its_states(data: Split) -> None:
-    metrics = next(train(PLAIN, data, epochs=1, seed=1)).metrics()
-    assert list(metrics) == [
-        "epoch",
-        "train_loss",
-        "val_loss",
-        "val_accuracy",
-        "test_loss",
-        "test_accuracy",
-        "test_correct",
-        "seconds",
-        "evaluation_seconds",
-        "diverged_step",
-    ]
+        assert getattr(result.metrics, f"{name}_loss") == pytest.approx(loss, rel=1e-4)
+        assert getattr(result.metrics, f"{name}_accuracy") == pytest.approx(correct / len(labels))
+    assert result.metrics.test_correct == correct
+    assert result.metrics.diverged_step is None
+    assert result.metrics.seconds > 0
+    assert result.metrics.evaluation_seconds > 0
 
 
 def test_averaged_weights_are_evaluated_while_raw_ones_train_on(data: Split) -> None:
     config = replace(PLAIN, ema_decay=0.9)
     plain = next(train(PLAIN, data, epochs=1, seed=1))
     averaged = next(train(config, data, epochs=1, seed=1))
-    assert averaged.train_loss == plain.train_loss
+    assert averaged.metrics.train_loss == plain.metrics.train_loss
     assert averaged.weights != plain.weights
-    assert averaged.test_loss != plain.test_loss
+    assert averaged.metrics.test_loss != plain.metrics.test_loss
 
 
 def test_without_a_holdout_validation_is_nan_and_not_divergence(small_mnist: Mnist) -> None:
     data = split(small_mnist, holdout=False, images=128)
     result = next(train(PLAIN, data, epochs=1, seed=1))
-    assert math.isnan(result.val_loss)
-    assert math.isnan(result.val_accuracy)
-    assert math.isfinite(result.test_loss)
-    assert result.diverged_step is None
+    assert math.isnan(result.metrics.val_loss)
+    assert math.isnan(result.metrics.val_accuracy)
+    assert math.isfinite(result.metrics.test_loss)
+    assert result.metrics.diverged_step is None
 
 
 def test_every_step_is_announced_with_its_loss(data: Split) -> None:
@@ -178,7 +162,7 @@ def test_every_step_is_announced_with_its_loss(data: Split) -> None:
     assert [number for number, _ in steps] == [1, 2, 3, 4, 5]
     sizes = [64, 64, 64, 64, 300 - 4 * 64]
     mean = sum(loss * size for (_, loss), size in zip(steps, sizes, strict=True)) / 300
-    assert result.train_loss == pytest.approx(mean, rel=1e-6)
+    assert result.metrics.train_loss == pytest.approx(mean, rel=1e-6)
 
 
 def test_the_first_loss_is_that_of_guessing(data: Split) -> None:
@@ -218,13 +202,13 @@ def test_a_diverged_epoch_ends_early_and_is_the_last(data: Split) -> None:
         train(HOPELESS, data, epochs=3, seed=1, on_step=lambda number, _: steps.append(number))
     )
     result = results[-1]
-    assert result.diverged_step is not None
-    assert result.diverged_step <= steps[-1] < 75
-    assert steps[-1] < result.diverged_step + host_run.DIVERGENCE_CHECK_EVERY
-    assert result.epoch == len(results) < 3
-    assert not math.isfinite(result.train_loss)
-    for value in (result.val_loss, result.val_accuracy, result.test_loss, result.test_accuracy):
-        assert math.isnan(value)
+    assert result.metrics.diverged_step is not None
+    assert result.metrics.diverged_step <= steps[-1] < 75
+    assert steps[-1] < result.metrics.diverged_step + host_run.DIVERGENCE_CHECK_EVERY
+    assert result.metrics.epoch == len(results) < 3
+    assert not math.isfinite(result.metrics.train_loss)
+    for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+        assert math.isnan(getattr(result.metrics, name))
 
 
 def test_a_net_lost_only_in_evaluation_has_diverged(
@@ -233,9 +217,9 @@ def test_a_net_lost_only_in_evaluation_has_diverged(
     lost = Score(images=200, correct=20, loss=math.inf)
     monkeypatch.setattr(host_run, "evaluate", lambda *_: lost)
     (result,) = train(PLAIN, data, epochs=3, seed=1)
-    assert result.diverged_step == 5
-    assert math.isfinite(result.train_loss)
-    assert math.isnan(result.test_accuracy)
+    assert result.metrics.diverged_step == 5
+    assert math.isfinite(result.metrics.train_loss)
+    assert math.isnan(result.metrics.test_accuracy)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +272,7 @@ def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
 
 def test_a_single_image_trains(small_mnist: Mnist) -> None:
     data = split(small_mnist, holdout=True, images=1)
-    assert math.isfinite(next(train(PLAIN, data, epochs=1, seed=1)).train_loss)
+    assert math.isfinite(next(train(PLAIN, data, epochs=1, seed=1)).metrics.train_loss)
 
 
 def test_nothing_to_score_is_nan() -> None:
@@ -314,7 +298,7 @@ def test_two_epochs_on_3000_images_learn(mnist: Mnist, small_mnist: Mnist) -> No
         test_labels=small_mnist.test_labels,
     )
     _, last = train(TrainConfig(lr=0.02, batch_size=32), data, epochs=2, seed=0)
-    assert last.test_accuracy > 0.9  # 0.926 to 0.939 of 1,000 images (3 seeds)
+    assert last.metrics.test_accuracy > 0.9  # 0.926 to 0.939 of 1,000 images (3 seeds)
 
 
 @pytest.mark.gpu
@@ -325,6 +309,6 @@ def test_a_gpu_trains_as_a_processor_does(data: Split, config: TrainConfig) -> N
     on_gpu = list(train(config, data, epochs=2, seed=1, device="cuda"))
     on_cpu = list(train(config, data, epochs=2, seed=1))
     for gpu, cpu in zip(on_gpu, on_cpu, strict=True):
-        assert gpu.train_loss == pytest.approx(cpu.train_loss, rel=0.05)
+        assert gpu.metrics.train_loss == pytest.approx(cpu.metrics.train_loss, rel=0.05)
     resumed = list(train(config, data, epochs=2, seed=1, device="cuda", state=on_gpu[0].state))
-    assert resumed[0].train_loss == pytest.approx(on_gpu[1].train_loss, rel=0.05)
+    assert resumed[0].metrics.train_loss == pytest.approx(on_gpu[1].metrics.train_loss, rel=0.05)

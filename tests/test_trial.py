@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from drivers import Searches, die_at, history_of
 from ray import tune
-from scripted import train_little
+from support.drivers import Searches, die_at, history_of
+from support.epochs import epoch_metrics
+from support.scripted import train_little
 
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
-from tune_mnist.runs.history import Assignment, History, Metric
+from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.history import Assignment, History
 from tune_mnist.tuning.worker import TrialEpoch, run_trial
 
-pytest_plugins = ["ray_fixtures"]
+pytest_plugins = ["support.ray_fixtures"]
 
 SPACE = """
 epochs: 3
@@ -64,7 +67,7 @@ def numbers_of(folder: Path) -> list[list[dict[str, Any]]]:
     """Return all that the trials' epochs came to, but the times that they took."""
     times = ("seconds", "evaluation_seconds", "elapsed")
     return [
-        [{name: row[name] for name in row if name not in times} for row in record.rows]
+        [{name: vars(row)[name] for name in vars(row) if name not in times} for row in record.rows]
         for record in history_of(folder).trials.values()
     ]
 
@@ -80,14 +83,9 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def epochs_of(*values: tuple[float, float], diverging: bool = False) -> Any:
     def epochs(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
         for epoch, (accuracy, loss) in enumerate(values, start=1):
-            metrics = {
-                "epoch": epoch,
-                "val_accuracy": accuracy,
-                "val_loss": loss,
-                "test_accuracy": 1 - accuracy,
-                "test_loss": 1 - loss,
-                "diverged_step": 3 if diverging and epoch == len(values) else None,
-            }
+            step = 3 if diverging and epoch == len(values) else None
+            losses = {"val_loss": loss, "test_loss": 1 - loss}
+            metrics = epoch_metrics(epoch, accuracy, 1 - accuracy, **losses, diverged_step=step)
             yield TrialEpoch(metrics, b"state", partial(bytes, [epoch]))
 
     return epochs
@@ -95,7 +93,7 @@ def epochs_of(*values: tuple[float, float], diverging: bool = False) -> Any:
 
 def run(metric: Metric, epochs: Any) -> None:
     """Run a trial that nobody tells to stop."""
-    config = {"assignment": Assignment(0, {}, 0, 20, metric, None)}
+    config = {"assignment": Assignment(0, TrainConfig(), 0, 20, metric, None)}
     nothing: Any = None
     with pytest.raises(RuntimeError, match="without having been told to"):
         run_trial(config, epochs, nothing)

@@ -15,8 +15,6 @@ from tune_mnist.runs.formatting import (
     short_path,
 )
 
-BASELINE = TrainConfig().as_dict()
-
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
@@ -58,13 +56,13 @@ def test_one_is_singular_and_thousands_are_grouped() -> None:
 def test_a_configuration_is_said_by_what_differs_from_the_baseline(
     config: dict[str, Any], text: str
 ) -> None:
-    assert differences(BASELINE | config, BASELINE) == text
+    assert differences(TrainConfig(**config), TrainConfig()) == text
 
 
 def test_a_setting_that_does_nothing_is_a_dash() -> None:
-    assert setting(BASELINE, "step_every") == "-"
-    assert setting(BASELINE | {"schedule": "step"}, "step_every") == "8"
-    assert setting(BASELINE, "nesterov") == "no"
+    assert setting(TrainConfig(), "step_every") == "-"
+    assert setting(TrainConfig(schedule="step"), "step_every") == "8"
+    assert setting(TrainConfig(), "nesterov") == "no"
 
 
 def test_a_path_is_said_from_the_current_folder_where_it_lies_in_there(

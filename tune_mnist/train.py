@@ -36,6 +36,7 @@ from tune_mnist.runs.history import History
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tune_mnist.mnist.metrics import EpochMetrics
     from tune_mnist.mnist.training import EpochResult
 
 DEFAULT_EPOCHS = 20
@@ -116,7 +117,7 @@ def train_by(settings: TrainSettings) -> None:
     tell(layer_table(Net(config.dropout)))
     tell(describe(config))
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
-    done: list[EpochResult] = []
+    done: list[EpochMetrics] = []
     try:
         with heeding_interrupts() as check:
 
@@ -137,9 +138,9 @@ def train_by(settings: TrainSettings) -> None:
                 tell(f"Epoch : {epoch}")
                 with bar:
                     result = next(results)
-                check_converging(result, config)
-                done.append(result)
-                tell(test_line(result, images=len(data.test_labels)))
+                check_converging(result.metrics, config)
+                done.append(result.metrics)
+                tell(test_line(result.metrics, images=len(data.test_labels)))
                 if settings.save is not None:
                     save(settings.save, config, settings, epochs, result)
     except KeyboardInterrupt:
@@ -181,7 +182,7 @@ def config_of_trial(settings: TrainSettings) -> TrainConfig:
             f"--trial: the {len(trials)} trials of {settings.run} are numbered from 0, "
             f"but got {settings.trial}"
         )
-    return TrainConfig.from_mapping(trials[settings.trial].config)
+    return trials[settings.trial].config
 
 
 def chosen_epochs(settings: TrainSettings) -> int:
@@ -219,7 +220,7 @@ def describe(config: TrainConfig) -> str:
     return f"Configuration: baseline{' with ' if shown else ''}{shown}"
 
 
-def check_converging(result: "EpochResult", config: TrainConfig) -> None:
+def check_converging(result: "EpochMetrics", config: TrainConfig) -> None:
     """Raise TuneMnistError if the epoch diverged."""
     if result.diverged_step is not None:
         raise TuneMnistError(
@@ -228,7 +229,7 @@ def check_converging(result: "EpochResult", config: TrainConfig) -> None:
         )
 
 
-def test_line(result: "EpochResult", images: int) -> str:
+def test_line(result: "EpochMetrics", images: int) -> str:
     """Say how the epoch did on so many test images."""
     return (
         f"Test set: Average loss: {result.test_loss:.4f}, "
@@ -236,7 +237,7 @@ def test_line(result: "EpochResult", images: int) -> str:
     )
 
 
-def summary(done: "list[EpochResult]") -> str:
+def summary(done: "list[EpochMetrics]") -> str:
     """Say how the best and the last epoch did."""
     if not done:
         return "No epoch was finished."
@@ -276,9 +277,9 @@ def save(
         seed=settings.seed,
         images=settings.images,  # None: all 60,000
         epochs=epochs,
-        epoch=result.epoch,  # finished; fewer than `epochs` if training was broken off
-        test_accuracy=result.test_accuracy,
-        test_loss=result.test_loss,
+        epoch=result.metrics.epoch,  # finished; fewer than `epochs` if training was broken off
+        test_accuracy=result.metrics.test_accuracy,
+        test_loss=result.metrics.test_loss,
     )
     try:
         replace_file(path, content)

@@ -35,9 +35,9 @@ def busy_shares_of_run(path: Path) -> tuple[float, float]:
     rows = [row for _, row in history.rows]
     if len(rows) < 2:
         raise ConfigError(f"--run: {path} has {len(rows)} epochs, too few to say how busy it was")
-    training = [float(row["seconds"] or 0.0) for row in rows]
-    evaluation = [float(row["evaluation_seconds"] or 0.0) for row in rows]
-    ends = [float(row["elapsed"] or 0.0) for row in rows]
+    training = [row.seconds for row in rows]
+    evaluation = [row.evaluation_seconds for row in rows]
+    ends = [row.elapsed for row in rows]
     begins = [e - t - v for e, t, v in zip(ends, training, evaluation, strict=True)]
     wall = max(ends) - min(begins)
     slots = _at_once(begins, ends)

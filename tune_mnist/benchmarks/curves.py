@@ -136,25 +136,25 @@ def _rows(recording: Recording, config: TrainConfig, data: Split) -> Iterator[di
         raw = _score(raw_weights(result), result, tensors.val_images, tensors.val_labels)
         row = {
             "config": recording.number,
-            "epoch": result.epoch,
-            "train_loss": _rounded(result.train_loss),
+            "epoch": result.metrics.epoch,
+            "train_loss": _rounded(result.metrics.train_loss),
             "val_accuracy": raw.accuracy,
             "val_loss": _rounded(raw.loss),
-            "averaged_val_accuracy": result.val_accuracy,
-            "averaged_val_loss": _rounded(result.val_loss),
+            "averaged_val_accuracy": result.metrics.val_accuracy,
+            "averaged_val_loss": _rounded(result.metrics.val_loss),
             "test_accuracy": math.nan,
             "averaged_test_accuracy": math.nan,
         }
-        if result.epoch == recording.epochs:
+        if result.metrics.epoch == recording.epochs:
             test = tensors.test_images, tensors.test_labels
             row["test_accuracy"] = _score(raw_weights(result), result, *test).accuracy
             row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
-        yield {**row, "diverged_step": result.diverged_step, **columns}
+        yield {**row, "diverged_step": result.metrics.diverged_step, **columns}
 
 
 def _score(weights: bytes, result: EpochResult, images: Tensor, labels: Tensor) -> Score:
     """Score weights of an epoch, unless it diverged."""
-    if result.diverged_step is not None:
+    if result.metrics.diverged_step is not None:
         return Score()
     return evaluate(load_weights(weights), images, labels)
 

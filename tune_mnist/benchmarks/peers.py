@@ -181,9 +181,9 @@ def _own_progress(folder: str) -> list[Progress]:
     history = History.load(RunFolder.open(Path(folder) / "run"))
     return [
         Progress(
-            time=record.started_at + float(row["elapsed"] or 0.0) - record.started,
+            time=record.started_at + row.elapsed - record.started,
             trial=str(record.number),
-            val_accuracy=float(row["val_accuracy"] or 0.0),
+            val_accuracy=row.val_accuracy,
         )
         for record, row in history.rows
     ]

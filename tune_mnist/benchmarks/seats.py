@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_mnist.benchmarks.sources import Trivial
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.history import Assignment
-from tune_mnist.tuning.worker import TrialEpoch
+from tune_mnist.tuning.worker import TrialEpoch, report_of
 
 
 class Mark(NamedTuple):
@@ -53,8 +53,8 @@ class Host:
         """Report a trial's next epoch, with what Tune itself adds to it."""
         await self._is_open.wait()
         epoch = next(self._trials[seat])
-        iteration = {"training_iteration": epoch.metrics["epoch"], "time_total_s": 0.0}
-        return {**epoch.metrics, **iteration, "state": epoch.state, "model": epoch.model()}
+        iteration = {"training_iteration": epoch.metrics.epoch, "time_total_s": 0.0}
+        return {**report_of(epoch, epoch.model(), "val_accuracy"), **iteration}
 
     async def name(self) -> dict[str, Any]:
         """Say where it runs, as Tune asks of every worker."""

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.worker import EpochSource, TrialEpoch
 
@@ -35,18 +36,17 @@ class Trivial:
         for epoch in range(done + 1, assignment.epochs + 1):
             accuracy = 0.9 + 0.05 * skill + 0.04 * epoch / assignment.epochs
             yield TrialEpoch(
-                metrics={
-                    "epoch": epoch,
-                    "train_loss": 1 - accuracy,
-                    "val_loss": 1 - accuracy,
-                    "val_accuracy": accuracy,
-                    "test_loss": 1 - accuracy,
-                    "test_accuracy": accuracy,
-                    "test_correct": round(10_000 * accuracy),
-                    "seconds": 0.0,
-                    "evaluation_seconds": 0.0,
-                    "diverged_step": None,
-                },
+                metrics=EpochMetrics(
+                    epoch=epoch,
+                    train_loss=1 - accuracy,
+                    val_loss=1 - accuracy,
+                    val_accuracy=accuracy,
+                    test_loss=1 - accuracy,
+                    test_accuracy=accuracy,
+                    test_correct=round(10_000 * accuracy),
+                    seconds=0.0,
+                    evaluation_seconds=0.0,
+                ),
                 state=f"{epoch} ".encode().ljust(self.state_size, b"."),
                 model=partial(bytes, self.model_size),
             )
@@ -95,10 +95,10 @@ class Watched:
             note = Note(
                 process=os.getpid(),
                 trial=assignment.number,
-                epoch=metrics["epoch"],
-                began=ended - metrics["seconds"] - metrics["evaluation_seconds"],
+                epoch=metrics.epoch,
+                began=ended - metrics.seconds - metrics.evaluation_seconds,
                 ended=ended,
-                training=metrics["seconds"],
+                training=metrics.seconds,
                 resident=resident_megabytes(),
                 idle=idle,
             )

@@ -89,11 +89,26 @@ class TrainConfig:
             check_name(name)
         return cls(**values)
 
+    def uses(self, name: str) -> bool:
+        """Return True if a hyperparameter does something beside the others."""
+        other, needed = _ONLY_WITH.get(name, (name, getattr(self, name)))
+        return bool(getattr(self, other) == needed)
+
     def as_dict(self) -> dict[str, Value]:
         """Return all hyperparameters by name."""
         return asdict(self)
 
 
+# Hyperparameters that do nothing unless another one has a certain value.
+_ONLY_WITH: dict[str, tuple[str, Value]] = {
+    "momentum": ("optimizer", "sgd"),
+    "nesterov": ("optimizer", "sgd"),
+    "beta1": ("optimizer", "adamw"),
+    "beta2": ("optimizer", "adamw"),
+    "step_every": ("schedule", "step"),
+    "step_factor": ("schedule", "step"),
+    "peak_position": ("schedule", "onecycle"),
+}
 CONFIG_FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 _TYPES = get_type_hints(TrainConfig)
 

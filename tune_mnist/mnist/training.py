@@ -20,35 +20,17 @@ from tune_mnist.mnist.epoch import Epoch, StepListener
 from tune_mnist.mnist.evaluation import Score
 from tune_mnist.mnist.host_run import HostRun
 from tune_mnist.mnist.losses import first_not_finite, mean_per_image
+from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.mnist.net import Net
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch came to; accuracies are fractions in [0, 1], losses are means per image.
+    """What one epoch came to, and what it takes to go on from it."""
 
-    Without a holdout the `val_` values are NaN. An epoch that diverged did so at `diverged_step`
-    (1-based within the epoch), was not evaluated, and is the last.
-    """
-
-    epoch: int  # 1-based, finished
-    train_loss: float
-    val_loss: float
-    val_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    test_correct: int  # of 10,000
-    seconds: float  # training time, without the evaluation
-    evaluation_seconds: float
-    diverged_step: int | None
+    metrics: EpochMetrics
     state: bytes  # all it takes to go on with the next epoch: see `train`
     weights: bytes  # state_dict of the evaluated net: see `load_weights`
-
-    def metrics(self) -> dict[str, float | int | None]:
-        """Return the values that describe the epoch, by name, without the states."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("state", "weights")
-        }
 
 
 def train(
@@ -107,7 +89,7 @@ def train(
         train_loss = mean_per_image(epoch.losses, images, config.batch_size)
         result = _result(epoch, done, train_loss, identity)
         yield result
-        if result.diverged_step is not None:
+        if result.metrics.diverged:
             return
 
 
@@ -119,7 +101,7 @@ def _result(epoch: Epoch, number: int, train_loss: float, identity: dict[str, An
     if diverged is not None:
         val = test = Score()
     average = epoch.state["average"]
-    return EpochResult(
+    metrics = EpochMetrics(
         epoch=number,
         train_loss=train_loss,
         val_loss=val.loss,
@@ -130,6 +112,9 @@ def _result(epoch: Epoch, number: int, train_loss: float, identity: dict[str, An
         seconds=epoch.seconds,
         evaluation_seconds=epoch.evaluation_seconds,
         diverged_step=diverged,
+    )
+    return EpochResult(
+        metrics,
         state=_pack({"run": identity, "epoch": number, **epoch.state}),
         weights=_pack(epoch.state["net"] if average is None else average["net"]),
     )

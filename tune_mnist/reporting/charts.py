@@ -13,11 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.ticker import MaxNLocator
 
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.reporting.mistakes import Mistakes
 from tune_mnist.reporting.statistics import epochs_by_band, milestones, worker_seconds
 from tune_mnist.runs.formatting import differences, duration
 from tune_mnist.runs.history import TrialRecord
-from tune_mnist.runs.ranking import RankedTrial, counts, number
+from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.view import RunView
 
 # Each can be told from the others, and seen on white as well as on black.
@@ -118,13 +119,11 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
         if not found:
             continue
         end = run.history.elapsed / seconds if by_time else len(run.history.rows)
-        xs = [
-            number(each.row, "elapsed") / seconds if by_time else each.epochs for each in found
-        ] + [end]
-        texts = [f"trial {each.record.number} at epoch {each.row['epoch']}" for each in found]
+        xs = [each.row.elapsed / seconds if by_time else each.epochs for each in found] + [end]
+        texts = [f"trial {each.record.number} at epoch {each.row.epoch}" for each in found]
         names = [run.metric] if run.metric == "test_accuracy" or len(runs) > 1 else []
         for name in names or ["val_accuracy", "test_accuracy"]:
-            values = [number(each.row, name) for each in found]
+            values = [getattr(each.row, name) for each in found]
             values.append(values[-1])
             label = html.escape(run.folder.name) if len(runs) > 1 else name_of_metric(name)
             colour = RUNS[position % len(RUNS)] if len(runs) > 1 or name == run.metric else BEST
@@ -235,13 +234,13 @@ def _curves(
     xs: list[int | None] = []
     values: list[float | None] = []
     texts: list[str] = []
-    reference = run.baseline.record.config if run.baseline else {}
+    reference = run.baseline.record.config if run.baseline else TrainConfig()
     for record in trials:
         what = html.escape(f"trial {record.number}: {differences(record.config, reference)}")
         for row in record.rows:
-            if counts(row, run.metric):
-                xs.append(int(row["epoch"] or 0))
-                values.append(number(row, run.metric))
+            if row.counts(run.metric):
+                xs.append(row.epoch)
+                values.append(row.accuracy(run.metric))
                 texts.append(what)
         xs.append(None)
         values.append(None)
@@ -264,8 +263,8 @@ def _cuts(run: RunView, trials: list[TrialRecord]) -> go.Scatter:
     standings = [RankedTrial.of(record, run.metric) for record in trials]
     ends = [(each.record, each.last) for each in standings if each.last]
     return go.Scatter(
-        x=[row["epoch"] for _, row in ends],
-        y=[error(number(row, run.metric)) for _, row in ends],
+        x=[row.epoch for _, row in ends],
+        y=[error(row.accuracy(run.metric)) for _, row in ends],
         text=[f"trial {record.number}" for record, _ in ends],
         name="cut by ASHA",
         mode="markers",

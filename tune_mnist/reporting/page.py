@@ -36,7 +36,7 @@ from tune_mnist.runs.confirmed import claim, confirmed_lines, read_confirmed
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, short_path
-from tune_mnist.runs.ranking import gain, number
+from tune_mnist.runs.ranking import gain
 from tune_mnist.runs.view import RunView
 
 # MERGED-DOC analysis.report_page: One HTML file with everything in it: text, tables, charts and
@@ -204,9 +204,9 @@ def _comparison(page: Page, runs: Sequence[RunView]) -> None:
             (
                 run.folder.name,
                 run.state,
-                percent(number(best, run.metric)) if best else "-",
-                percent(number(best, "test_accuracy")) if best else "-",
-                percent(number(baseline, "test_accuracy")) if baseline else "-",
+                percent(best.accuracy(run.metric)) if best else "-",
+                percent(best.test_accuracy) if best else "-",
+                percent(baseline.test_accuracy) if baseline else "-",
                 points(gain(best, baseline)),
                 f"{len(run.history.trials):,}",
                 f"{len(run.history.rows):,}",
@@ -268,12 +268,12 @@ def _verdict(page: Page, run: RunView, confirmed: pd.DataFrame | None) -> None:
     if ranked:
         said = headline(ranked, baseline, len(run.history.trials), run.metric)
         page.text(said.plain, "soft" if confirmed is not None else "verdict")
-        best = ranked[0].best or {}
-        facts = [(f"best {plots.name_of_metric(run.metric)}", percent(number(best, run.metric)))]
+        best = ranked[0]
+        facts = [(f"best {plots.name_of_metric(run.metric)}", percent(best.accuracy(run.metric)))]
         if run.metric != "test_accuracy":
-            facts.append(("test accuracy there", percent(number(best, "test_accuracy"))))
+            facts.append(("test accuracy there", percent(best.accuracy("test_accuracy"))))
         if baseline and not ranked[0].is_baseline:
-            facts.append(("points above the baseline", points(gain(best, baseline.best))))
+            facts.append(("points above the baseline", points(gain(best.best, baseline.best))))
     else:
         page.text(nothing(run.history), "verdict")
         facts = []

@@ -17,6 +17,8 @@ from optuna.distributions import (
 )
 from optuna.trial import TrialState, create_trial
 
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.charts import (
     BASELINE,
     BEST,
@@ -25,8 +27,7 @@ from tune_mnist.reporting.charts import (
     error,
     name_of_metric,
 )
-from tune_mnist.runs.history import Metric
-from tune_mnist.runs.ranking import RankedTrial, number
+from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.view import RunView
 
 # MERGED-DOC analysis.parameters: What a search varied, as its search.yaml tells it, and how much
@@ -71,17 +72,17 @@ def searched_parameters(space: Any) -> list[Searched]:
     return found
 
 
-def active_values(config: Mapping[str, Any], searched: Sequence[Searched]) -> dict[str, Any]:
+def active_values(config: TrainConfig, searched: Sequence[Searched]) -> dict[str, Any]:
     """Return the searched parameters that count in a configuration, with their values."""
     conditional = {each.name for each in searched}
     values: dict[str, Any] = {}
     for each in searched:
         counts = all(
-            config.get(parent) in allowed and (parent in values or parent not in conditional)
+            getattr(config, parent) in allowed and (parent in values or parent not in conditional)
             for parent, allowed in each.when.items()
         )
-        if counts and each.name in config:
-            values[each.name] = config[each.name]
+        if counts:
+            values[each.name] = getattr(config, each.name)
     return values
 
 
@@ -105,7 +106,7 @@ def importances(
                 state=TrialState.COMPLETE,
                 params=values,
                 distributions=known,
-                value=number(trial.best, metric),
+                value=trial.best.accuracy(metric),
             )
         except ValueError:  # outside the space, as the baseline may be
             continue
@@ -144,8 +145,8 @@ def parallel_coordinates(run: RunView, searched: Sequence[Searched]) -> go.Figur
 
     Not Optuna's own: that leaves out every trial that lacks a parameter, here all of them.
     """
-    trials = sorted((t for t in run.ranked), key=lambda t: number(t.best or {}, run.metric))
-    values = [number(trial.best or {}, run.metric) for trial in trials]
+    trials = sorted((t for t in run.ranked), key=lambda t: t.accuracy(run.metric))
+    values = [trial.accuracy(run.metric) for trial in trials]
     configs = [active_values(trial.record.config, searched) for trial in trials]
     # By rank: most trials are close together at the top, where the differences matter.
     shades = [position / max(len(trials) - 1, 1) for position in range(len(trials))]
@@ -208,7 +209,7 @@ def _slice(run: RunView, parameter: Searched, searched: Sequence[Searched]) -> g
         for trial in trials:
             values = active_values(trial.record.config, searched)
             if parameter.name in values:
-                accuracy = number(trial.best or {}, run.metric)
+                accuracy = trial.accuracy(run.metric)
                 points.append((values[parameter.name], accuracy, trial.record.number))
         if points:
             figure.add_trace(
@@ -234,7 +235,7 @@ def _slice(run: RunView, parameter: Searched, searched: Sequence[Searched]) -> g
         margin={"l": 8, "r": 8, "t": 10, "b": 8},
         xaxis={**axis, "title": {"text": html.escape(parameter.name)}},
         yaxis={
-            **accuracy_axis("", [number(each.best or {}, run.metric) for each in ranked]),
+            **accuracy_axis("", [each.accuracy(run.metric) for each in ranked]),
             "autorange": False,
             "range": _errors(ranked, run.metric),
         },
@@ -242,9 +243,9 @@ def _slice(run: RunView, parameter: Searched, searched: Sequence[Searched]) -> g
     return figure
 
 
-def _errors(ranked: Sequence[RankedTrial], metric: str) -> list[float]:
+def _errors(ranked: Sequence[RankedTrial], metric: Metric) -> list[float]:
     """Return one range for all small charts, so that their heights can be compared."""
-    errors = [math.log10(error(number(each.best or {}, metric))) for each in ranked]
+    errors = [math.log10(error(each.accuracy(metric))) for each in ranked]
     room = 0.06 * (max(errors) - min(errors)) + 0.02
     return [max(errors) + room, min(errors) - room]
 

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.charts import (
     BASELINE,
     BEST,
@@ -24,7 +25,7 @@ from tune_mnist.reporting.charts import (
 )
 from tune_mnist.reporting.statistics import milestones
 from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.ranking import counts, number
+from tune_mnist.runs.history import EpochRow
 from tune_mnist.runs.view import RunView
 
 _DPI = 150
@@ -59,7 +60,7 @@ def _progress(runs: Sequence[RunView]) -> Figure:
         for name in names if found else ():
             if len(runs) == 1 and name == "val_accuracy" and run.metric != name:
                 continue
-            values = [error(number(each.row, name)) for each in found]
+            values = [error(getattr(each.row, name)) for each in found]
             xs = [each.epochs for each in found]
             axes.step(
                 [*xs, len(run.history.rows)],
@@ -79,7 +80,7 @@ def _curves(run: RunView) -> Figure:
     baseline = run.baseline.record if run.baseline else None
     named = set()
     for record in drawn_trials(run):
-        rows = [row for row in record.rows if counts(row, run.metric)]
+        rows = [row for row in record.rows if row.counts(run.metric)]
         if record is best or record is baseline or not rows:
             continue
         width, alpha = _STOPPED if record.state == "stopped" else _WENT_ON
@@ -95,16 +96,14 @@ def _curves(run: RunView) -> Figure:
         marked["best"] = best, BEST
     for name, (trial, colour) in marked.items():
         if trial is not None:
-            rows = [row for row in trial.rows if counts(row, run.metric)]
+            rows = [row for row in trial.rows if row.counts(run.metric)]
             axes.plot(*_points(rows, run.metric), color=colour, label=name, linewidth=2.6)
     _finish(axes)
     return figure
 
 
-def _points(
-    rows: Sequence[dict[str, float | int | None]], metric: str
-) -> tuple[list[int], list[float]]:
-    return [int(row["epoch"] or 0) for row in rows], [error(number(row, metric)) for row in rows]
+def _points(rows: Sequence[EpochRow], metric: Metric) -> tuple[list[int], list[float]]:
+    return [row.epoch for row in rows], [error(row.accuracy(metric)) for row in rows]
 
 
 def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

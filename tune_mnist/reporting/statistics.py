@@ -5,8 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tune_mnist.runs.history import History, Metric, Row, State, TrialRecord
-from tune_mnist.runs.ranking import counts, number, score
+from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
+from tune_mnist.runs.ranking import BestSoFar
 
 
 @dataclass(frozen=True)
@@ -14,19 +15,18 @@ class Milestone:
     """An epoch that was better than all before it."""
 
     record: TrialRecord
-    row: Row
+    row: EpochRow
     epochs: int  # trained in the whole search until then, this one included
 
 
 def milestones(history: History, metric: Metric) -> list[Milestone]:
     """Return every epoch with which the search's best became better, in order."""
-    found: list[Milestone] = []
-    for spent, (record, row) in enumerate(history.rows, start=1):
-        if counts(row, metric) and (
-            not found or score(row, metric) > score(found[-1].row, metric)
-        ):
-            found.append(Milestone(record, row, spent))
-    return found
+    best = BestSoFar(metric)
+    return [
+        Milestone(record, row, spent)
+        for spent, (record, row) in enumerate(history.rows, start=1)
+        if best.take(record, row)
+    ]
 
 
 def epochs_by_band(history: History, budget: int) -> dict[str, Counter[State]]:
@@ -54,8 +54,8 @@ def worker_seconds(history: History) -> dict[str, float]:
     place on a crowded machine.
     """
     rows = [row for _, row in history.rows]
-    training = sum(_finite(number(row, "seconds")) for row in rows)
-    evaluation = sum(_finite(number(row, "evaluation_seconds")) for row in rows)
+    training = sum(_finite(row.seconds) for row in rows)
+    evaluation = sum(_finite(row.evaluation_seconds) for row in rows)
     whole = _most_at_once(history) * history.elapsed
     return {
         "training": training,

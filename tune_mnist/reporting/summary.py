@@ -15,11 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from tune_mnist.mnist.config import CONFIG_FIELDS
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.confirmed import CONFIDENCE
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, setting, short_path
-from tune_mnist.runs.history import History, Metric, State, TrialRecord
-from tune_mnist.runs.ranking import RankedTrial, gain, number, rank_by_best, standings
+from tune_mnist.runs.history import History, State, TrialRecord
+from tune_mnist.runs.ranking import RankedTrial, gain, rank_by_best, standings
 from tune_mnist.runs.view import RunState, RunView, find_runs
 
 ROWS = 5
@@ -83,16 +85,17 @@ class BestTable:
         configs = [each.record.config for _, each in shown]
         compared = [*configs, self.baseline.record.config] if self.baseline else configs
         names = [
-            name for name in configs[0] if len({str(config.get(name)) for config in compared}) > 1
+            name
+            for name in CONFIG_FIELDS
+            if len({str(getattr(config, name)) for config in compared}) > 1
         ]
         held_out = ("val accuracy",) if self.metric == "val_accuracy" else ()
         lines = [("rank", "trial", *held_out, "test accuracy", "gain", "at epoch", *names)]
         for rank, each in shown:
-            best = each.best or {}
-            values = ([percent(number(best, "val_accuracy"))] if held_out else []) + [
-                percent(number(best, "test_accuracy")),
+            values = ([percent(each.accuracy("val_accuracy"))] if held_out else []) + [
+                percent(each.accuracy("test_accuracy")),
                 points(gain(each.best, self.baseline.best if self.baseline else None)),
-                f"{best['epoch']}",
+                f"{each.best.epoch if each.best else 0}",
                 *(setting(each.record.config, name) for name in names),
             ]
             trial = f"{each.record.number}"
@@ -128,7 +131,7 @@ def headline(
     else:
         text.append("Picked on held-out training images; the test set steered nothing. ")
     # As between two accuracies, each measured on so many other images.
-    accuracy = number(winner.best or {}, "test_accuracy")
+    accuracy = winner.accuracy("test_accuracy")
     chance = _SURE * math.sqrt(2 * accuracy * (1 - accuracy) / _TEST_IMAGES)
     text.append(f"One seed each: differences up to about {100 * chance:.1f} points may be chance")
     alike = _alike(ranked, baseline, chance)
@@ -157,12 +160,12 @@ def _against(winner: RankedTrial, baseline: RankedTrial | None, metric: Metric) 
 
 
 def _accuracies(standing: RankedTrial, metric: Metric) -> str:
-    best = standing.best or {}
-    test = percent(number(best, "test_accuracy"))
+    epoch = standing.best.epoch if standing.best else 0
+    test = percent(standing.accuracy("test_accuracy"))
     if metric == "test_accuracy":
-        return f"test accuracy {test} at epoch {best['epoch']}"
-    val = percent(number(best, "val_accuracy"))
-    return f"val accuracy {val}, test {test} at epoch {best['epoch']}"
+        return f"test accuracy {test} at epoch {epoch}"
+    val = percent(standing.accuracy("val_accuracy"))
+    return f"val accuracy {val}, test {test} at epoch {epoch}"
 
 
 def nothing(history: History) -> str:
@@ -238,8 +241,8 @@ def _listing_table(runs: list[RunView]) -> Table:
             Text(run.folder.name),  # as it is: brackets are rich's own in plain strings
             Text(run.state, style=_STYLES.get(run.state, "")),
             f"{trials - len(run.history.unfinished()):,}/{_asked(run)}",
-            "-" if best is None else percent(number(best, run.metric)),
-            "-" if best is None else percent(number(best, "test_accuracy")),
+            "-" if best is None else percent(best.accuracy(run.metric)),
+            "-" if best is None else percent(best.test_accuracy),
             duration(run.history.elapsed),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.begun)),
         )

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import COLUMNS, Row
+from tune_mnist.runs.history import EpochRow
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A trial's state after an epoch, and what the epoch came to."""
 
-    row: Row
+    row: EpochRow
     state: bytes
 
 
@@ -33,14 +33,14 @@ class Checkpoints:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
-    def save(self, number: int, row: Row, state: bytes) -> None:
+    def save(self, number: int, row: EpochRow, state: bytes) -> None:
         """Keep a trial's newest state, and the one before.
 
         Raises:
             OSError: it could not be written; the older ones are untouched.
         """
         newest, before = self._paths(number)
-        header = {"row": row, "size": len(state), "crc32": zlib.crc32(state)}
+        header = {"row": vars(row), "size": len(state), "crc32": zlib.crc32(state)}
         content = json.dumps(header).encode() + b"\n" + state
         replace_file(newest, content, keep_as=before, sync=False)
 
@@ -56,7 +56,7 @@ class Checkpoints:
             # Absent or damaged: the one before, or from the start.
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
                 checkpoint = _parse(path.read_bytes())
-                if int(checkpoint.row["epoch"] or 0) <= up_to:
+                if checkpoint.row.epoch <= up_to:
                     return checkpoint
         return None
 
@@ -95,7 +95,4 @@ def _parse(content: bytes) -> Checkpoint:
     facts = json.loads(header)
     if (len(state), zlib.crc32(state)) != (facts["size"], facts["crc32"]):
         raise ValueError("the state is not the one that was written")
-    row = facts["row"]
-    if not set(COLUMNS) <= set(row):
-        raise ValueError("the row is not an epoch's")
-    return Checkpoint(row=row, state=state)
+    return Checkpoint(EpochRow(**facts["row"]), state)

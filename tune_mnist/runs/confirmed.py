@@ -28,11 +28,11 @@ from typing import Any
 import pandas as pd
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, percent, points
 from tune_mnist.runs.history import TrialRecord
-from tune_mnist.runs.ranking import number
 
 ALL_IMAGES = 60_000
 _COLUMNS = (
@@ -51,7 +51,7 @@ class Candidate:
     name: str  # `baseline`, `trial N`
     trial: int  # in the search
     rank: int  # in the search; 0: it has none
-    config: Mapping[str, Any]
+    config: TrainConfig
 
 
 def confirmed_table(
@@ -71,7 +71,7 @@ def confirmed_table(
     """
     lasts = [_by_seed(trainings, epochs) for trainings in records]
     bests = [
-        [max(number(row, "test_accuracy") for row in record.rows) for record in _done(t, epochs)]
+        [max(row.test_accuracy for row in record.rows) for record in _done(t, epochs)]
         for t in records
     ]
     winner = _winner(candidates)
@@ -96,7 +96,7 @@ def confirmed_table(
                 **dict(zip(("gain", "gain_low", "gain_high"), gain, strict=True)),
                 **dict(zip(("behind", "behind_low", "behind_high"), behind, strict=True)),
                 "optimistic_best_epoch_mean": interval(best)[0],
-                **{f"config_{name}": value for name, value in candidate.config.items()},
+                **{f"config_{name}": value for name, value in candidate.config.as_dict().items()},
             }
         )
     return pd.DataFrame(rows).round(_PLACES)
@@ -226,7 +226,7 @@ def _done(trainings: Sequence[TrialRecord], epochs: int) -> list[TrialRecord]:
 
 
 def _by_seed(trainings: Sequence[TrialRecord], epochs: int) -> dict[int, float]:
-    return {each.seed: number(each.rows[-1], "test_accuracy") for each in _done(trainings, epochs)}
+    return {each.seed: each.rows[-1].test_accuracy for each in _done(trainings, epochs)}
 
 
 def _paired(left: Mapping[int, float], right: Mapping[int, float]) -> list[float]:

@@ -1,20 +1,9 @@
 """How numbers, configurations and paths are written where people read them."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-# Hyperparameters that do nothing unless another one has a certain value.
-_ONLY_WITH = {
-    "momentum": ("optimizer", "sgd"),
-    "nesterov": ("optimizer", "sgd"),
-    "beta1": ("optimizer", "adamw"),
-    "beta2": ("optimizer", "adamw"),
-    "step_every": ("schedule", "step"),
-    "step_factor": ("schedule", "step"),
-    "peak_position": ("schedule", "onecycle"),
-}
+from tune_mnist.mnist.config import TrainConfig
 
 
 def percent(fraction: float) -> str:
@@ -45,12 +34,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def setting(config: Mapping[str, Any], name: str) -> str:
+def setting(config: TrainConfig, name: str) -> str:
     """Return a hyperparameter's value, `-` where it does nothing in this configuration."""
-    other, needed = _ONLY_WITH.get(name, (name, config[name]))
-    if config.get(other, needed) != needed:
+    if not config.uses(name):
         return "-"
-    match config[name]:
+    match getattr(config, name):
         case bool(value):
             return "yes" if value else "no"
         case float(value):
@@ -59,12 +47,12 @@ def setting(config: Mapping[str, Any], name: str) -> str:
             return str(value)
 
 
-def differences(config: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+def differences(config: TrainConfig, baseline: TrainConfig) -> str:
     """Return what a configuration has that the baseline has not: `adamw, lr 0.0031`."""
     parts = []
-    for name, value in config.items():
+    for name, value in config.as_dict().items():
         shown = setting(config, name)
-        if value == baseline.get(name) or shown == "-":
+        if value == getattr(baseline, name) or shown == "-":
             continue
         if isinstance(value, bool):
             parts.append(name if value else f"no {name}")

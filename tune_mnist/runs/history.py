@@ -10,61 +10,59 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Metric
 from tune_mnist.runs.files import AppendLog
 from tune_mnist.runs.folder import RunFolder
 
-# MERGED-DOC analysis.rows: One epoch of one trial: its columns, and the line of `epochs.csv` that
-# holds it.
 
-INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
-METRICS = (
-    "epoch",
-    "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "test_correct",
-    "seconds",
-    "evaluation_seconds",
-    "diverged_step",
-)
+@dataclass(frozen=True, kw_only=True)
+class EpochRow(EpochMetrics):
+    """An epoch of a trial: a line of epochs.csv."""
+
+    trial: int
+    elapsed: float  # when, on the search's clock, s
+
+    def line(self) -> str:
+        """Return the line of CSV: floats in full, what was not measured left empty."""
+        return ",".join(_cell(column, getattr(self, column)) for column in COLUMNS)
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """Read a line that `line` wrote.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        cells = line.split(",")
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
+        return cls(**{name: _value(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)})
+
+
 COLUMNS = ("trial", *METRICS, "elapsed")
-
-Row = dict[str, float | int | None]
-
-
-def format_row(row: Row) -> str:
-    """Return an epoch as a line of CSV: floats in full, what was not measured left empty."""
-    return ",".join(_cell(column, row[column]) for column in COLUMNS)
+_INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
 
 
-def _cell(column: str, value: float | int | None) -> str:
+def _cell(column: str, value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     # Plain numbers' own way to be written: NumPy's have another.
-    return int.__repr__(int(value)) if column in INTEGERS else float.__repr__(float(value))
+    return int.__repr__(int(value)) if column in _INTEGERS else float.__repr__(float(value))
 
 
-def parse_row(line: str) -> Row:
-    """Read a line that `format_row` wrote."""
-    cells = line.split(",")
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
-    row: Row = {}
-    for column, cell in zip(COLUMNS, cells, strict=True):
-        if column in INTEGERS:
-            row[column] = int(cell) if cell else None
-        else:
-            row[column] = float(cell) if cell else math.nan
-    return row
+def _value(column: str, cell: str) -> Any:
+    if column in _INTEGERS:
+        if not cell and column != "diverged_step":
+            raise ValueError(f"{column} is missing")
+        return int(cell) if cell else None
+    return float(cell) if cell else math.nan
 
 
-def check_header(line: str) -> None:
-    """Refuse the first line of a file with other columns than these."""
+def _check_header(line: str) -> None:
     if tuple(line.strip().split(",")) != COLUMNS:
         raise ValueError(
             f"the columns {','.join(COLUMNS)} were expected; another version of tune_mnist may "
@@ -74,7 +72,6 @@ def check_header(line: str) -> None:
 
 State = Literal["running", "complete", "stopped", "diverged", "failed"]
 Origin = Literal["baseline", "start", "sampled"]
-Metric = Literal["val_accuracy", "test_accuracy"]
 
 _DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
 
@@ -84,7 +81,7 @@ class TrialRecord:
     """One trial: what it was asked to do and what came of it."""
 
     number: int  # Optuna's, the trial's one name in every file
-    config: dict[str, Any]  # every hyperparameter
+    config: TrainConfig
     seed: int
     origin: Origin
     ray_id: str = ""  # Ray's name for it, in the session that ran it last
@@ -95,7 +92,7 @@ class TrialRecord:
     ended: float = math.nan
     started_at: float = math.nan  # seconds since 1970, by the driver's wall clock
     ended_at: float = math.nan
-    rows: list[Row] = field(default_factory=list)  # one an epoch, in order
+    rows: list[EpochRow] = field(default_factory=list)  # one an epoch, in order
 
     @property
     def epochs(self) -> int:
@@ -103,9 +100,9 @@ class TrialRecord:
         return len(self.rows)
 
     @property
-    def finite_rows(self) -> list[Row]:
+    def finite_rows(self) -> list[EpochRow]:
         """The epochs that did not diverge."""
-        return [row for row in self.rows if row["diverged_step"] is None]
+        return [row for row in self.rows if not row.diverged]
 
 
 class History:
@@ -114,7 +111,9 @@ class History:
     def __init__(self, folder: RunFolder) -> None:
         self.trials: dict[int, TrialRecord] = {}
         self._unfinished: dict[int, TrialRecord] = {}  # of the trials, for long searches
-        self.rows: list[tuple[TrialRecord, Row]] = []  # all epochs in the order they were judged
+        self.rows: list[
+            tuple[TrialRecord, EpochRow]
+        ] = []  # all epochs in the order they were judged
         self.elapsed = 0.0  # last known time on the search's clock, over all sessions
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
         self.sessions = 0
@@ -175,7 +174,7 @@ class History:
             ray_id=record.ray_id,
             origin=record.origin,
             seed=record.seed,
-            config=record.config,
+            config=record.config.as_dict(),
         )
         self._events.sync()
 
@@ -190,11 +189,11 @@ class History:
         self._add("end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs)
         self._events.sync()
 
-    def add_epoch(self, row: Row) -> bool:
+    def add_epoch(self, row: EpochRow) -> bool:
         """Append an epoch, or return False where it is there already."""
-        if int(row["epoch"] or 0) <= self.trials[int(row["trial"] or 0)].epochs:
+        if row.epoch <= self.trials[row.trial].epochs:
             return False
-        self._epochs.append(format_row(row))
+        self._epochs.append(row.line())
         self._take_row(row)
         return True
 
@@ -244,7 +243,7 @@ class History:
             raise ValueError(f"trial {number} follows {len(self.trials)} trials")
         self.trials[number] = self._unfinished[number] = TrialRecord(
             number=number,
-            config=dict(entry["config"]),
+            config=TrainConfig.from_mapping(entry["config"]),
             seed=entry["seed"],
             origin=entry["origin"],
             ray_id=entry["ray_id"],
@@ -254,19 +253,19 @@ class History:
 
     def _take_line(self, line: int, content: bytes) -> None:
         if line == 1:
-            check_header(content.decode())
+            _check_header(content.decode())
         else:
-            self._take_row(parse_row(content.decode()))
+            self._take_row(EpochRow.parse(content.decode()))
 
-    def _take_row(self, row: Row) -> None:
-        record = self._record(row["trial"])
-        if row["epoch"] != record.epochs + 1:
+    def _take_row(self, row: EpochRow) -> None:
+        record = self._record(row.trial)
+        if row.epoch != record.epochs + 1:
             raise ValueError(
-                f"epoch {row['epoch']} of trial {record.number} follows epoch {record.epochs}"
+                f"epoch {row.epoch} of trial {record.number} follows epoch {record.epochs}"
             )
         record.rows.append(row)
         self.rows.append((record, row))
-        self.elapsed = max(self.elapsed, float(row["elapsed"] or 0.0))
+        self.elapsed = max(self.elapsed, 0.0 if math.isnan(row.elapsed) else row.elapsed)
 
     def _record(self, number: Any) -> TrialRecord:
         if number not in self.trials:
@@ -314,16 +313,12 @@ def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:
     )
 
 
-# MERGED-DOC tuning.assignment: What a worker is told to do; apart, so that workers load nothing
-# that only the driver needs.
-
-
 @dataclass(frozen=True)
 class Assignment:
     """Train this, from here on."""
 
     number: int
-    config: Mapping[str, Any]
+    config: TrainConfig
     seed: int
     epochs: int
     metric: Metric

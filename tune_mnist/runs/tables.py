@@ -51,14 +51,13 @@ from typing import Any
 import pandas as pd
 
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History, Metric, Row, TrialRecord
+from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.runs.ranking import (
     RankedTrial,
     gain,
-    loss_of,
-    number,
     rank_by_best,
     rank_by_last,
     standings,
@@ -148,9 +147,9 @@ def _trial_row(standing: RankedTrial, metric: Metric) -> dict[str, Any]:
         "seed": record.seed,
         "retries": record.retries,
         **_epochs_and_best(standing, metric),
-        "last_epoch": last and last["epoch"],
-        **{f"last_{name}": _rounded(last, name) for name in _LAST},
-        "diverged_step": record.rows[-1]["diverged_step"] if record.rows else None,
+        "last_epoch": last and last.epoch,
+        **{f"last_{name}": _rounded(getattr(last, name, None)) for name in _LAST},
+        "diverged_step": record.rows[-1].diverged_step if record.rows else None,
         "seconds": _seconds(record),
         "started": round(record.started, 3),
         "ended": round(record.ended, 3),
@@ -170,10 +169,10 @@ def _best_row(
         "origin": record.origin,
         **_epochs_and_best(standing, metric),
         "gain_at_best": round(gain(standing.best, baseline.best), _PLACES),
-        "last_epoch": last and last["epoch"],
-        f"last_{metric}": _rounded(last, metric),
+        "last_epoch": last and last.epoch,
+        f"last_{metric}": _rounded(last.accuracy(metric) if last else None),
         # One column where that is the metric itself.
-        "last_test_accuracy": _rounded(last, "test_accuracy"),
+        "last_test_accuracy": _rounded(last.test_accuracy if last else None),
         "gain_at_last": round(gain(last, baseline.last), _PLACES),
         FIRST_AT_REFERENCE: _first_at_reference(record),
         "seconds": _seconds(record),
@@ -186,37 +185,37 @@ def _epochs_and_best(standing: RankedTrial, metric: Metric) -> dict[str, Any]:
     best = standing.best
     return {
         "epochs": standing.record.epochs,
-        "best_epoch": best and best["epoch"],
-        f"best_{metric}": _rounded(best, metric),
-        f"{loss_of(metric)}_at_best": _rounded(best, loss_of(metric)),
-        "test_accuracy_at_best": _rounded(best, "test_accuracy"),
+        "best_epoch": best and best.epoch,
+        f"best_{metric}": _rounded(best.accuracy(metric) if best else None),
+        f"{metric.replace('accuracy', 'loss')}_at_best": _rounded(
+            best.loss(metric) if best else None
+        ),
+        "test_accuracy_at_best": _rounded(best.test_accuracy if best else None),
     }
 
 
 def _config(record: TrialRecord) -> dict[str, Any]:
-    return {f"config_{name}": value for name, value in record.config.items()}
+    return {f"config_{name}": value for name, value in record.config.as_dict().items()}
 
 
 def _first_at_reference(record: TrialRecord) -> int | None:
     for row in record.finite_rows:
         # Rounded: an accuracy that went through single precision still counts.
-        if round(number(row, "test_accuracy"), _PLACES) >= REFERENCE_ACCURACY:
-            return int(row["epoch"] or 0)
+        if round(row.test_accuracy, _PLACES) >= REFERENCE_ACCURACY:
+            return row.epoch
     return None
 
 
 def _seconds(record: TrialRecord) -> float:
-    parts = (
-        number(row, name) for row in record.rows for name in ("seconds", "evaluation_seconds")
-    )
+    parts = [part for row in record.rows for part in (row.seconds, row.evaluation_seconds)]
     return round(math.fsum(part for part in parts if not math.isnan(part)), 3)
 
 
-def _rounded(row: Row | None, name: str) -> float:
-    return math.nan if row is None else round(number(row, name), _PLACES)
+def _rounded(value: float | None) -> float:
+    return math.nan if value is None else round(value, _PLACES)
 
 
 # What a table without rows takes its columns from.
 _NOTHING = RankedTrial(
-    TrialRecord(number=0, config=TrainConfig().as_dict(), seed=0, origin="baseline"), None, None
+    TrialRecord(number=0, config=TrainConfig(), seed=0, origin="baseline"), None, None
 )

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History, Metric
+from tune_mnist.runs.history import History
 from tune_mnist.runs.ranking import RankedTrial, rank_by_best, standings
 
 RunState = Literal["running", "finished", "out of time", "interrupted", "failed", "killed"]

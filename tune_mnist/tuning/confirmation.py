@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.mnist.config import Precision, TrainConfig
+from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.runs.confirmed import (
     Candidate,
@@ -104,7 +104,7 @@ class Confirmation:
         """
         return tuple(
             FixedTrial(
-                TrainConfig.from_mapping(candidate.config),
+                candidate.config,
                 seed,
                 "start" if position else "baseline",
             )
@@ -119,7 +119,7 @@ class Confirmation:
             "images": self.images,
             "seeds": list(self.seeds),
             "configurations": [
-                {**vars(candidate), "config": dict(candidate.config)}
+                {**vars(candidate), "config": candidate.config.as_dict()}
                 for candidate in self.candidates
             ],
         }

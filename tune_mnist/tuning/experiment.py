@@ -16,9 +16,10 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.checkpoints import Checkpoints
-from tune_mnist.runs.history import Assignment, History, Metric, Origin, Row, State, TrialRecord
-from tune_mnist.runs.ranking import counts, score
+from tune_mnist.runs.history import Assignment, EpochRow, History, Origin, State, TrialRecord
+from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.asha import Rungs
 from tune_mnist.tuning.study import Study
@@ -73,7 +74,7 @@ class Experiment:
         self._clock, self._began = clock, clock() - history.elapsed
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()
-        self.best: tuple[TrialRecord, Row] | None = None
+        self._best = BestSoFar(rules.metric)
         self.broken: Exception | None = None  # what keeps the search from going on
         self._take_up_history()
 
@@ -107,7 +108,7 @@ class Experiment:
         trial = self._propose(number, ray_id)
         record = TrialRecord(
             number=number,
-            config=trial.config.as_dict(),
+            config=trial.config,
             seed=trial.seed,
             origin=trial.origin,
             ray_id=ray_id,
@@ -129,7 +130,7 @@ class Experiment:
         )
 
     def report(
-        self, number: int, metrics: Mapping[str, Any], state: bytes, model: bytes | None
+        self, number: int, metrics: EpochMetrics, state: bytes, model: bytes | None
     ) -> bool:
         """Take in an epoch and return whether the trial is to stop there.
 
@@ -140,16 +141,15 @@ class Experiment:
             OSError: it could not be written down.
         """
         record = self.history.trials[number]
-        row: Row = {**metrics, "trial": number, "elapsed": self.elapsed}
-        if int(metrics["epoch"]) > record.epochs:
-            if self._is_new_best(record, row) and model is not None:
+        row = EpochRow(**metrics.as_dict(), trial=number, elapsed=self.elapsed)
+        if row.epoch > record.epochs:
+            if self._best.take(record, row) and model is not None:
                 self._checkpoints.save_best(model)
             self._checkpoints.save(number, row, state)
             self.history.add_epoch(row)
-            value = float(metrics[self.rules.metric])
-            if metrics["diverged_step"] is None:
-                self._study.report(number, int(metrics["epoch"]), value)
-        return self._should_stop(record, record.rows[int(metrics["epoch"]) - 1])
+            if not row.diverged:
+                self._study.report(number, row.epoch, row.accuracy(self.rules.metric))
+        return self._should_stop(record, record.rows[row.epoch - 1])
 
     def finish(self, number: int) -> None:
         """Give a trial that was told to stop its final state."""
@@ -184,22 +184,13 @@ class Experiment:
         self._study.tell(record.number, optuna_state, attributes)
         self._checkpoints.remove(record.number)
 
-    def _should_stop(self, record: TrialRecord, row: Row) -> bool:
-        epoch = int(row["epoch"] or 0)
-        if row["diverged_step"] is not None or epoch >= self.rules.epochs:
+    def _should_stop(self, record: TrialRecord, row: EpochRow) -> bool:
+        if row.diverged or row.epoch >= self.rules.epochs:
             return True
-        stop = self._rungs.should_stop(record.number, epoch, float(row[self.rules.metric] or 0.0))
+        accuracy = row.accuracy(self.rules.metric)
+        stop = self._rungs.should_stop(record.number, row.epoch, accuracy)
         # The baseline is the yardstick at every epoch, so it always runs to its end.
         return stop and record.origin != "baseline"
-
-    def _is_new_best(self, record: TrialRecord, row: Row) -> bool:
-        metric = self.rules.metric
-        if not counts(row, metric):
-            return False
-        if self.best and score(row, metric) <= score(self.best[1], metric):
-            return False
-        self.best = (record, row)
-        return True
 
     def _propose(self, number: int, ray_id: str) -> FixedTrial:
         """Choose trial `number`'s configuration and start it in the study."""
@@ -218,15 +209,14 @@ class Experiment:
         """Rebuild study, rungs and best from the record, and queue what was broken off."""
         for record in self.history.unfinished():
             saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
-            if saved and saved.row["epoch"] == record.epochs + 1:
+            if saved and saved.row.epoch == record.epochs + 1:
                 self.history.add_epoch(saved.row)  # the kill came between checkpoint and row
         stops: dict[int, bool] = {}
         for record, row in self.history.rows:
             stops[record.number] = self._should_stop(record, row)
-            self._is_new_best(record, row)
+            self._best.take(record, row)
         for record in self.history.trials.values():
-            config = TrainConfig.from_mapping(record.config)
-            self._study.add(_known(record, self.rules, config))
+            self._study.add(_known(record, self.rules))
             if record.state == "running":
                 if stops.get(record.number, False):
                     self.finish(record.number)
@@ -238,23 +228,23 @@ class Experiment:
 def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
     """Say what became of a trial that was told to stop, and why."""
     last = record.rows[-1]
-    if last["diverged_step"] is not None:
+    if last.diverged:
         return "diverged", (
-            f"the loss was not finite at step {last['diverged_step']} of epoch {last['epoch']}"
+            f"the loss was not finite at step {last.diverged_step} of epoch {last.epoch}"
         )
     if record.epochs >= budget:
         return "complete", ""
-    return "stopped", f"among the poorer ones at epoch {last['epoch']}"
+    return "stopped", f"among the poorer ones at epoch {last.epoch}"
 
 
-def _known(record: TrialRecord, rules: Rules, config: TrainConfig) -> FrozenTrial:
+def _known(record: TrialRecord, rules: Rules) -> FrozenTrial:
     """Build Optuna's view of a recorded trial."""
     attributes = {"ray_trial_id": record.ray_id}
     if record.state != "running":
         attributes |= {"state": record.state, "reason": record.reason}
-    trial = _template(record.number, rules.space, config, attributes)
+    trial = _template(record.number, rules.space, record.config, attributes)
     trial.intermediate_values = {
-        int(row["epoch"] or 0): float(row[rules.metric] or 0.0) for row in record.finite_rows
+        row.epoch: row.accuracy(rules.metric) for row in record.finite_rows
     }
     trial.state = OPTUNA_STATES[record.state]
     if record.state == "diverged" and not record.finite_rows:

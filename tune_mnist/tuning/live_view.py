@@ -17,10 +17,11 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, short_path
-from tune_mnist.runs.history import History, Metric, Row, State, TrialRecord
-from tune_mnist.runs.ranking import RankedTrial, number
+from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
+from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.resources import Node, TrialResources, in_words
@@ -120,10 +121,10 @@ def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> T
     )
     _line(text, "epochs", f"{tally.epochs:,}")
     _line(text, "time", duration(elapsed) + (f", {left}" if left else ""))
-    for label, found in (("best", tally.best), ("baseline", tally.baseline)):
+    for label, found in (("best", tally.best.found), ("baseline", tally.baseline.found)):
         if found:
             record, row = found
-            where = f"trial {record.number} at epoch {row['epoch']}"
+            where = f"trial {record.number} at epoch {row.epoch}"
             _line(text, label, f"{_accuracies(row, rules.metric)}  {where}")
     if tally.last_failure:
         reason = f"trial {tally.last_failure.number}: {tally.last_failure.reason}"
@@ -148,7 +149,7 @@ def _append_running(text: Text, tally: Tally, room: int) -> None:
 
 def _row(trial: Running, rules: Rules) -> str:
     record, seconds = trial.record, trial.seconds_per_epoch
-    accuracy = percent(number(record.rows[-1], rules.metric)) if record.rows else "-"
+    accuracy = percent(record.rows[-1].accuracy(rules.metric)) if record.rows else "-"
     took = "-" if seconds is None else f"{seconds:.3g}"
     epoch = f"{record.epochs}/{rules.epochs}"
     return f"{record.number:>5}  {epoch:>7}  {accuracy:>7}  {took:>7}  {trial.differences}"
@@ -163,18 +164,18 @@ def _in_brackets(parts: list[str]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _accuracies(row: Row, metric: Metric) -> str:
-    test = f"test {percent(number(row, 'test_accuracy'))}"
+def _accuracies(row: EpochRow, metric: Metric) -> str:
+    test = f"test {percent(row.test_accuracy)}"
     if metric == "test_accuracy":
         return test
-    return f"val {percent(number(row, 'val_accuracy'))}, {test}"
+    return f"val {percent(row.val_accuracy)}, {test}"
 
 
 def _best_of(tally: Tally, record: TrialRecord) -> str:
     best = RankedTrial.of(record, tally.rules.metric).best
     if best is None:
         return "no epoch to judge it by"
-    return f"{_accuracies(best, tally.rules.metric)} at epoch {best['epoch']}"
+    return f"{_accuracies(best, tally.rules.metric)} at epoch {best.epoch}"
 
 
 # MERGED-DOC tuning.progress: What a person sees while a search runs, and the tables that grow with

@@ -14,8 +14,8 @@ from typing import Any, Self, get_args
 import tune_mnist
 from tune_mnist.errors import RunFolderError, TuneMnistError
 from tune_mnist.mnist.config import Precision
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import Metric
 from tune_mnist.runs.space import SearchSpace, load_space
 from tune_mnist.runs.view import refuse_confirmation
 from tune_mnist.tuning.experiment import Rules

@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import Precision
-from tune_mnist.runs.history import Metric
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.tuning.remote import is_uri, storage_uri
 
 _WHAT = Group.create_ordered("What to search")

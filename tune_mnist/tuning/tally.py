@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tune_mnist.runs.formatting import differences, duration
-from tune_mnist.runs.history import History, Row, State, TrialRecord
-from tune_mnist.runs.ranking import counts, score
+from tune_mnist.runs.history import History, State, TrialRecord
+from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.tuning.experiment import Rules
 
 
@@ -22,7 +22,7 @@ class Running:
         if not self.record.rows:
             return None
         row = self.record.rows[-1]
-        return float(row["seconds"] or 0.0) + float(row["evaluation_seconds"] or 0.0)
+        return row.seconds + row.evaluation_seconds
 
 
 class Tally:
@@ -34,11 +34,11 @@ class Tally:
 
     def __init__(self, rules: Rules, history: History, elapsed: float) -> None:
         self.rules, self._history = rules, history
-        self._baseline_config = rules.space.baseline().as_dict()
+        self._baseline_config = rules.space.baseline()
         self.states: Counter[State] = Counter()  # of the trials that have ended
         self.running: dict[int, Running] = {}
-        self.best: tuple[TrialRecord, Row] | None = None
-        self.baseline: tuple[TrialRecord, Row] | None = None  # its best epoch
+        self.best = BestSoFar(rules.metric)
+        self.baseline = BestSoFar(rules.metric)  # among its own epochs
         self.last_failure: TrialRecord | None = None
         self._ended: set[int] = set()
         self._lengths = [0] * (rules.epochs + 1)  # how many trials ended after so many epochs
@@ -66,7 +66,9 @@ class Tally:
             self.start(number)  # nothing for one that has ended since: it is announced as well
         self._trials_seen = len(trials)
         for record, row in self._history.rows[self._rows_seen :]:
-            self._take(record, row)
+            self.best.take(record, row)
+            if record.origin == "baseline":
+                self.baseline.take(record, row)
         self._rows_seen = len(self._history.rows)
 
     def start(self, number: int) -> None:
@@ -98,17 +100,6 @@ class Tally:
         if expected is not None and expected < limit:
             return f"about {_rough(expected)} left"
         return f"at most {_rough(limit)} left" if limit < float("inf") else ""
-
-    def _take(self, record: TrialRecord, row: Row) -> None:
-        metric = self.rules.metric
-        if not counts(row, metric):
-            return
-        if self.best is None or score(row, metric) > score(self.best[1], metric):
-            self.best = record, row
-        if record.origin == "baseline" and (
-            self.baseline is None or score(row, metric) > score(self.baseline[1], metric)
-        ):
-            self.baseline = record, row
 
     def _count(self, record: TrialRecord) -> None:
         self._ended.add(record.number)

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.runs.history import METRICS, History, Row, TrialRecord
-from tune_mnist.runs.ranking import number
+from tune_mnist.runs.history import EpochRow, History, TrialRecord
 
 FOLLOW_EVERY = 2.0  # seconds
 RETRY_AFTER = 2.0  # seconds until a tracker that failed is tried again; then longer
@@ -33,7 +32,7 @@ class Tracker(Protocol):
     def begin(self, record: TrialRecord) -> int:
         """Take up a trial and return how many of its epochs are there already."""
 
-    def add_epoch(self, record: TrialRecord, row: Row) -> None:
+    def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
         """Take an epoch."""
 
     def end(self, record: TrialRecord) -> None:
@@ -164,22 +163,22 @@ class EventFiles:
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
         self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
-        values = {**record.config, "seed": record.seed}
+        values = {**record.config.as_dict(), "seed": record.seed}
         hparams = self._hparams(values, f"{self._run}/{record.number}", began)
         self._write(record, self._event(wall_time=began, summary=hparams))
         return 0
 
-    def add_epoch(self, record: TrialRecord, row: Row) -> None:
+    def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
         """Write an epoch's measurements, by the names that they have in epochs.csv."""
         summary = self._summary(
             value=[
-                self._summary.Value(tag=name, simple_value=number(row, name))
+                self._summary.Value(tag=name, simple_value=getattr(row, name))
                 for name in _SCALARS
-                if math.isfinite(number(row, name))
+                if math.isfinite(getattr(row, name))
             ]
         )
-        when = record.started_at + number(row, "elapsed") - record.started
-        self._write(record, self._event(wall_time=when, step=row["epoch"], summary=summary))
+        when = record.started_at + row.elapsed - record.started
+        self._write(record, self._event(wall_time=when, step=row.epoch, summary=summary))
 
     def end(self, record: TrialRecord) -> None:
         """Close a trial's file."""
@@ -237,7 +236,7 @@ class MlflowRuns:
 
     def begin(self, record: TrialRecord) -> int:
         """Take up a trial, in the run that it has already or in a new one."""
-        trial = _LoggedTrial(record.number, {**record.config, "seed": record.seed})
+        trial = _LoggedTrial(record.number, {**record.config.as_dict(), "seed": record.seed})
         # That the number alone does not tell: another search may have had the run's name.
         tags = {"started_at": repr(record.started_at)}
         run = self._there.get((str(trial), tags["started_at"]))
@@ -251,13 +250,13 @@ class MlflowRuns:
         self._callback.log_trial_start(trial)
         return int(run.data.metrics.get(_STEP, 0)) if run is not None else 0
 
-    def add_epoch(self, record: TrialRecord, row: Row) -> None:
+    def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
         """Log an epoch's finite metrics."""
-        metrics = {name: row[name] for name in METRICS if name != "epoch"}
+        metrics = {name: value for name, value in row.as_dict().items() if name != "epoch"}
         finite = {name: v for name, v in metrics.items() if v is not None and math.isfinite(v)}
         trial = self._trials[record.number]
         # The step last: where it is, the others are.
-        self._callback.log_trial_result(0, trial, {**finite, _STEP: row["epoch"]})
+        self._callback.log_trial_result(0, trial, {**finite, _STEP: row.epoch})
 
     def end(self, record: TrialRecord) -> None:
         """Log how a trial ended."""

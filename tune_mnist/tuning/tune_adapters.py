@@ -15,7 +15,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tune_mnist.errors import SearchFailedError
-from tune_mnist.runs.history import METRICS
 from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 
@@ -48,7 +47,7 @@ class ExperimentScheduler(FIFOScheduler):
         try:
             stop = self._experiment.report(
                 number_of(trial),
-                {name: result[name] for name in METRICS},
+                result["metrics"],
                 result["state"],
                 result["model"],
             )

@@ -9,8 +9,9 @@ from typing import Any
 
 from ray import tune
 
-from tune_mnist.mnist.config import Precision, TrainConfig
+from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.history import Assignment
 from tune_mnist.runs.ranking import score
 
@@ -19,7 +20,7 @@ from tune_mnist.runs.ranking import score
 class TrialEpoch:
     """What a trial reports after an epoch."""
 
-    metrics: Mapping[str, Any]  # by the names of history.METRICS
+    metrics: EpochMetrics
     state: bytes  # all it takes to go on with the next epoch
     model: Callable[[], bytes]  # makes the content of best.pt, in case this epoch is the best
 
@@ -40,12 +41,18 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
     best = (-math.inf, -math.inf)
     for epoch in epochs_of(assignment, split):
         model = None
-        if epoch.metrics["diverged_step"] is None:
-            value = score(dict(epoch.metrics), assignment.metric)
+        if not epoch.metrics.diverged:
+            value = score(epoch.metrics, assignment.metric)
             if value > best:  # only a trial's own best can be the search's best
                 best, model = value, epoch.model()
-        tune.report({**epoch.metrics, "state": epoch.state, "model": model})
+        tune.report(report_of(epoch, model, assignment.metric))
     raise RuntimeError("the training ended without having been told to")
+
+
+def report_of(epoch: TrialEpoch, model: bytes | None, metric: Metric) -> dict[str, Any]:
+    """Return what Tune is told of an epoch; it insists on the metric at the top level."""
+    value = epoch.metrics.accuracy(metric)
+    return {"metrics": epoch.metrics, "state": epoch.state, "model": model, metric: value}
 
 
 def train_assignment(
@@ -60,9 +67,8 @@ def train_assignment(
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     keep_freed_memory()
-    config = TrainConfig.from_mapping(assignment.config)
     results = train(
-        config,
+        assignment.config,
         split,
         epochs=assignment.epochs,
         seed=assignment.seed,
@@ -71,8 +77,6 @@ def train_assignment(
         state=assignment.state,
     )
     for result in results:
-        metrics = result.metrics()
-        facts = {"trial": assignment.number, "seed": assignment.seed, **metrics}
-        yield TrialEpoch(
-            metrics, result.state, partial(pack_model, config, result.weights, **facts)
-        )
+        facts = {"trial": assignment.number, "seed": assignment.seed, **result.metrics.as_dict()}
+        model = partial(pack_model, assignment.config, result.weights, **facts)
+        yield TrialEpoch(result.metrics, result.state, model)

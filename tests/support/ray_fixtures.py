@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drivers import Searches, searches_in
 from ray.cluster_utils import Cluster
+
+from support.drivers import Searches, searches_in
 
 
 @pytest.fixture(scope="session")

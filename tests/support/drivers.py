@@ -18,8 +18,8 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import FrozenTrial
-from scripted import Script
 
+from support.scripted import Script
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.tuning.worker import EpochSource
@@ -27,7 +27,9 @@ from tune_mnist.tuning.worker import EpochSource
 PATIENCE = 240.0  # seconds that anything may take
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tune_mnist.search", "scripted", "scripted_search"])
+_context.set_forkserver_preload(
+    ["tune_mnist.search", "support.scripted", "support.scripted_search"]
+)
 
 
 def fork(target: Callable[..., None], *arguments: object) -> Any:
@@ -226,8 +228,7 @@ def _accuracies(rows: list[Any]) -> list[float]:
 def _search(
     output: Path, arguments: list[str], script: EpochSource, prepare: Callable[[], None] | None
 ) -> None:
-    from scripted_search import scripted_search
-
+    from support.scripted_search import scripted_search
     from tune_mnist.cli import exit_code
     from tune_mnist.tuning.settings import SearchSettings
 

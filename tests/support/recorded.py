@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from support.epochs import epoch_metrics
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History, Origin, Row, State, TrialRecord
+from tune_mnist.runs.history import EpochRow, History, Origin, State, TrialRecord
 
 
 class RecordedSearch:
@@ -24,7 +25,7 @@ class RecordedSearch:
         number = len(self.history.trials)
         record = TrialRecord(
             number=number,
-            config=TrainConfig.from_mapping(config).as_dict(),
+            config=TrainConfig.from_mapping(config),
             seed=1000 + number,
             origin=origin or ("sampled" if number else "baseline"),
             ray_id=f"{number:08d}",
@@ -35,30 +36,13 @@ class RecordedSearch:
 
     def epoch(self, trial: int, val: float, test: float | None = None, **values: Any) -> None:
         """Add a trial's next epoch; 2 s of training and 0.5 s of evaluation unless told."""
-        test = val if test is None else test
         self.clock += 2.5
-        row: Row = {
-            "trial": trial,
-            "epoch": self.history.trials[trial].epochs + 1,
-            "train_loss": 0.5,
-            "val_loss": 1 - val,
-            "val_accuracy": val,
-            "test_loss": 1 - test,
-            "test_accuracy": test,
-            "test_correct": round(test * 10_000),
-            "seconds": 2.0,
-            "evaluation_seconds": 0.5,
-            "diverged_step": None,
-            "elapsed": self.clock,
-        }
-        self.history.add_epoch(row | values)
+        metrics = epoch_metrics(self.history.trials[trial].epochs + 1, val, test, **values)
+        self.history.add_epoch(EpochRow(**metrics.as_dict(), trial=trial, elapsed=self.clock))
 
     def diverged_epoch(self, trial: int, step: int = 33) -> None:
         """Add an epoch whose loss was not finite: it was not evaluated."""
-        names = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy")
-        unknown: Row = dict.fromkeys(names, math.nan)
-        values: Row = {"test_correct": 0, "evaluation_seconds": 0.0, "diverged_step": step}
-        self.epoch(trial, 0.0, **(unknown | values))
+        self.epoch(trial, math.nan, evaluation_seconds=0.0, diverged_step=step)
 
     def end(self, trial: int, state: State, reason: str = "") -> None:
         """Give a trial its final state."""

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recorded import RecordedSearch
+
+from support.recorded import RecordedSearch
 
 EVIL = (
     "</script><script>document.title='pwned'</script>"

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from support.epochs import epoch_metrics
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.worker import TrialEpoch, train_assignment
 
@@ -83,9 +85,9 @@ class Script:
                 file.write(f"{line}\n")
 
 
-def curve(config: Mapping[str, Any], epoch: int) -> float:
+def curve(config: TrainConfig, epoch: int) -> float:
     """Accuracy after an epoch: better near lr 0.03 and momentum 0.9, rising with the epochs."""
-    distance = abs(math.log10(config["lr"] / 0.03)) + abs(config["momentum"] - 0.9)
+    distance = abs(math.log10(config.lr / 0.03)) + abs(config.momentum - 0.9)
     return float(0.99 - 0.05 * distance - 0.1 / (epoch + 1))
 
 
@@ -102,20 +104,15 @@ def train_little(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
     return train_assignment(assignment, little)
 
 
-def _metrics(epoch: int, accuracy: float, seconds: float) -> dict[str, Any]:
-    is_finite = math.isfinite(accuracy)
-    return {
-        "epoch": epoch,
-        "train_loss": 1 - accuracy,
-        "val_loss": 1 - accuracy,
-        "val_accuracy": accuracy,
-        "test_loss": 1 - accuracy,
-        "test_accuracy": accuracy - 0.001,
-        "test_correct": round((accuracy - 0.001) * 10_000) if is_finite else 0,
-        "seconds": seconds,
-        "evaluation_seconds": 0.0,
-        "diverged_step": None if is_finite else 7,
-    }
+def _metrics(epoch: int, accuracy: float, seconds: float) -> EpochMetrics:
+    return epoch_metrics(
+        epoch,
+        accuracy,
+        accuracy - 0.001,
+        train_loss=1 - accuracy,
+        seconds=seconds,
+        evaluation_seconds=0.0,
+    )
 
 
 def _model(number: int, epoch: int) -> bytes:

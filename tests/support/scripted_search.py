@@ -1,14 +1,14 @@
 """Run a search whose trials are scripted, in a process of its own that a test can kill.
 
-python tests/scripted_search.py --run one --trials 20 --results-dir DIR
+PYTHONPATH=tests python -m support.scripted_search --run one --trials 20 --results-dir DIR
 """
 
 import sys
 from functools import partial
 
-import scripted
 from ray import cloudpickle
 
+from support import epochs, scripted
 from tune_mnist.cli import run
 from tune_mnist.tuning.launch import search
 from tune_mnist.tuning.settings import SearchSettings
@@ -17,7 +17,8 @@ from tune_mnist.tuning.worker import EpochSource
 
 def scripted_search(settings: SearchSettings, script: EpochSource) -> int:
     # Workers do not have the tests' folder.
-    cloudpickle.register_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
+    for module in (epochs, scripted):
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     return search(settings, epochs_of=script)
 
 
