@@ -158,27 +158,6 @@ def conclusion(table: pd.DataFrame) -> str:
     return text
 
 
-def confirmed_lines(table: pd.DataFrame) -> list[tuple[str, ...]]:
-    """Return the table as people read it, the header first."""
-    lines: list[tuple[str, ...]] = [
-        ("", "mean", "std", "n", "95% interval", "gain", "95% interval", "best epoch*")
-    ]
-    for row in table.to_dict("records"):
-        gains = points(row["gain"]), _range(points(row["gain_low"]), points(row["gain_high"]))
-        lines.append(
-            (
-                str(row["configuration"]),
-                percent(row["test_accuracy_mean"]),
-                percent(row["test_accuracy_std"]),
-                f"{row['n']}" if row["n"] == row["seeds"] else f"{row['n']} of {row['seeds']}",
-                _range(percent(row["interval_low"]), percent(row["interval_high"])),
-                *(("", "") if row["configuration"] == "baseline" else gains),
-                percent(row["optimistic_best_epoch_mean"]),
-            )
-        )
-    return lines
-
-
 def _reached(row: Mapping[str, Any]) -> str:
     name = str(row["configuration"])
     name = f"the {name}" if name == "baseline" else name
@@ -222,10 +201,6 @@ def _against_others(winner: Mapping[str, Any], rest: Sequence[Mapping[str, Any]]
                 f"{_in_brackets(points(-row['behind_high']), points(-row['behind_low']))}."
             )
     return text
-
-
-def _range(low: str, high: str) -> str:
-    return "-" if low == "-" else f"{low} to {high}"
 
 
 def _in_brackets(low: str, high: str, prefix: str = "") -> str:
