@@ -71,30 +71,47 @@ def name_of_metric(metric: Metric) -> str:
     return {"val_accuracy": "held-out accuracy", "test_accuracy": "test accuracy"}[metric]
 
 
-def learning_curves(run: RunView) -> go.Figure:
-    """Draw every trial's curve, and where ASHA stopped it."""
+@dataclass(frozen=True)
+class CurveGroup:
+    """Learning curves that are drawn alike, with one entry in the legend."""
+
+    label: str
+    records: list[TrialRecord]
+    colour: str
+    width: float
+    opacity: float
+
+
+def curve_groups(run: RunView) -> list[CurveGroup]:
+    """Return the learning curves by state, then the baseline's and the best, in drawing order."""
     best = run.best.record if run.best else None
     baseline = run.baseline.record if run.baseline else None
     others = [record for record in drawn_trials(run) if record not in (best, baseline)]
-    figure = go.Figure()
+    groups = []
     for state, colour in reversed(STATES.items()):
-        trials = [record for record in others if record.state == state]
-        if trials:
-            width, opacity = (1.0, 0.55) if state == "stopped" else (1.6, 0.8)
-            figure.add_trace(_curves(run, trials, state, colour, width, opacity))
-    stopped = [record for record in others if record.state == "stopped" and record.finite_rows]
-    if stopped:
-        figure.add_trace(_crosses(run, stopped))
+        records = [record for record in others if record.state == state]
+        width, opacity = (1.0, 0.55) if state == "stopped" else (1.6, 0.8)
+        groups.append(CurveGroup(state, records, colour, width, opacity))
     if baseline:
-        figure.add_trace(_curves(run, [baseline], "baseline", BASELINE, 3.0, 1.0))
+        groups.append(CurveGroup("baseline", [baseline], BASELINE, 3.0, 1.0))
     if best and best is not baseline:
-        figure.add_trace(_curves(run, [best], f"best, trial {best.number}", BEST, 3.0, 1.0))
+        groups.append(CurveGroup(f"best, trial {best.number}", [best], BEST, 3.0, 1.0))
+    return [group for group in groups if group.records]
+
+
+def learning_curves(run: RunView) -> go.Figure:
+    """Draw every trial's curve, and where ASHA stopped it."""
+    groups = curve_groups(run)
+    figure = go.Figure([_curves(run, group) for group in groups])
+    for group in groups:
+        if group.label == "stopped":
+            figure.add_trace(_crosses(run, group.records))
     drawn = [value for trace in figure.data for value in trace.customdata or () if value]
-    few = {"dtick": 1} if run.asked.epochs <= 12 else {}
     figure.update_layout(
         height=460,
         hovermode="closest",
-        xaxis={"title": {"text": "epoch"}, **few},
+        xaxis_title="epoch",
+        xaxis_dtick=1 if run.asked.epochs <= 12 else None,
         yaxis=accuracy_axis(name_of_metric(run.metric), drawn),
     )
     return figure
@@ -169,7 +186,8 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
     figure.update_layout(
         height=380,
         hovermode="closest",
-        xaxis={"title": {"text": title}, "rangemode": "tozero"},
+        xaxis_title=title,
+        xaxis_rangemode="tozero",
         yaxis=accuracy_axis("best so far", [v for t in figure.data for v in t.customdata]),
     )
     return figure
@@ -187,15 +205,12 @@ def budget(run: RunView) -> go.Figure:
                     x=[f"epoch {band}" for band in found],
                     y=spent,
                     name=state,
-                    marker={"color": colour},
+                    marker_color=colour,
                     hovertemplate=f"%{{y:,}} epochs of trials that are {state}<extra></extra>",
                 )
             )
     figure.update_layout(
-        height=340,
-        barmode="stack",
-        xaxis={"type": "category"},
-        yaxis={"title": {"text": "epochs trained"}},
+        height=340, barmode="stack", xaxis_type="category", yaxis_title="epochs trained"
     )
     return figure
 
@@ -213,7 +228,7 @@ def time_spent(run: RunView) -> go.Figure:
                 y=[""],
                 orientation="h",
                 name=f"{what} {seconds / whole:.0%}",
-                marker={"color": colour},
+                marker_color=colour,
                 hovertemplate=f"{what}: {duration(seconds)}<extra></extra>",
             )
         )
@@ -237,30 +252,27 @@ def confirmed_winners(confirmed: pd.DataFrame) -> go.Figure:
                 "width": 6,
             },
             mode="markers",
-            marker={
-                "size": 11,
-                "color": [BASELINE if n == "baseline" else BEST for n in table["configuration"]],
-            },
+            marker_size=11,
+            marker_color=[BASELINE if n == "baseline" else BEST for n in table["configuration"]],
             customdata=table["n"],
             hovertemplate="%{x:.3%} over %{customdata} seeds<extra>%{y}</extra>",
         )
     )
     figure.update_layout(
         height=120 + 44 * len(table),
-        xaxis={"tickformat": ".2%", "title": {"text": "test accuracy at the last epoch"}},
+        xaxis_tickformat=".2%",
+        xaxis_title="test accuracy at the last epoch",
     )
     return figure
 
 
-def _curves(
-    run: RunView, trials: list[TrialRecord], name: str, colour: str, width: float, opacity: float
-) -> go.Scatter:
+def _curves(run: RunView, group: CurveGroup) -> go.Scatter:
     """Return one trace of many curves with gaps between them; a trace each would be slow."""
     xs: list[int | None] = []
     values: list[float | None] = []
     texts: list[str] = []
     reference = run.baseline.record.config if run.baseline else TrainConfig()
-    for record in trials:
+    for record in group.records:
         what = html.escape(f"trial {record.number}: {differences(record.config, reference)}")
         rows = record.rows_that_count(run.metric)
         xs += [*(row.epoch for row in rows), None]
@@ -271,11 +283,11 @@ def _curves(
         y=[None if value is None else error(value) for value in values],
         customdata=values,
         text=texts,
-        name=html.escape(name),
+        name=group.label,
         mode="lines+markers",
-        opacity=opacity,
-        line={"width": width, "color": colour},
-        marker={"size": 2 + 1.5 * width},
+        opacity=group.opacity,
+        line={"width": group.width, "color": group.colour},
+        marker={"size": 2 + 1.5 * group.width},
         hovertemplate="%{customdata:.2%} at epoch %{x}<br>%{text}<extra></extra>",
     )
 
@@ -312,15 +324,7 @@ def confusion(found: Mistakes) -> go.Figure:
             hovertemplate="a %{y} read as %{x}: %{z:.0f}<extra></extra>",
         )
     )
-    figure.update_layout(
-        height=430,
-        width=430,
-        xaxis={"type": "category", "title": {"text": "read as"}, "showgrid": False},
-        yaxis={
-            "type": "category",
-            "title": {"text": "is"},
-            "autorange": "reversed",
-            "showgrid": False,
-        },
-    )
+    figure.update_layout(height=430, width=430)
+    figure.update_xaxes(type="category", title="read as", showgrid=False)
+    figure.update_yaxes(type="category", title="is", showgrid=False, autorange="reversed")
     return figure

@@ -69,17 +69,15 @@ def importance_bars(shares: Mapping[str, float]) -> go.Figure:
             x=[shares[name] for name in names],
             y=names,
             orientation="h",
-            marker={"color": STATES["complete"]},
+            marker_color=STATES["complete"],
             texttemplate="%{x:.0%}",
             textposition="outside",
             cliponaxis=False,
             hovertemplate="%{y}: %{x:.1%}<extra></extra>",
         )
     )
-    figure.update_layout(
-        height=90 + 26 * len(names),
-        xaxis={"tickformat": ".0%", "range": [0, 1.2 * max(shares.values())]},
-    )
+    figure.update_layout(height=90 + 26 * len(names))
+    figure.update_xaxes(tickformat=".0%", range=[0, 1.2 * max(shares.values())])
     return figure
 
 
@@ -181,18 +179,11 @@ def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
                 )
             )
     accuracies = [trial.accuracy(run.metric) for trial in ranked]
-    figure.update_layout(
-        height=260,
-        showlegend=False,
-        hovermode="closest",
-        margin={"l": 8, "r": 8, "t": 10, "b": 8},
-        xaxis={**_value_axis(parameter), "title": {"text": parameter.name}},
-        yaxis={
-            **accuracy_axis("", accuracies),
-            "autorange": False,
-            "range": _error_range(accuracies),
-        },
-    )
+    margin = {"l": 8, "r": 8, "t": 10, "b": 8}
+    figure.update_layout(height=260, showlegend=False, hovermode="closest", margin=margin)
+    figure.update_xaxes(_value_axis(parameter), title=parameter.name)
+    figure.update_yaxes(accuracy_axis("", accuracies), autorange=False)
+    figure.update_yaxes(range=_error_range(accuracies))
     return figure
 
 

@@ -12,23 +12,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.charts import (
-    BASELINE,
-    BEST,
     STATES,
     accuracy_ticks,
-    drawn_trials,
+    curve_groups,
     error,
     name_of_metric,
     progress_lines,
 )
 from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.history import EpochRow
 from tune_mnist.runs.view import RunView
 
 _DPI = 150
-_STOPPED, _OTHERS = (0.8, 0.5), (1.3, 0.8)  # width and opacity of a line
 
 
 def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
@@ -69,34 +64,19 @@ def _progress(runs: Sequence[RunView]) -> Figure:
 
 def _curves(run: RunView) -> Figure:
     figure, axes = _figure("epoch", name_of_metric(run.metric))
-    best = run.best.record if run.best else None
-    baseline = run.baseline.record if run.baseline else None
-    named = set()
-    for record in drawn_trials(run):
-        rows = record.rows_that_count(run.metric)
-        if record is best or record is baseline or not rows:
-            continue
-        width, alpha = _STOPPED if record.state == "stopped" else _OTHERS
-        xs, ys = _points(rows, run.metric)
-        label = record.state if record.state not in named else None
-        named.add(record.state)
-        colour = STATES[record.state]
-        axes.plot(xs, ys, color=colour, label=label, linewidth=width, alpha=alpha)
-        if record.state == "stopped":
-            axes.plot(xs[-1], ys[-1], "x", color=STATES["failed"], markersize=4, zorder=3)
-    marked = {"baseline": (baseline, BASELINE)}
-    if best is not baseline:
-        marked["best"] = best, BEST
-    for name, (trial, colour) in marked.items():
-        if trial is not None:
-            points = _points(trial.rows_that_count(run.metric), run.metric)
-            axes.plot(*points, color=colour, label=name, linewidth=2.6)
+    for group in curve_groups(run):
+        label: str | None = group.label  # once
+        for record in group.records:
+            if rows := record.rows_that_count(run.metric):
+                xs = [row.epoch for row in rows]
+                ys = [error(row.accuracy(run.metric)) for row in rows]
+                (line,) = axes.plot(xs, ys, color=group.colour, label=label)
+                line.set(linewidth=0.85 * group.width, alpha=group.opacity)
+                label = None
+                if group.label == "stopped":
+                    axes.plot(xs[-1], ys[-1], "x", color=STATES["failed"], markersize=4, zorder=3)
     _finish(axes)
     return figure
-
-
-def _points(rows: Sequence[EpochRow], metric: Metric) -> tuple[list[int], list[float]]:
-    return [row.epoch for row in rows], [error(row.accuracy(metric)) for row in rows]
 
 
 def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
