@@ -203,7 +203,7 @@ def test_without_a_model_or_mnist_the_report_says_so(tmp_path: Path) -> None:
 
 def test_runs_that_were_asked_different_questions_are_called_so(tmp_path: Path) -> None:
     one, two = rich(tmp_path, "one"), rich(tmp_path, "two")
-    assert "The same metric, epochs a trial and training images" in _said(_page(one, two))
+    assert "same metric, epochs per trial and training images" in _said(_page(one, two))
     write_search(two, images=6000)
     assert "Not the same question: the runs differ in images" in _said(_page(one, two))
 

@@ -39,11 +39,7 @@ class ReportSettings:
 
 
 def report(settings: ReportSettings) -> None:
-    """Write the report.
-
-    Raises:
-        TuneMnistError: a run is missing or damaged, or the report cannot be written.
-    """
+    """Write the report, or raise TuneMnistError."""
     if not settings.runs:
         raise ConfigError("name a run's folder, such as results/default")
     # Here, because they take a second to import and --help does not need them.

@@ -47,11 +47,7 @@ class Mistakes:
 
 
 def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
-    """Read the test set with a run's best model.
-
-    Raises:
-        TuneMnistError: the model cannot be read, or the test set is not on this machine.
-    """
+    """Read the test set with a run's best model, or raise TuneMnistError if one is missing."""
     images, labels = read_test_set(data_dir)
     # Here, because torch takes seconds to import and a report can do without.
     from tune_mnist.mnist.model_file import load_model

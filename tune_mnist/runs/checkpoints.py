@@ -34,11 +34,7 @@ class Checkpoints:
         self._folder = folder
 
     def save(self, number: int, row: EpochRow, state: bytes) -> None:
-        """Save a trial's newest state, and keep the previous one.
-
-        Raises:
-            OSError: the state could not be written; the older ones are untouched.
-        """
+        """Save a trial's newest state and keep the previous one; an OSError changes neither."""
         newest, before = self._paths(number)
         header = {"row": vars(row), "size": len(state), "crc32": zlib.crc32(state)}
         content = json.dumps(header).encode() + b"\n" + state
@@ -73,11 +69,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def save_best(self, model: bytes) -> None:
-        """Write the best trial's model, as its worker packed it.
-
-        Raises:
-            OSError: the file could not be written; the old one is untouched.
-        """
+        """Write the best trial's model, as its worker packed it; an OSError leaves the old one."""
         replace_file(self._folder.best_model, model)
 
     def _paths(self, number: int) -> tuple[Path, Path]:
@@ -86,11 +78,7 @@ class Checkpoints:
 
 
 def _parse(content: bytes) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        ValueError, LookupError, TypeError, RecursionError: it is damaged.
-    """
+    """Read a checkpoint; a damaged one raises one of the errors that `load` suppresses."""
     header, _, state = content.partition(b"\n")
     facts = json.loads(header)
     if (len(state), zlib.crc32(state)) != (facts["size"], facts["crc32"]):

@@ -112,20 +112,12 @@ def _difference(
 
 
 def write_confirmed(folder: RunFolder, table: pd.DataFrame) -> None:
-    """Write confirmed.csv.
-
-    Raises:
-        OSError: the file could not be written; the old one is untouched.
-    """
+    """Write confirmed.csv; an OSError leaves the old file untouched."""
     replace_file(folder.confirmed, table.to_csv(index=False, lineterminator="\n"))
 
 
 def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
-    """Read confirmed.csv; return None if there is none.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
+    """Return confirmed.csv, None if there is none, or raise RunFolderError if it is damaged."""
     try:
         table = pd.read_csv(folder.confirmed, dtype={"configuration": str})
         if table.empty or not all(

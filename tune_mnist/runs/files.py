@@ -80,11 +80,7 @@ class AppendLog:
         return content.split(b"\n")[:-1]
 
     def append(self, line: str) -> None:
-        """Add a line, all of it or nothing.
-
-        Raises:
-            OSError: the line could not be written; the disk may be full.
-        """
+        """Add a line; an OSError, such as a full disk, leaves the log without any of it."""
         if self._file is None:
             self._file = self._open()
         content = f"{line}\n".encode()
@@ -100,11 +96,7 @@ class AppendLog:
             raise
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk.
-
-        Raises:
-            OSError: the disk failed to write them.
-        """
+        """Wait until all lines are on the disk, or raise OSError."""
         if self._file is not None:
             os.fsync(self._file)
 

@@ -68,11 +68,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open an existing run's folder.
-
-        Raises:
-            RunFolderError: the path is not a run's folder.
-        """
+        """Open an existing run's folder, or raise RunFolderError with what the path is instead."""
         folder = cls(path)
         try:
             if folder.search.is_file():
@@ -89,11 +85,7 @@ class RunFolder:
         )
 
     def read_search(self) -> dict[str, Any]:
-        """Read search.yaml.
-
-        Raises:
-            RunFolderError: the file is damaged.
-        """
+        """Read search.yaml, or raise RunFolderError if it is damaged."""
         try:
             data = yaml.safe_load(self.search.read_text(encoding="utf-8"))
         except (OSError, *YAML_ERRORS) as error:
@@ -107,11 +99,7 @@ class RunFolder:
         return data
 
     def write_search(self, data: dict[str, Any]) -> None:
-        """Write search.yaml.
-
-        Raises:
-            OSError: the file could not be written.
-        """
+        """Write search.yaml; an OSError leaves the old file untouched."""
         replace_file(self.search, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
     @contextlib.contextmanager
@@ -141,11 +129,7 @@ class RunFolder:
 
 
 def check_new_run(path: Path) -> None:
-    """Refuse what `RunFolder.create` would refuse, before anything is started.
-
-    Raises:
-        RunFolderError: the folder exists, or its parent cannot be written to.
-    """
+    """Raise now the RunFolderError that `RunFolder.create` would raise later."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()

@@ -38,11 +38,7 @@ class EpochRow(EpochMetrics):
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """Read a line that `line` wrote.
-
-        Raises:
-            ValueError: the line is damaged.
-        """
+        """Read a line that `line` wrote, or raise ValueError if it is damaged."""
         cells = line.split(",")
         if len(cells) != len(COLUMNS):
             raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
@@ -286,11 +282,7 @@ class _UnknownTrialError(ValueError):
 
 
 def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
-    """Return a log's lines, counted from 1.
-
-    Raises:
-        RunFolderError: the file cannot be read.
-    """
+    """Return a log's lines, counted from 1, or raise RunFolderError."""
     try:
         yield from enumerate(log.read(), start=1)
     except OSError as error:

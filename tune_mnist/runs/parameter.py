@@ -7,7 +7,7 @@ end check what the conditions of several parameters mean together.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
@@ -50,8 +50,7 @@ class Parameter:
     def suggest(self, trial: BaseTrial) -> Value:
         match self.distribution:
             case CategoricalDistribution(choices=choices):
-                value: Any = trial.suggest_categorical(self.name, choices)
-                return value  # type: ignore[no-any-return]
+                return cast(Value, trial.suggest_categorical(self.name, choices))
             case IntDistribution(low=low, high=high, log=log, step=step):
                 return trial.suggest_int(self.name, low, high, step=step, log=log)
             case FloatDistribution(low=low, high=high, log=log, step=step):
@@ -261,11 +260,7 @@ def check_conditions(
 
 
 def all_conditions(parameters: Mapping[str, Parameter]) -> dict[str, Conditions]:
-    """Return each parameter's conditions with those of its parents.
-
-    Raises:
-        SearchSpaceError: a parameter can never be active.
-    """
+    """Return each parameter's conditions with its parents', or raise if they can never hold."""
     needs: dict[str, Conditions] = {}
     for name, parameter in parameters.items():
         parents = (needs[parent] for parent in parameter.when if parent in needs)

@@ -243,11 +243,7 @@ def _check_active(where: str, point: Mapping[str, Value], needs: Mapping[str, Co
 
 
 def load_space(name_or_path: str) -> SearchSpace:
-    """Read and check one of the project's spaces, by name, or any space file, by path.
-
-    Raises:
-        SearchSpaceError: nothing has this name or path, or the file is not usable.
-    """
+    """Return the space of this name or in this file, or raise SearchSpaceError."""
     path = find_space(name_or_path)
     return SearchSpace.from_dict(read_yaml(path), name=path.stem, source=str(path))
 
@@ -267,11 +263,7 @@ def available_spaces() -> list[str]:
 
 
 def find_space(name_or_path: str) -> Path:
-    """Return the file of one of the project's own spaces, or the path of any other file.
-
-    Raises:
-        SearchSpaceError: no space has this name and no file lies at this path.
-    """
+    """Return the path of a space's file, by name or path, or raise SearchSpaceError."""
     names = available_spaces()
     if name_or_path in names:
         return spaces_folder() / f"{name_or_path}.yaml"
@@ -289,11 +281,7 @@ def find_space(name_or_path: str) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; a key given twice in one mapping is an error.
-
-    Raises:
-        SearchSpaceError: the file cannot be read, or is not YAML.
-    """
+    """Return what a YAML file holds; raise SearchSpaceError, also if a key is given twice."""
     try:
         return yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
     except OSError as error:

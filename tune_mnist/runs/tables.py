@@ -36,11 +36,7 @@ _PLACES = 6  # accuracies come in steps of 1/10,000; losses need no more to be c
 
 
 def write_tables(folder: RunFolder, history: History, metric: Metric) -> None:
-    """Write trials.csv and best.csv.
-
-    Raises:
-        OSError: a file could not be written; the old one is untouched.
-    """
+    """Write trials.csv and best.csv; an OSError leaves the old file untouched."""
     trials = ranked_trials(history, metric)
     for path, table in (
         (folder.trials, trials_table(trials, metric)),

@@ -52,11 +52,7 @@ class RunView:
 
     @classmethod
     def read(cls, path: Path) -> "RunView":
-        """Read a run, which may be at work.
-
-        Raises:
-            RunFolderError: it is missing or damaged, or is a confirmation.
-        """
+        """Read a run, which may be at work, or raise RunFolderError."""
         folder = RunFolder.open(path)
         search = folder.read_search()
         refuse_confirmation(folder, search)
@@ -74,11 +70,7 @@ class RunView:
 
     @property
     def space(self) -> SearchSpace:
-        """The space that was searched.
-
-        Raises:
-            SearchSpaceError: it is damaged in search.yaml.
-        """
+        """The space that was searched; raises SearchSpaceError if it is damaged."""
         name = str(self.search.get("space_name", ""))
         return SearchSpace.from_dict(self.search.get("space"), name, str(self.folder.search))
 
@@ -114,11 +106,7 @@ class RunView:
 
 
 def read_asked(folder: RunFolder, search: Mapping[str, Any]) -> Asked:
-    """Return what the search.yaml of a run says was asked.
-
-    Raises:
-        RunFolderError: the metric or the epochs are damaged; there is no reading on without them.
-    """
+    """Return what search.yaml says was asked, or raise RunFolderError."""
     asked = search.get("asked")
     asked = asked if isinstance(asked, Mapping) else {}
     metric: Any = asked.get("metric")
@@ -138,11 +126,7 @@ def _whole(asked: Mapping[str, Any], name: str) -> int | None:
 
 
 def refuse_confirmation(folder: RunFolder, search: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds a search's confirmation instead of a search.
-
-    Raises:
-        RunFolderError: it does.
-    """
+    """Raise RunFolderError if the folder holds a confirmation instead of a search."""
     if "confirmation" in search:
         run = folder.path.absolute().parent
         raise RunFolderError(
