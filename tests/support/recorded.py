@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from support.epochs import epoch_metrics
 
+from support.epochs import epoch_metrics
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow, History, Origin, State, TrialRecord

@@ -4,8 +4,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from support.recorded import RecordedSearch
 
 EVIL = (
