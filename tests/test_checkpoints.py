@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.disks import mounted
 from support.epochs import epoch_metrics
 
 from tune_mnist.runs.checkpoints import Checkpoint, Checkpoints
@@ -116,12 +117,7 @@ def test_a_diverged_epochs_row_is_read_as_it_was_written(folder: RunFolder) -> N
 
 
 def test_a_disk_without_room_leaves_both_states(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with mounted(tmp_path / "disk", "size=64k") as disk:
         folder = RunFolder.create(disk / "run")
         checkpoints = Checkpoints(folder)
         checkpoints.save(7, row_of(1), state_of(1))
@@ -135,8 +131,6 @@ def test_a_disk_without_room_leaves_both_states(tmp_path: Path) -> None:
         assert checkpoints.load(7, up_to=1) == Checkpoint(row_of(1), state_of(1))
         assert folder.best_model.read_bytes() == b"best"
         assert names(folder) == ["00007.before.state", "00007.state"]
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_only_unfinished_trials_leave_states(folder: RunFolder, saved: Checkpoints) -> None:

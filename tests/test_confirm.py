@@ -78,7 +78,7 @@ def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
     assert {record.epochs for record in records} == {9}
     assert [record.origin for record in records] == ["baseline", "start", "start"] * 3
     winners = [each.record.config for each in run.ranked if not each.is_baseline][:2]
-    for position, config in enumerate([run.standings[0].record.config, *winners]):
+    for position, config in enumerate([run.trials[0].record.config, *winners]):
         assert all(record.config == config for record in records[position::3])
     seeds = [record.seed for record in records]
     assert len({*seeds[::3]}) == 3
@@ -141,5 +141,5 @@ def test_a_confirmation_is_not_taken_for_a_search(tmp_path: Path) -> None:
     inner = RunFolder.create(folder.path / "confirm")
     inner.write_search({"confirmation": {}})
     for read in (lambda: RunView.read(inner.path), lambda: Plan.load(inner)):
-        with pytest.raises(RunFolderError, match=r"python -m tune_mnist\.confirm .*/rich goes on"):
+        with pytest.raises(RunFolderError, match=r"python -m tune_mnist\.confirm .*/rich resumes"):
             read()

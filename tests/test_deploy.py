@@ -155,6 +155,8 @@ def test_the_image_gets_all_files_that_it_takes_to_install_the_package(tmp_path:
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"tune_mnist/deploy/{path.name}" for path in DEPLOY.iterdir()} <= set(names)
     assert "tune_mnist/search_spaces/default.yaml" in names
+    assets = {f"tune_mnist/reporting/assets/report.{kind}" for kind in ("html", "css", "js")}
+    assert assets <= set(names)
 
 
 def recorded(tmp_path: Path, *commands: str) -> dict[str, str]:

@@ -15,12 +15,7 @@ from support.recorded import RecordedSearch
 
 from tune_mnist.errors import RunFolderError
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import (
-    COLUMNS,
-    EpochRow,
-    History,
-    TrialRecord,
-)
+from tune_mnist.runs.history import COLUMNS, EpochRow, History, TrialRecord
 
 WHOLE = ("trial", "epoch", "test_correct", "diverged_step")
 
@@ -36,20 +31,15 @@ def search(tmp_path: Path) -> RecordedSearch:
     return search
 
 
-def same(one: Any, other: Any) -> bool:
-    """Compare for equality, with NaN equal to itself."""
-    return bool(repr(one) == repr(other))
+def content(history: History) -> str:
+    """All that a history holds, as text: there NaN is equal to itself."""
+    rows = [(record.number, row) for record, row in history.rows]
+    state = history.elapsed, history.closed_as, history.sessions
+    return repr((history.trials, rows, state, history.unfinished()))
 
 
 def assert_same(one: History, other: History) -> None:
-    assert same(list(one.trials.values()), list(other.trials.values()))
-    assert same([row for _, row in one.rows], [row for _, row in other.rows])
-    assert [record.number for record, _ in one.rows] == [record.number for record, _ in other.rows]
-    assert (one.elapsed, one.closed_as, one.sessions) == (
-        other.elapsed,
-        other.closed_as,
-        other.sessions,
-    )
+    assert content(one) == content(other)
 
 
 def test_a_history_is_read_as_it_was_written(search: RecordedSearch) -> None:
@@ -78,7 +68,7 @@ def test_a_new_run_has_an_empty_history(tmp_path: Path) -> None:
     assert (history.trials, history.rows, history.elapsed, history.sessions) == ({}, [], 0.0, 0)
 
 
-def test_a_session_goes_on_where_the_one_before_was_killed(search: RecordedSearch) -> None:
+def test_a_session_resumes_where_the_one_before_was_killed(search: RecordedSearch) -> None:
     history = History.load(search.folder)
     assert history.closed_as is None
     assert [record.number for record in history.unfinished()] == [2]
@@ -124,19 +114,16 @@ def test_a_row_that_was_never_finished_does_not_count(
     assert_same(History.load(search.folder), search.history)
 
 
-def numbers(generator: random.Random) -> EpochRow:
-    values: dict[str, Any] = {}
-    for column in COLUMNS:
-        if column in WHOLE:
-            values[column] = generator.choice([0, generator.randrange(2**63)])
-        else:
-            values[column] = generator.choice(
-                [
-                    *(math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1.7976931348623157e308),
-                    generator.random(),
-                    generator.uniform(-1, 1) * 10 ** generator.uniform(-300, 300),
-                ]
-            )
+def row_of(generator: random.Random) -> EpochRow:
+    special = (math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1.7976931348623157e308)
+    values: dict[str, Any] = {
+        column: generator.choice([0, generator.randrange(2**63)])
+        if column in WHOLE
+        else generator.choice(
+            [*special, generator.random(), generator.random() * 10 ** generator.uniform(-300, 300)]
+        )
+        for column in COLUMNS
+    }
     values["diverged_step"] = generator.choice([None, values["diverged_step"]])
     return EpochRow(**values)
 
@@ -144,15 +131,14 @@ def numbers(generator: random.Random) -> EpochRow:
 def test_a_row_is_read_to_the_last_digit() -> None:
     generator = random.Random(0)
     for _ in range(2000):
-        row = numbers(generator)
+        row = row_of(generator)
         assert repr(EpochRow.parse(row.line())) == repr(row)
 
 
 def test_numbers_of_numpy_are_written_like_any_others() -> None:
     plain: Any = {column: 3 if column in WHOLE else 0.1 for column in COLUMNS}
-    as_numpy: Any = {
-        column: np.int64(3) if column in WHOLE else np.float64(0.1) for column in COLUMNS
-    }
+    kinds = {int: np.int64, float: np.float64}
+    as_numpy: Any = {column: kinds[type(value)](value) for column, value in plain.items()}
     assert EpochRow(**as_numpy).line() == EpochRow(**plain).line()
 
 
@@ -160,6 +146,14 @@ def damage_line(path: Path, line: int, change: Callable[[str], str]) -> None:
     lines = path.read_text().splitlines(keepends=True)
     lines[line - 1] = change(lines[line - 1])
     path.write_bytes("".join(lines).encode("latin-1"))
+
+
+def assert_refused(folder: RunFolder, path: Path, line: int, reason: str) -> None:
+    with pytest.raises(RunFolderError) as caught:
+        History.load(folder)
+    assert f"{path} is damaged in line {line} (" in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -189,11 +183,7 @@ def test_a_damaged_event_is_named_by_file_and_line(
     search: RecordedSearch, line: int, content: str, reason: str
 ) -> None:
     damage_line(search.folder.events, line, lambda _: f"{content}\n")
-    with pytest.raises(RunFolderError) as caught:
-        History.load(search.folder)
-    assert f"{search.folder.events} is damaged in line {line} (" in str(caught.value)
-    assert reason in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert_refused(search.folder, search.folder.events, line, reason)
 
 
 @pytest.mark.parametrize(
@@ -216,10 +206,7 @@ def test_a_damaged_epoch_is_named_by_file_and_line(
     search: RecordedSearch, line: int, change: Callable[[str], str], reason: str
 ) -> None:
     damage_line(search.folder.epochs, line, change)
-    with pytest.raises(RunFolderError) as caught:
-        History.load(search.folder)
-    assert f"{search.folder.epochs} is damaged in line {line} (" in str(caught.value)
-    assert reason in str(caught.value)
+    assert_refused(search.folder, search.folder.epochs, line, reason)
 
 
 def test_epochs_that_a_finished_trial_has_lost_are_noticed(search: RecordedSearch) -> None:
@@ -233,7 +220,7 @@ def test_epochs_that_a_finished_trial_has_lost_are_noticed(search: RecordedSearc
 
 
 def test_the_ways_out_that_the_messages_name_lead_out(search: RecordedSearch) -> None:
-    """Cutting the files before the damage, then taking out the ends of the trials it hit."""
+    """Cut the file before the damage, then remove the ends of the trials that lost epochs."""
     epochs = search.folder.epochs.read_text().splitlines(keepends=True)
     search.folder.epochs.write_text("".join(epochs[:2]))
     events = search.folder.events.read_text().splitlines(keepends=True)
@@ -243,33 +230,29 @@ def test_the_ways_out_that_the_messages_name_lead_out(search: RecordedSearch) ->
     assert [record.epochs for record in history.unfinished()] == [1, 0, 0]
 
 
-def test_ends_that_do_not_say_how_many_epochs_there_were_are_read(
-    search: RecordedSearch,
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        pytest.param(b', "epochs": 2}', b"}", id="the first version"),
+        pytest.param(b'{"event"', b'{"mood": "good", "event"', id="a newer version"),
+        pytest.param(b"\n", b"\r\n", id="line ends of Windows"),
+    ],
+)
+def test_what_others_write_otherwise_is_read(
+    search: RecordedSearch, old: bytes, new: bytes
 ) -> None:
-    """As in logs of the first version."""
-    text = search.folder.events.read_text()
-    search.folder.events.write_text(text.replace(', "epochs": 2}', "}"))
+    for path in (search.folder.epochs, search.folder.events):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(old, new))
+    assert path.read_bytes() != before
     assert_same(History.load(search.folder), search.history)
 
 
-def test_what_a_newer_version_adds_to_an_event_is_passed_over(search: RecordedSearch) -> None:
-    damage_line(search.folder.events, 2, lambda text: text.replace("{", '{"mood": "good", ', 1))
-    assert_same(History.load(search.folder), search.history)
-
-
-def test_a_file_that_cannot_be_read_is_an_error_and_no_empty_history(
-    search: RecordedSearch,
-) -> None:
+def test_a_file_that_cannot_be_read_is_no_empty_history(search: RecordedSearch) -> None:
     search.folder.events.unlink()
     search.folder.events.mkdir()
     with pytest.raises(RunFolderError, match=r"events.jsonl cannot be read \(Is a directory"):
         History.load(search.folder)
-
-
-def test_line_ends_of_windows_do_no_harm(search: RecordedSearch) -> None:
-    for path in (search.folder.epochs, search.folder.events):
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert_same(History.load(search.folder), search.history)
 
 
 def test_readers_may_read_while_the_driver_writes(tmp_path: Path) -> None:

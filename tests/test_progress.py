@@ -13,12 +13,13 @@ import pytest
 from optuna.trial import FrozenTrial
 from rich.console import Console, ConsoleDimensions
 from support.epochs import epoch_metrics
+from support.recorded import read_table
 
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
-from tune_mnist.runs.tables import read_table, write_tables
+from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning import live_view as module
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.live_view import Progress

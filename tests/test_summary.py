@@ -2,11 +2,16 @@ import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from filelock import FileLock
+from rich.console import Console, RenderableType
 from support.recorded import RecordedSearch
+from support.reported import all_failed, empty, rich
 
+from tune_mnist.cli import exit_code
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.reporting.summary import summary
+from tune_mnist.reporting.summary import listing, summary
+from tune_mnist.tuning.launch import search as search_command
+from tune_mnist.tuning.settings import SearchSettings
 
 
 @pytest.fixture
@@ -14,11 +19,15 @@ def search(tmp_path: Path) -> RecordedSearch:
     return RecordedSearch(tmp_path)
 
 
-def _said(search: RecordedSearch, metric: Metric = "val_accuracy", width: int = 200) -> str:
+def _printed(what: RenderableType, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(summary(search.folder, search.history, metric, epochs=20))
+    console.print(what)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+def _said(search: RecordedSearch, metric: Metric = "val_accuracy", width: int = 200) -> str:
+    return _printed(summary(search.folder, search.history, metric, epochs=20), width)
 
 
 def _line(text: str, start: str) -> str:
@@ -38,10 +47,8 @@ def test_the_headline_names_the_winner_the_baseline_and_the_gain(search: Recorde
 
 
 def test_a_winner_that_chance_may_have_made_is_called_so(search: RecordedSearch) -> None:
-    search.trial([0.98], [0.98])
-    search.trial([0.985], [0.981])
-    search.trial([0.984], [0.97])
-    search.trial([0.983], [0.981])
+    for val, test in ((0.98, 0.98), (0.985, 0.981), (0.984, 0.97), (0.983, 0.981)):
+        search.trial([val], [test])
     assert "may be chance, so it cannot be told from the baseline." in _said(search)
     search.trial([0.9845], [0.98])
     said = _said(search)
@@ -57,7 +64,7 @@ def test_a_winner_picked_on_the_test_set_is_called_so(search: RecordedSearch) ->
     assert "val accuracy" not in said
 
 
-def test_it_says_so_when_nothing_was_better_than_the_baseline(search: RecordedSearch) -> None:
+def test_a_baseline_that_nothing_beats_is_the_best(search: RecordedSearch) -> None:
     search.trial([0.98])
     search.trial([0.97], state="stopped")
     said = _said(search)
@@ -65,13 +72,13 @@ def test_it_says_so_when_nothing_was_better_than_the_baseline(search: RecordedSe
     assert "Gain" not in said
 
 
-def test_a_baseline_that_still_runs_is_compared_as_far_as_it_is(search: RecordedSearch) -> None:
+def test_a_baseline_that_still_runs_is_compared_at_its_best_so_far(search: RecordedSearch) -> None:
     search.epoch(search.start(), 0.9)
     search.trial([0.98])
     assert "The baseline so far: val accuracy 90.00%" in _said(search)
 
 
-def test_without_a_baseline_epoch_nothing_is_said_of_a_gain(search: RecordedSearch) -> None:
+def test_without_a_baseline_epoch_there_is_no_gain(search: RecordedSearch) -> None:
     search.end(search.start(), "failed", "MemoryError: no room")
     search.trial([0.98])
     said = _said(search)
@@ -86,8 +93,7 @@ def test_the_table_holds_five_and_the_baseline_and_only_what_differs(
     for number in range(1, 8):
         search.trial([0.90 + number / 100], lr=0.01 * number, momentum=0.9)
     said = _said(search)
-    header = _line(said, "rank").split()
-    assert header[-2:] == ["epoch", "lr"]
+    assert _line(said, "rank").split()[-2:] == ["epoch", "lr"]
     ranks = [line.split()[:2] for line in said.splitlines() if line[:1].isdigit()]
     assert ranks == [["1", "7"], ["2", "6"], ["3", "5"], ["4", "4"], ["5", "3"], ["8", "0"]]
     assert "0 (baseline)" in said
@@ -103,13 +109,13 @@ def test_a_table_that_is_too_wide_is_turned(search: RecordedSearch) -> None:
     assert max(map(len, narrow.splitlines())) <= 80
 
 
-def test_what_it_cost_is_set_against_training_all_to_the_end(search: RecordedSearch) -> None:
+def test_the_cost_is_compared_with_training_all_to_the_end(search: RecordedSearch) -> None:
     search.trial([0.9] * 20)
     search.trial([0.9] * 2, state="stopped")
     search.trial([0.9], state="stopped")
     search.epoch(search.start(), 0.9)
     said = _said(search)
-    assert "2 stopped, 0 diverged, 0 failed, 1 broken off, to be gone on with" in said
+    assert "2 stopped, 0 diverged, 0 failed, 1 interrupted, to be resumed" in said
     assert "Epochs: 24 of the 80 that training all of them to the end takes (30%)." in said
 
 
@@ -123,31 +129,59 @@ def test_the_first_failure_and_the_first_divergence_are_explained(search: Record
     said = _said(search)
     assert "2 failed; the first, trial 1: RuntimeError: [red]first[/red]" in said
     assert "1 diverged; trial 3: the loss was not finite at step 33 of epoch 1" in said
+    assert all(char.isprintable() for char in said.replace("\n", ""))  # no terminal: plain text
 
 
-def test_a_search_whose_trials_all_failed_says_why(search: RecordedSearch) -> None:
-    for _ in range(2):
-        search.end(search.start(), "failed", "RuntimeError: no such device")
-    said = _said(search)
-    assert "None of 2 trials finished an epoch to be judged by." in said
-    assert "2 failed; the first, trial 0: RuntimeError: no such device" in said
-
-
-def test_a_search_that_started_nothing_says_so(search: RecordedSearch) -> None:
+def test_a_search_without_a_best_trial_says_why(search: RecordedSearch) -> None:
     said = _said(search)
     assert "No trial was started." in said
     assert "Epochs" not in said
+    for _ in range(2):
+        search.end(search.start(), "failed", "RuntimeError: no such device")
+    said = _said(search)
+    assert "None of 2 trials finished an epoch that counts." in said
+    assert "2 failed; the first, trial 0: RuntimeError: no such device" in said
 
 
-def test_it_says_where_the_files_are(
-    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_files_are_named(search: RecordedSearch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(search.folder.path.parent)
     search.folder.best.touch()
     assert "In search: best.csv, epochs.csv" in _said(search)
 
 
-def test_without_a_terminal_it_is_plain_text(search: RecordedSearch) -> None:
-    search.trial([0.9])
-    search.trial([0.5], state="failed", reason="RuntimeError")
-    assert all(char.isprintable() for char in _said(search).replace("\n", ""))
+def test_every_run_is_listed_with_its_state_its_best_and_its_trials(tmp_path: Path) -> None:
+    endings = {
+        "[bold]done": "finished",
+        "out": "out of time",
+        "interrupted": "SIGINT",
+        "killed": "",
+    }
+    for name, end in endings.items():
+        rich(tmp_path, name, end=end)
+    all_failed(tmp_path, "broken")
+    running = empty(tmp_path, "running")
+    with FileLock(running.folder.path / ".lock"):
+        lines = _printed(listing(tmp_path)).splitlines()
+    found = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+    assert found["[bold]done"].startswith("finished 23/20")
+    assert " 98.85% 98.85% " in found["[bold]done"]
+    assert found["out"].startswith("out of time 23")
+    assert found["interrupted"].startswith("interrupted 23")
+    assert found["killed"].startswith("killed 23")
+    assert found["broken"].startswith("failed 3/20 - - ")
+    assert found["running"].startswith("running 0/20 - - 0 s ")
+
+
+def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
+    rich(tmp_path, "good")
+    damaged = rich(tmp_path, "damaged")
+    damaged.folder.events.write_text("{}\n")
+    lines = _printed(listing(tmp_path)).splitlines()
+    assert lines[1].startswith("good")
+    assert "events.jsonl is damaged in line 1" in " ".join(lines[2:])
+
+
+def test_the_search_command_lists_and_starts_nothing(tmp_path: Path) -> None:
+    arguments = ["--list", "--results-dir", str(tmp_path / "none")]
+    assert exit_code("search", SearchSettings, search_command, arguments) == 0
+    assert not (tmp_path / "none").exists()

@@ -6,11 +6,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from support.recorded import RecordedSearch
+from support.recorded import RecordedSearch, read_table
 
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.history import History, TrialRecord
-from tune_mnist.runs.tables import best_table, read_table, trials_table, write_tables
+from tune_mnist.runs.ranking import ranked_trials
+from tune_mnist.runs.tables import best_table, trials_table, write_tables
 
 
 @pytest.fixture
@@ -23,11 +25,19 @@ def _written(search: RecordedSearch) -> tuple[pd.DataFrame, pd.DataFrame]:
     return read_table(search.folder.trials), read_table(search.folder.best)
 
 
+def _trials(search: RecordedSearch) -> pd.DataFrame:
+    return trials_table(ranked_trials(search.history, "val_accuracy"), "val_accuracy")
+
+
+def _best(search: RecordedSearch, metric: Metric = "val_accuracy") -> pd.DataFrame:
+    return best_table(ranked_trials(search.history, metric), metric)
+
+
 def _cells(table: pd.DataFrame, row: int, *names: str) -> list[Any]:
     return [table[name].iloc[row] for name in names]
 
 
-def test_a_trial_is_judged_by_its_best_and_its_last_epoch(search: RecordedSearch) -> None:
+def test_a_trial_has_its_best_and_its_last_epoch(search: RecordedSearch) -> None:
     search.trial([0.97, 0.99, 0.98], [0.96, 0.985, 0.987])
     trials, _ = _written(search)
     assert _cells(trials, 0, "best_epoch", "best_val_accuracy", "test_accuracy_at_best") == [
@@ -43,28 +53,26 @@ def test_of_epochs_with_equal_accuracy_the_lower_loss_is_best(search: RecordedSe
     trial = search.start()
     for loss in (0.3, 0.2, 0.2, 0.4):
         search.epoch(trial, 0.99, val_loss=loss)
-    assert trials_table(search.history, "val_accuracy")["best_epoch"].tolist() == [2]
+    assert _trials(search)["best_epoch"].tolist() == [2]
 
 
 def test_a_trial_without_an_end_is_running_and_ranks(search: RecordedSearch) -> None:
     search.trial([0.98])
-    running = search.start()
-    search.epoch(running, 0.99)
+    search.epoch(search.start(), 0.99)
     trials, best = _written(search)
     assert _cells(trials, 1, "state", "epochs") == ["running", 1]
-    assert math.isnan(trials["ended"].iloc[1])
+    assert trials["ended"].isna().tolist() == [False, True]
     assert best["trial"].tolist() == [1, 0]
 
 
 def test_a_diverged_epoch_ranks_nowhere(search: RecordedSearch) -> None:
     search.trial([0.98])
-    trial = search.start()
-    search.epoch(trial, 0.99)
-    search.diverged_epoch(trial, step=33)
-    search.end(trial, "diverged", "the loss was not finite")
-    at_once = search.start()
-    search.diverged_epoch(at_once)
-    search.end(at_once, "diverged", "the loss was not finite")
+    for before in ([0.99], []):
+        trial = search.start()
+        for accuracy in before:
+            search.epoch(trial, accuracy)
+        search.diverged_epoch(trial, step=33)
+        search.end(trial, "diverged", "the loss was not finite")
     trials, best = _written(search)
     cells = _cells(trials, 1, "epochs", "best_epoch", "last_epoch", "diverged_step")
     assert cells == [2, 1, 1, 33]
@@ -76,7 +84,7 @@ def test_a_diverged_epoch_ranks_nowhere(search: RecordedSearch) -> None:
 
 def test_an_epoch_without_a_number_to_compare_ranks_nowhere(search: RecordedSearch) -> None:
     search.trial([math.nan, 0.5], [0.99, 0.6])
-    assert trials_table(search.history, "val_accuracy")["best_epoch"].tolist() == [2]
+    assert _trials(search)["best_epoch"].tolist() == [2]
 
 
 def test_a_failed_trial_keeps_its_reason_its_retries_and_its_epochs(
@@ -93,12 +101,9 @@ def test_a_failed_trial_keeps_its_reason_its_retries_and_its_epochs(
     ]
 
 
-def test_best_ranks_by_the_best_epoch_and_says_the_rank_by_the_last(
-    search: RecordedSearch,
-) -> None:
-    search.trial([0.97, 0.97])
-    search.trial([0.99, 0.95])
-    search.trial([0.98, 0.98])
+def test_best_has_the_rank_by_the_best_epoch_and_by_the_last(search: RecordedSearch) -> None:
+    for accuracies in ([0.97, 0.97], [0.99, 0.95], [0.98, 0.98]):
+        search.trial(accuracies)
     _, best = _written(search)
     assert best["trial"].tolist() == [1, 2, 0]
     assert best["rank"].tolist() == [1, 2, 3]
@@ -110,15 +115,14 @@ def test_equal_accuracies_rank_by_loss_then_by_epochs_used(search: RecordedSearc
         trial = search.start()
         for _ in range(epochs):
             search.epoch(trial, 0.99, val_loss=loss)
-    assert best_table(search.history, "val_accuracy")["trial"].tolist() == [2, 1, 0]
+    assert _best(search)["trial"].tolist() == [2, 1, 0]
 
 
-def test_the_test_set_ranks_only_where_it_was_asked_to(search: RecordedSearch) -> None:
+def test_the_test_set_ranks_only_if_it_was_asked_to(search: RecordedSearch) -> None:
     search.trial([0.98, 0.97], [0.90, 0.95])
     search.trial([0.97, 0.96], [0.99, 0.98])
-    by_val = best_table(search.history, "val_accuracy")
-    by_test = best_table(search.history, "test_accuracy")
-    assert by_val["trial"].tolist() == [0, 1]
+    by_test = _best(search, "test_accuracy")
+    assert _best(search)["trial"].tolist() == [0, 1]
     assert by_test["trial"].tolist() == [1, 0]
     assert by_test["best_test_accuracy"].tolist() == [0.99, 0.95]
     assert by_test["test_loss_at_best"].tolist() == [0.01, 0.05]
@@ -128,7 +132,7 @@ def test_the_test_set_ranks_only_where_it_was_asked_to(search: RecordedSearch) -
 def test_the_ten_best_by_either_ranking_are_kept(search: RecordedSearch) -> None:
     for number in range(30):
         search.trial([0.5 + number / 100, 0.9 - number / 100])
-    best = best_table(search.history, "val_accuracy")
+    best = _best(search)
     by_best = best[best["rank"] <= 10]
     by_last = best[best["rank_by_last"] <= 10]
     assert len(by_best) == len(by_last) == 10
@@ -147,8 +151,7 @@ def test_without_a_baseline_epoch_the_gain_is_empty(search: RecordedSearch) -> N
     search.start()
     search.trial([0.98])
     _, best = _written(search)
-    assert best["gain_at_best"].isna().tolist() == [True]
-    assert best["gain_at_last"].isna().tolist() == [True]
+    assert best[["gain_at_best", "gain_at_last"]].isna().all(axis=None)
 
 
 def test_the_first_epoch_at_the_reference_accuracy_is_found(search: RecordedSearch) -> None:
@@ -163,12 +166,11 @@ def test_the_first_epoch_at_the_reference_accuracy_is_found(search: RecordedSear
 
 
 def test_an_empty_search_has_tables_with_all_columns(search: RecordedSearch) -> None:
-    empty_trials, empty_best = _written(search)
+    empty = _written(search)
     search.trial([0.98])
-    trials, best = _written(search)
-    assert len(empty_trials) == len(empty_best) == 0
-    assert empty_trials.columns.tolist() == trials.columns.tolist()
-    assert empty_best.columns.tolist() == best.columns.tolist()
+    for before, after in zip(empty, _written(search), strict=True):
+        assert len(before) == 0
+        assert before.columns.tolist() == after.columns.tolist()
 
 
 def test_every_hyperparameter_is_read_back_exactly(search: RecordedSearch) -> None:
@@ -181,21 +183,13 @@ def test_every_hyperparameter_is_read_back_exactly(search: RecordedSearch) -> No
         assert TrainConfig.from_mapping(read) == config
 
 
-def test_whole_numbers_are_written_whole_where_cells_are_empty(search: RecordedSearch) -> None:
-    search.trial([0.98])
-    search.start()
-    trials, _ = _written(search)
-    assert str(trials["best_epoch"].dtype) == "Int64"
-    assert (
-        ",1,1,0.98," in search.folder.trials.read_text()
-    )  # epochs, best_epoch, best_val_accuracy
-
-
-def test_measured_values_are_rounded_for_readers(search: RecordedSearch) -> None:
+def test_numbers_are_written_whole_or_rounded(search: RecordedSearch) -> None:
     search.trial([0.98123456789], [0.98123456789])
+    search.start()  # with empty cells
     trials, _ = _written(search)
-    assert trials["best_val_accuracy"].tolist() == [0.981235]
-    assert trials["val_loss_at_best"].tolist() == [0.018765]
+    epochs_and_best = ",1,1,0.981235,0.018765,"
+    assert epochs_and_best in search.folder.trials.read_text()
+    assert trials["val_loss_at_best"].iloc[0] == 0.018765
 
 
 def test_the_tables_stay_when_they_cannot_be_replaced(search: RecordedSearch) -> None:
@@ -230,6 +224,6 @@ def test_two_thousand_trials_take_a_fraction_of_a_second(search: RecordedSearch)
         rows = [replace(row, epoch=epoch, val_loss=1 / epoch) for epoch in range(1, 21)]
         search.history.trials[number] = TrialRecord(number, config, 0, "sampled", rows=rows)
     began = time.process_time()
-    table = trials_table(search.history, "val_accuracy")
+    table = _trials(search)
     assert time.process_time() - began < 1.0  # 0.1 s on an idle core
     assert len(table) == 2000

@@ -1,16 +1,16 @@
 """Every error that tune_mnist raises on purpose.
 
     TuneMnistError              exit code 1
-    ├── DataUnavailableError    MNIST could be had from no source
-    ├── SearchFailedError       the search could not go on (disk full, every trial failed, ...)
+    ├── DataUnavailableError    no source has MNIST
+    ├── SearchFailedError       the search cannot continue (disk full, every trial failed, ...)
     └── InvalidInputError       exit code 2: what the user asked for cannot be done
         ├── ConfigError         a training configuration or argument
         ├── SearchSpaceError    a search-space file
-        ├── RunFolderError      a run's folder: exists, is missing, is damaged, is in use
+        ├── RunFolderError      a run's folder: exists, is missing, damaged or in use
         └── ClusterError        a Ray cluster: unreachable, or without the asked resources
 
 A front door catches the base class once, prints the message on one line and exits with
-`exit_code`. Anything else is a bug and keeps its traceback.
+`exit_code`. Any other exception is a bug and keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -24,15 +24,15 @@ class TuneMnistError(Exception):
 
 
 class DataUnavailableError(TuneMnistError):
-    """MNIST could not be had from any source."""
+    """No source has MNIST."""
 
 
 class SearchFailedError(TuneMnistError):
-    """The search could not go on; what it had finished is in the run's folder."""
+    """The search cannot continue; what it has finished is in the run's folder."""
 
 
 class InvalidInputError(TuneMnistError, ValueError):
-    """What the user asked for cannot be done as asked."""
+    """What the user asked for cannot be done."""
 
     exit_code = 2
 

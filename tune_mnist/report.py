@@ -1,4 +1,4 @@
-"""Draw what a search found, as one HTML page and a few pictures.
+"""Write a report of a search: one HTML page and its main charts as PNG files.
 
 python -m tune_mnist.report results/default                 writes results/default/report.html
 python -m tune_mnist.report results/a results/b             compares them on one page
@@ -16,10 +16,10 @@ from tune_mnist.errors import ConfigError, TuneMnistError
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """Draw what a search found, as one page that needs no network.
+    """Write a report of a search: one HTML page that needs no network.
 
-    The search may be at work, have failed, or have nothing to show yet. With several, the page
-    compares them.
+    The search may still run, have failed, or have nothing to show yet. The page of several
+    searches compares them.
     """
 
     runs: Annotated[tuple[Path, ...], Parameter(negative="", show_default=False)] = ()
@@ -28,8 +28,8 @@ class ReportSettings:
     _: KW_ONLY
 
     output: Path | None = None
-    """The page's file; report.html in the run's folder, and for several runs a file beside the
-    first, named after all."""
+    """The page's file. By default report.html in the run's folder; for several runs, a file
+    beside the first, named after all of them."""
 
     pictures: bool = True
     """Also draw the main charts as PNG files beside the page."""
@@ -39,14 +39,10 @@ class ReportSettings:
 
 
 def report(settings: ReportSettings) -> None:
-    """Write the report.
-
-    Raises:
-        TuneMnistError: there is no such run, or the report cannot be written.
-    """
+    """Write the report, or raise TuneMnistError."""
     if not settings.runs:
         raise ConfigError("name a run's folder, such as results/default")
-    # Here and not above: they take a second, and --help can do without.
+    # Here, because they take a second to import and --help does not need them.
     from tune_mnist.reporting.page import report_path, write_report
     from tune_mnist.runs.view import RunView
 
@@ -64,7 +60,6 @@ def report(settings: ReportSettings) -> None:
 
 
 def main() -> None:
-    """Run the command."""
     run("report", ReportSettings, report)
 
 

@@ -30,6 +30,7 @@ from tune_mnist.mnist.step_bar import StepBar
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
+from tune_mnist.runs.view import read_asked
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
 # --help and a misspelt option are answered at once.
@@ -190,7 +191,8 @@ def chosen_epochs(settings: TrainSettings) -> int:
     if settings.epochs is not None:
         return settings.epochs
     if settings.run is not None:
-        return int(RunFolder.open(settings.run).read_search()["asked"]["epochs"])
+        folder = RunFolder.open(settings.run)
+        return read_asked(folder, folder.read_search()).epochs
     return DEFAULT_EPOCHS
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from support.epochs import epoch_metrics
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
@@ -63,3 +65,8 @@ class RecordedSearch:
             self.epoch(number, accuracy, test[position] if test else None)
         self.end(number, state, reason)
         return number
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read trials.csv or best.csv; whole numbers stay whole where cells are empty."""
+    return pd.read_csv(path, dtype={"ray_id": str}).convert_dtypes()

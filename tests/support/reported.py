@@ -1,10 +1,8 @@
-"""Runs to report on, of every kind, written down as searches do."""
+"""Runs to report on, of every kind, recorded as searches record them."""
 
 import random
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from support.recorded import RecordedSearch
 
@@ -26,13 +24,13 @@ SPACE = {
 
 
 def empty(path: Path, name: str, **asked: Any) -> RecordedSearch:
-    """A search of which nothing has come yet."""
+    """A search that has started no trial yet."""
     search = RecordedSearch(path, name)
     write_search(search, **asked)
     return search
 
 
-def write_search(search: RecordedSearch, space: Any = None, **asked: Any) -> None:
+def write_search(search: RecordedSearch, space: Any = SPACE, **asked: Any) -> None:
     """Write a run's search.yaml, with this space in it."""
     content = {
         "asked": {
@@ -48,11 +46,11 @@ def write_search(search: RecordedSearch, space: Any = None, **asked: Any) -> Non
         },
         "space_name": "default",
         "space_source": "/somewhere/search_spaces/default.yaml",
-        "space": space or SPACE,
+        "space": space,
         "versions": {"tune_mnist": "0.1.0", "ray": "2.60.0"},
         "machine": {"host": "here", "cpus": 2},
     }
-    search.folder.search.write_text(yaml.safe_dump(content, sort_keys=False))
+    search.folder.write_search(content)
 
 
 def rich(

@@ -1,11 +1,12 @@
-"""The course of a search, drawn: learning curves, progress, where the budget went.
+"""Charts of a search: its curves, its progress, its costs, its confirmed winners, its mistakes.
 
-Figures carry no theme: the page that shows them has a light and a dark one. Texts from a run are
-escaped, as plotly takes some of HTML for its own.
+Figures have no theme: the page that shows them has a light and a dark one. Texts from a run are
+escaped here, because plotly interprets some HTML.
 """
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ import plotly.graph_objects as go
 from matplotlib.ticker import MaxNLocator
 
 from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.mistakes import Mistakes
-from tune_mnist.reporting.statistics import epochs_by_band, milestones, worker_seconds
+from tune_mnist.reporting.statistics import Milestone, epochs_by_band, milestones, worker_seconds
 from tune_mnist.runs.formatting import differences, duration
 from tune_mnist.runs.history import TrialRecord
 from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.view import RunView
 
-# Each can be told from the others, and seen on white as well as on black.
+# Distinct from each other, and visible on white as well as on black.
 BEST, BASELINE = "#2a9d5c", "#e08a2e"
 STATES = {
     "complete": "#3f86d0",
@@ -31,19 +33,20 @@ STATES = {
     "failed": "#d9534f",
 }
 RUNS = ("#3f86d0", "#e08a2e", "#2a9d5c", "#a86fd1", "#d9534f", "#35a7a7", "#c2a33c", "#8a94a3")
-MOST_CURVES = 400  # more make a page slow and tell nothing
+MOST_CURVES = 400  # more make the page slow and show nothing new
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999)
 _FEW_TICKS = 3
-_LEAST_ERROR = 1e-4  # one image in 10,000: where 100% is drawn
+_LEAST_ERROR = 1e-4  # one image in 10,000; 100% is drawn here
+_DIGITS = [str(digit) for digit in range(10)]
 
 
 def error(accuracy: float) -> float:
-    """Return where an accuracy is drawn: its axes are logarithmic in the errors left."""
+    """Return the error rate, which the logarithmic axes of accuracy show."""
     return max(1 - accuracy, _LEAST_ERROR)
 
 
 def accuracy_axis(title: str, accuracies: Sequence[float]) -> dict[str, Any]:
-    """Return an axis for `error` that reads as accuracy, the better the higher."""
+    """Return an axis for `error` that reads as accuracy, better upwards."""
     ticks = accuracy_ticks(accuracies)
     return {
         "title": {"text": title},
@@ -55,7 +58,7 @@ def accuracy_axis(title: str, accuracies: Sequence[float]) -> dict[str, Any]:
 
 
 def accuracy_ticks(accuracies: Sequence[float]) -> list[float]:
-    """Return where an axis with these accuracies has its ticks: as errors halve, or evenly."""
+    """Return the ticks of an axis with these accuracies: where errors halve, or evenly spaced."""
     low, high = min(accuracies, default=0.0), max(accuracies, default=1.0)
     ticks = [tick for tick in _TICKS if low <= tick <= high]
     if len(ticks) < _FEW_TICKS:
@@ -63,48 +66,91 @@ def accuracy_ticks(accuracies: Sequence[float]) -> list[float]:
     return ticks
 
 
-def name_of_metric(metric: str) -> str:
-    """Return a metric's name as a person says it."""
+def name_of_metric(metric: Metric) -> str:
+    """Return a metric's name in words."""
     return {"val_accuracy": "held-out accuracy", "test_accuracy": "test accuracy"}[metric]
 
 
-def learning_curves(run: RunView) -> go.Figure:
-    """Draw every trial's curve, and where ASHA cut it off."""
-    best = run.ranked[0].record if run.ranked else None
+@dataclass(frozen=True)
+class CurveGroup:
+    """Learning curves that are drawn alike, with one entry in the legend."""
+
+    label: str
+    records: list[TrialRecord]
+    colour: str
+    width: float
+    opacity: float
+
+
+def curve_groups(run: RunView) -> list[CurveGroup]:
+    """Return the learning curves by state, then the baseline's and the best, in drawing order."""
+    best = run.best.record if run.best else None
     baseline = run.baseline.record if run.baseline else None
     others = [record for record in drawn_trials(run) if record not in (best, baseline)]
-    figure = go.Figure()
+    groups = []
     for state, colour in reversed(STATES.items()):
-        trials = [record for record in others if record.state == state]
-        if trials:
-            width, opacity = (1.0, 0.55) if state == "stopped" else (1.6, 0.8)
-            figure.add_trace(_curves(run, trials, state, colour, width, opacity))
-    cut = [record for record in others if record.state == "stopped" and record.finite_rows]
-    if cut:
-        figure.add_trace(_cuts(run, cut))
+        records = [record for record in others if record.state == state]
+        width, opacity = (1.0, 0.55) if state == "stopped" else (1.6, 0.8)
+        groups.append(CurveGroup(state, records, colour, width, opacity))
     if baseline:
-        figure.add_trace(_curves(run, [baseline], "baseline", BASELINE, 3.0, 1.0))
+        groups.append(CurveGroup("baseline", [baseline], BASELINE, 3.0, 1.0))
     if best and best is not baseline:
-        figure.add_trace(_curves(run, [best], f"best, trial {best.number}", BEST, 3.0, 1.0))
+        groups.append(CurveGroup(f"best, trial {best.number}", [best], BEST, 3.0, 1.0))
+    return [group for group in groups if group.records]
+
+
+def learning_curves(run: RunView) -> go.Figure:
+    """Draw every trial's curve, and where ASHA stopped it."""
+    groups = curve_groups(run)
+    figure = go.Figure([_curves(run, group) for group in groups])
+    for group in groups:
+        if group.label == "stopped":
+            figure.add_trace(_crosses(run, group.records))
     drawn = [value for trace in figure.data for value in trace.customdata or () if value]
-    few = {"dtick": 1} if run.epochs <= 12 else {}
     figure.update_layout(
         height=460,
         hovermode="closest",
-        xaxis={"title": {"text": "epoch"}, **few},
+        xaxis_title="epoch",
+        xaxis_dtick=1 if run.asked.epochs <= 12 else None,
         yaxis=accuracy_axis(name_of_metric(run.metric), drawn),
     )
     return figure
 
 
 def drawn_trials(run: RunView) -> list[TrialRecord]:
-    """Return the trials whose curves are drawn: all, or the best and an even choice of others."""
+    """Return the trials whose curves are drawn: all, or the best and some of the rest."""
     trials = list(run.history.trials.values())
     if len(trials) <= MOST_CURVES:
         return trials
-    chosen = {each.record.number for each in run.ranked[: MOST_CURVES // 2]}
-    chosen |= {each.number for each in trials[:: -(-len(trials) * 2 // MOST_CURVES)]}
-    return [each for each in trials if each.number in chosen]
+    chosen = {trial.record.number for trial in run.ranked[: MOST_CURVES // 2]}
+    chosen |= {record.number for record in trials[:: -(-len(trials) * 2 // MOST_CURVES)]}
+    return [record for record in trials if record.number in chosen]
+
+
+@dataclass(frozen=True)
+class ProgressLine:
+    """The best so far of a run, in one of its accuracies."""
+
+    run: RunView
+    metric: Metric
+    found: list[Milestone]  # at least one
+    label: str
+    colour: str
+
+
+def progress_lines(runs: Sequence[RunView]) -> list[ProgressLine]:
+    """Return a line per run that has an epoch; of one alone, both accuracies if it has both."""
+    lines = []
+    for position, run in enumerate(runs):
+        found = milestones(run.history, run.metric)
+        metrics: list[Metric] = [run.metric]
+        if len(runs) == 1 and run.metric == "val_accuracy":
+            metrics.append("test_accuracy")
+        for metric in metrics if found else ():
+            label = run.folder.name if len(runs) > 1 else name_of_metric(metric)
+            colour = RUNS[position % len(RUNS)] if metric == run.metric else BEST
+            lines.append(ProgressLine(run, metric, found, label, colour))
+    return lines
 
 
 def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
@@ -114,45 +160,42 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
     unit, seconds = ("seconds", 1.0) if longest < 120 else ("minutes", 60.0)
     if longest > 2 * 3600:
         unit, seconds = "hours", 3600.0
-    for position, run in enumerate(runs):
-        found = milestones(run.history, run.metric)
-        if not found:
-            continue
-        end = run.history.elapsed / seconds if by_time else len(run.history.rows)
-        xs = [each.row.elapsed / seconds if by_time else each.epochs for each in found] + [end]
-        texts = [f"trial {each.record.number} at epoch {each.row.epoch}" for each in found]
-        names = [run.metric] if run.metric == "test_accuracy" or len(runs) > 1 else []
-        for name in names or ["val_accuracy", "test_accuracy"]:
-            values = [getattr(each.row, name) for each in found]
-            values.append(values[-1])
-            label = html.escape(run.folder.name) if len(runs) > 1 else name_of_metric(name)
-            colour = RUNS[position % len(RUNS)] if len(runs) > 1 or name == run.metric else BEST
-            figure.add_trace(
-                go.Scatter(
-                    x=xs,
-                    y=[error(value) for value in values],
-                    customdata=values,
-                    text=[*texts, "now" if run.state == "running" else "end"],
-                    name=label,
-                    mode="lines+markers",
-                    line={"shape": "hv", "width": 2, "color": colour},
-                    marker={"size": 5},
-                    hovertemplate="%{customdata:.2%}<br>%{text}<extra>%{fullData.name}</extra>",
-                )
+    for line in progress_lines(runs):
+        history = line.run.history
+        values = [each.row.accuracy(line.metric) for each in line.found]
+        values.append(values[-1])
+        xs: list[float] = [*(each.epochs for each in line.found), len(history.rows)]
+        if by_time:
+            times = [*(each.row.elapsed for each in line.found), history.elapsed]
+            xs = [time / seconds for time in times]
+        texts = [f"trial {each.record.number} at epoch {each.row.epoch}" for each in line.found]
+        figure.add_trace(
+            go.Scatter(
+                x=xs,
+                y=[error(value) for value in values],
+                customdata=values,
+                text=[*texts, "now" if line.run.state == "running" else "end"],
+                name=html.escape(line.label),
+                mode="lines+markers",
+                line={"shape": "hv", "width": 2, "color": line.colour},
+                marker={"size": 5},
+                hovertemplate="%{customdata:.2%}<br>%{text}<extra>%{fullData.name}</extra>",
             )
+        )
     title = f"{unit} since the start" if by_time else "epochs trained, all trials together"
     figure.update_layout(
         height=380,
         hovermode="closest",
-        xaxis={"title": {"text": title}, "rangemode": "tozero"},
+        xaxis_title=title,
+        xaxis_rangemode="tozero",
         yaxis=accuracy_axis("best so far", [v for t in figure.data for v in t.customdata]),
     )
     return figure
 
 
 def budget(run: RunView) -> go.Figure:
-    """Draw between which rungs the epochs were spent, and on trials that came to what."""
-    found = epochs_by_band(run.history, run.epochs)
+    """Draw between which rungs the epochs were spent, and on trials of which final state."""
+    found = epochs_by_band(run.history, run.asked.epochs)
     figure = go.Figure()
     for state, colour in STATES.items():
         spent = [by_state[state] for by_state in found.values()]  # type: ignore[index]
@@ -162,21 +205,18 @@ def budget(run: RunView) -> go.Figure:
                     x=[f"epoch {band}" for band in found],
                     y=spent,
                     name=state,
-                    marker={"color": colour},
+                    marker_color=colour,
                     hovertemplate=f"%{{y:,}} epochs of trials that are {state}<extra></extra>",
                 )
             )
     figure.update_layout(
-        height=340,
-        barmode="stack",
-        xaxis={"type": "category"},
-        yaxis={"title": {"text": "epochs trained"}},
+        height=340, barmode="stack", xaxis_type="category", yaxis_title="epochs trained"
     )
     return figure
 
 
 def time_spent(run: RunView) -> go.Figure:
-    """Draw what the workers' time went to."""
+    """Draw where the workers' time went."""
     colours = (STATES["complete"], STATES["running"], STATES["stopped"])
     figure = go.Figure()
     spent = worker_seconds(run.history)
@@ -188,7 +228,7 @@ def time_spent(run: RunView) -> go.Figure:
                 y=[""],
                 orientation="h",
                 name=f"{what} {seconds / whole:.0%}",
-                marker={"color": colour},
+                marker_color=colour,
                 hovertemplate=f"{what}: {duration(seconds)}<extra></extra>",
             )
         )
@@ -212,83 +252,70 @@ def confirmed_winners(confirmed: pd.DataFrame) -> go.Figure:
                 "width": 6,
             },
             mode="markers",
-            marker={
-                "size": 11,
-                "color": [BASELINE if n == "baseline" else BEST for n in table["configuration"]],
-            },
+            marker_size=11,
+            marker_color=[BASELINE if n == "baseline" else BEST for n in table["configuration"]],
             customdata=table["n"],
             hovertemplate="%{x:.3%} over %{customdata} seeds<extra>%{y}</extra>",
         )
     )
     figure.update_layout(
         height=120 + 44 * len(table),
-        xaxis={"tickformat": ".2%", "title": {"text": "test accuracy at the last epoch"}},
+        xaxis_tickformat=".2%",
+        xaxis_title="test accuracy at the last epoch",
     )
     return figure
 
 
-def _curves(
-    run: RunView, trials: list[TrialRecord], name: str, colour: str, width: float, opacity: float
-) -> go.Scatter:
-    """Make one trace of many curves, a gap between two: a trace each would be slow."""
+def _curves(run: RunView, group: CurveGroup) -> go.Scatter:
+    """Return one trace of many curves with gaps between them; a trace each would be slow."""
     xs: list[int | None] = []
     values: list[float | None] = []
     texts: list[str] = []
     reference = run.baseline.record.config if run.baseline else TrainConfig()
-    for record in trials:
+    for record in group.records:
         what = html.escape(f"trial {record.number}: {differences(record.config, reference)}")
-        for row in record.rows:
-            if row.counts(run.metric):
-                xs.append(row.epoch)
-                values.append(row.accuracy(run.metric))
-                texts.append(what)
-        xs.append(None)
-        values.append(None)
-        texts.append("")
+        rows = record.rows_that_count(run.metric)
+        xs += [*(row.epoch for row in rows), None]
+        values += [*(row.accuracy(run.metric) for row in rows), None]
+        texts += [*(what for _ in rows), ""]
     return go.Scatter(
         x=xs,
         y=[None if value is None else error(value) for value in values],
         customdata=values,
         text=texts,
-        name=html.escape(name),
+        name=group.label,
         mode="lines+markers",
-        opacity=opacity,
-        line={"width": width, "color": colour},
-        marker={"size": 2 + 1.5 * width},
+        opacity=group.opacity,
+        line={"width": group.width, "color": group.colour},
+        marker={"size": 2 + 1.5 * group.width},
         hovertemplate="%{customdata:.2%} at epoch %{x}<br>%{text}<extra></extra>",
     )
 
 
-def _cuts(run: RunView, trials: list[TrialRecord]) -> go.Scatter:
-    standings = [RankedTrial.of(record, run.metric) for record in trials]
-    ends = [(each.record, each.last) for each in standings if each.last]
+def _crosses(run: RunView, trials: list[TrialRecord]) -> go.Scatter:
+    ranked = [RankedTrial.of(record, run.metric) for record in trials]
+    ends = [(each.record, each.last) for each in ranked if each.last]
     return go.Scatter(
         x=[row.epoch for _, row in ends],
         y=[error(row.accuracy(run.metric)) for _, row in ends],
         text=[f"trial {record.number}" for record, _ in ends],
-        name="cut by ASHA",
+        name="where ASHA stopped",
         mode="markers",
         marker={"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": STATES["failed"]}},
         hovertemplate="%{text} stopped after epoch %{x}<extra></extra>",
     )
 
 
-# MERGED-DOC analysis.plots_mistakes: Which digits a model takes for which, drawn.
-
-_DIGITS = [str(digit) for digit in range(10)]
-
-
 def confusion(found: Mistakes) -> go.Figure:
-    """Draw the mistakes by digit; what is right, a hundred times as much, stays blank."""
+    """Draw the mistakes by digit; the diagonal, a hundred times as much, stays blank."""
     wrong = found.confusion.astype(float)
     np.fill_diagonal(wrong, np.nan)
-    texts = [["" if not count > 0 else f"{count:.0f}" for count in line] for line in wrong]
     figure = go.Figure(
         go.Heatmap(
             z=[[None if np.isnan(count) else count for count in line] for line in wrong],
             x=_DIGITS,
             y=_DIGITS,
-            text=texts,
+            text=[[f"{count:.0f}" if count > 0 else "" for count in line] for line in wrong],
             texttemplate="%{text}",
             colorscale=[[0.0, "rgba(217,83,79,0.0)"], [1.0, "rgba(217,83,79,0.9)"]],
             showscale=False,
@@ -297,15 +324,7 @@ def confusion(found: Mistakes) -> go.Figure:
             hovertemplate="a %{y} read as %{x}: %{z:.0f}<extra></extra>",
         )
     )
-    figure.update_layout(
-        height=430,
-        width=430,
-        xaxis={"type": "category", "title": {"text": "read as"}, "showgrid": False},
-        yaxis={
-            "type": "category",
-            "title": {"text": "is"},
-            "autorange": "reversed",
-            "showgrid": False,
-        },
-    )
+    figure.update_layout(height=430, width=430)
+    figure.update_xaxes(type="category", title="read as", showgrid=False)
+    figure.update_yaxes(type="category", title="is", showgrid=False, autorange="reversed")
     return figure

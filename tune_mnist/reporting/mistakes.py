@@ -15,13 +15,12 @@ from tune_mnist.runs.folder import RunFolder
 if TYPE_CHECKING:
     from tune_mnist.mnist.model_file import SavedModel
 
-
 _BATCH = 1000  # images
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A digit that was read wrongly."""
+    """A digit that the model read wrongly."""
 
     index: int  # in the test set
     label: int
@@ -40,21 +39,17 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """What a model does on the test set."""
+    """How a model reads the test set."""
 
-    confusion: npt.NDArray[np.int64]  # [label, guess]: how many images
+    confusion: npt.NDArray[np.int64]  # [label, guess]: images
     wrong: list[Mistake]  # the most confident first
     facts: dict[str, Any]  # of the model: its trial, its epoch, ...
 
 
 def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
-    """Have a run's best model read the test set.
-
-    Raises:
-        TuneMnistError: there is no model that can be read, or no test set on this machine.
-    """
+    """Read the test set with a run's best model, or raise TuneMnistError if one is missing."""
     images, labels = read_test_set(data_dir)
-    # Here and not above: torch takes seconds to import, and a report can do without.
+    # Here, because torch takes seconds to import and a report can do without.
     from tune_mnist.mnist.model_file import load_model
 
     model = load_model(folder.best_model)
@@ -63,14 +58,8 @@ def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
     confusion = np.zeros((10, 10), dtype=np.int64)
     np.add.at(confusion, (labels, guesses), 1)
     wrong = [
-        Mistake(
-            index=int(index),
-            label=int(labels[index]),
-            guess=int(guesses[index]),
-            confidence=float(probabilities[index].max()),
-            image=images[index],
-        )
-        for index in np.flatnonzero(guesses != labels)
+        Mistake(i, int(labels[i]), int(guesses[i]), float(probabilities[i].max()), images[i])
+        for i in map(int, np.flatnonzero(guesses != labels))
     ]
     wrong.sort(key=lambda mistake: -mistake.confidence)
     return Mistakes(confusion, wrong, dict(model.facts))

@@ -1,6 +1,6 @@
 """The main charts as PNG files, for a README or a slide.
 
-By matplotlib and not from the page's own figures: plotly needs a whole browser to make a PNG.
+matplotlib draws them, not plotly as on the page: plotly needs a whole browser to make a PNG.
 """
 
 from collections.abc import Sequence
@@ -12,31 +12,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.charts import (
-    BASELINE,
-    BEST,
-    RUNS,
     STATES,
     accuracy_ticks,
-    drawn_trials,
+    curve_groups,
     error,
     name_of_metric,
+    progress_lines,
 )
-from tune_mnist.reporting.statistics import milestones
 from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.history import EpochRow
 from tune_mnist.runs.view import RunView
 
 _DPI = 150
-_STOPPED, _WENT_ON = (0.8, 0.5), (1.3, 0.8)  # width of a line, and how opaque it is
 
 
 def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
-    """Draw the runs' progress and, of one run alone, its learning curves, beside the page.
+    """Draw the runs' progress and, of a single run, its learning curves, beside the page.
 
     Raises:
-        OSError: they could not be written.
+        OSError: a file could not be written.
     """
     figures = {"progress": _progress(runs)}
     if len(runs) == 1:
@@ -54,56 +48,35 @@ def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
 
 def _progress(runs: Sequence[RunView]) -> Figure:
     figure, axes = _figure("epochs trained, all trials together", "best so far")
-    for position, run in enumerate(runs):
-        found = milestones(run.history, run.metric)
-        names = ["val_accuracy", "test_accuracy"] if len(runs) == 1 else [run.metric]
-        for name in names if found else ():
-            if len(runs) == 1 and name == "val_accuracy" and run.metric != name:
-                continue
-            values = [error(getattr(each.row, name)) for each in found]
-            xs = [each.epochs for each in found]
-            axes.step(
-                [*xs, len(run.history.rows)],
-                [*values, values[-1]],
-                where="post",
-                color=RUNS[position % len(RUNS)] if name == run.metric else BEST,
-                label=_plain(run.folder.name) if len(runs) > 1 else name_of_metric(name),
-                linewidth=2,
-            )
+    for line in progress_lines(runs):
+        values = [error(each.row.accuracy(line.metric)) for each in line.found]
+        axes.step(
+            [*(each.epochs for each in line.found), len(line.run.history.rows)],
+            [*values, values[-1]],
+            where="post",
+            color=line.colour,
+            label=line.label.replace("$", r"\$"),  # a $ would begin a formula
+            linewidth=2,
+        )
     _finish(axes)
     return figure
 
 
 def _curves(run: RunView) -> Figure:
     figure, axes = _figure("epoch", name_of_metric(run.metric))
-    best = run.ranked[0].record if run.ranked else None
-    baseline = run.baseline.record if run.baseline else None
-    named = set()
-    for record in drawn_trials(run):
-        rows = [row for row in record.rows if row.counts(run.metric)]
-        if record is best or record is baseline or not rows:
-            continue
-        width, alpha = _STOPPED if record.state == "stopped" else _WENT_ON
-        xs, ys = _points(rows, run.metric)
-        label = record.state if record.state not in named else None
-        named.add(record.state)
-        colour = STATES[record.state]
-        axes.plot(xs, ys, color=colour, label=label, linewidth=width, alpha=alpha)
-        if record.state == "stopped":
-            axes.plot(xs[-1], ys[-1], "x", color=STATES["failed"], markersize=4, zorder=3)
-    marked = {"baseline": (baseline, BASELINE)}
-    if best is not baseline:
-        marked["best"] = best, BEST
-    for name, (trial, colour) in marked.items():
-        if trial is not None:
-            rows = [row for row in trial.rows if row.counts(run.metric)]
-            axes.plot(*_points(rows, run.metric), color=colour, label=name, linewidth=2.6)
+    for group in curve_groups(run):
+        label: str | None = group.label  # once
+        for record in group.records:
+            if rows := record.rows_that_count(run.metric):
+                xs = [row.epoch for row in rows]
+                ys = [error(row.accuracy(run.metric)) for row in rows]
+                (line,) = axes.plot(xs, ys, color=group.colour, label=label)
+                line.set(linewidth=0.85 * group.width, alpha=group.opacity)
+                label = None
+                if group.label == "stopped":
+                    axes.plot(xs[-1], ys[-1], "x", color=STATES["failed"], markersize=4, zorder=3)
     _finish(axes)
     return figure
-
-
-def _points(rows: Sequence[EpochRow], metric: Metric) -> tuple[list[int], list[float]]:
-    return [row.epoch for row in rows], [error(row.accuracy(metric)) for row in rows]
 
 
 def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -117,7 +90,7 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _finish(axes: Axes) -> None:
-    """Make the axis one of errors left that reads as accuracy, where there is anything on it."""
+    """Turn the axis of errors into one that reads as accuracy, and add the legend."""
     if not axes.lines:
         axes.text(0.5, 0.5, "no epoch yet", ha="center", transform=axes.transAxes)
         return
@@ -125,12 +98,7 @@ def _finish(axes: Axes) -> None:
     axes.invert_yaxis()
     low, high = sorted(axes.get_ylim())
     axes.set_yticks([error(tick) for tick in accuracy_ticks([1 - high, 1 - low])])
-    axes.set_ylim(high, low)  # ticks would widen it
+    axes.set_ylim(high, low)  # the ticks have widened it
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda left, _: f"{100 * (1 - left):.6g}%"))
     axes.legend(frameon=False, fontsize="small")
-
-
-def _plain(name: str) -> str:
-    """Return text that matplotlib takes for nothing but text: a $ would begin a formula."""
-    return name.replace("$", r"\$")

@@ -1,7 +1,9 @@
 """What a search spent: its progress against epochs and time, and where both went."""
 
+import math
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +22,7 @@ class Milestone:
 
 
 def milestones(history: History, metric: Metric) -> list[Milestone]:
-    """Return every epoch with which the search's best became better, in order."""
+    """Return every epoch that raised the search's best, in order."""
     best = BestSoFar(metric)
     return [
         Milestone(record, row, spent)
@@ -30,7 +32,7 @@ def milestones(history: History, metric: Metric) -> list[Milestone]:
 
 
 def epochs_by_band(history: History, budget: int) -> dict[str, Counter[State]]:
-    """Count the epochs between two rungs, by what became of the trials that trained them.
+    """Count the epochs between two rungs, by the final state of the trials that trained them.
 
     A rung is an epoch at which a trial was stopped.
     """
@@ -47,35 +49,35 @@ def epochs_by_band(history: History, budget: int) -> dict[str, Counter[State]]:
 
 
 def worker_seconds(history: History) -> dict[str, float]:
-    """Return what the workers' time went to, s.
+    """Return where the workers' time went, s.
 
-    As many workers as ever had a trial at once are taken to have been there all the time; what
+    The workers are as many as trials ever ran at once, all of them from start to end. Time that
     was neither training nor evaluation was waiting: for a trial, for a worker to start, for a
     place on a crowded machine.
     """
     rows = [row for _, row in history.rows]
-    training = sum(_finite(row.seconds) for row in rows)
-    evaluation = sum(_finite(row.evaluation_seconds) for row in rows)
-    whole = _most_at_once(history) * history.elapsed
-    return {
-        "training": training,
-        "evaluation": evaluation,
-        "waiting": max(whole - training - evaluation, 0.0),
-    }
+    training = _total(row.seconds for row in rows)
+    evaluation = _total(row.evaluation_seconds for row in rows)
+    workers = most_at_once(
+        (record.started, history.elapsed if record.state == "running" else record.ended)
+        for record in history.trials.values()
+    )
+    waiting = max(workers * history.elapsed - training - evaluation, 0.0)
+    return {"training": training, "evaluation": evaluation, "waiting": waiting}
 
 
-def _most_at_once(history: History) -> int:
-    changes: list[tuple[float, int]] = []
-    for record in history.trials.values():
-        ended = record.ended if record.state != "running" else history.elapsed
-        # Of equals the end comes first: the next trial takes the place of the one before.
-        changes += [(record.started, 1), (ended, -1)]
+def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
+    """Return how many spans, each (begin, end), overlap at most.
+
+    At equal times an end comes before a begin: what follows takes the place of what ended.
+    """
+    changes = [(time, step) for span in spans for time, step in zip(span, (1, -1), strict=True)]
     most = now = 0
-    for _, change in sorted(changes):
-        now += change
+    for _, step in sorted(changes):
+        now += step
         most = max(most, now)
     return most
 
 
-def _finite(value: float) -> float:
-    return value if value == value else 0.0
+def _total(seconds: Iterable[float]) -> float:
+    return sum(value for value in seconds if not math.isnan(value))

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: paths, tables, pictures."""
+"""What a run is on disk: its folder, space, history, tables and checkpoints."""

@@ -1,9 +1,9 @@
-"""The saved states of unfinished trials, and the model of the best one.
+"""The saved states of unfinished trials, and the best trial's model.
 
 A checkpoint is a line of JSON (the epoch's row, the state's length and checksum), then the state.
-The one before is kept beside it, for the case that the newest cannot be read: they are written
-without waiting for the disk, so a power cut may leave one empty or cut short. Nothing here is
-unpickled: the worker reads the state with torch's weights-only loader.
+The previous one is kept beside it: neither write waits for the disk, so a power cut may leave the
+newest empty or cut short. Nothing here is unpickled; the worker reads the state with torch's
+weights-only loader.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tune_mnist.runs.history import EpochRow
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trial's state after an epoch, and what the epoch came to."""
+    """A trial's state after an epoch, and that epoch's row."""
 
     row: EpochRow
     state: bytes
@@ -34,26 +34,22 @@ class Checkpoints:
         self._folder = folder
 
     def save(self, number: int, row: EpochRow, state: bytes) -> None:
-        """Keep a trial's newest state, and the one before.
-
-        Raises:
-            OSError: it could not be written; the older ones are untouched.
-        """
+        """Save a trial's newest state and keep the previous one; an OSError changes neither."""
         newest, before = self._paths(number)
         header = {"row": vars(row), "size": len(state), "crc32": zlib.crc32(state)}
         content = json.dumps(header).encode() + b"\n" + state
         replace_file(newest, content, keep_as=before, sync=False)
 
     def load(self, number: int, *, up_to: float = math.inf) -> Checkpoint | None:
-        """Return a trial's newest state that can be read, or None.
+        """Return a trial's newest readable state, or None.
 
         Args:
             number: the trial's.
-            up_to: the last epoch of interest. After a power cut a checkpoint can be ahead of the
-                rows of `epochs.csv`; to go on from there would leave a gap in them.
+            up_to: ignore states of later epochs. After a power cut a checkpoint can be ahead of
+                `epochs.csv`; resuming from it would leave a gap there.
         """
         for path in self._paths(number):
-            # Absent or damaged: the one before, or from the start.
+            # Missing or damaged: try the previous one, then start over.
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
                 checkpoint = _parse(path.read_bytes())
                 if checkpoint.row.epoch <= up_to:
@@ -61,23 +57,19 @@ class Checkpoints:
         return None
 
     def remove(self, number: int) -> None:
-        """Drop a finished trial's states."""
+        """Remove a finished trial's states."""
         for path in self._paths(number):
             path.unlink(missing_ok=True)
 
     def remove_others(self, unfinished: Container[int]) -> None:
-        """Drop the states of all but these trials, such as a kill right after an end leaves."""
+        """Remove all states but these trials'; a kill right after a trial's end leaves some."""
         for path in self._folder.checkpoints.glob("*.state"):
             number = path.name.partition(".")[0]
             if number.isdigit() and int(number) not in unfinished:
                 path.unlink(missing_ok=True)
 
     def save_best(self, model: bytes) -> None:
-        """Keep the best trial's model, a file that its worker has made.
-
-        Raises:
-            OSError: it could not be written; the one before is untouched.
-        """
+        """Write the best trial's model, as its worker packed it; an OSError leaves the old one."""
         replace_file(self._folder.best_model, model)
 
     def _paths(self, number: int) -> tuple[Path, Path]:
@@ -86,11 +78,7 @@ class Checkpoints:
 
 
 def _parse(content: bytes) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        ValueError, LookupError, TypeError, RecursionError: it is damaged.
-    """
+    """Read a checkpoint; a damaged one raises one of the errors that `load` suppresses."""
     header, _, state = content.partition(b"\n")
     facts = json.loads(header)
     if (len(state), zlib.crc32(state)) != (facts["size"], facts["crc32"]):

@@ -1,7 +1,7 @@
-"""Writing and reading a run's files so that no reader, and no later session, sees half of one.
+"""Writing and reading files so that neither a reader nor a later session sees half of one.
 
-Whole files go to a temporary name and then take their place at once. Logs grow by whole lines; a
-line that a killed process left unfinished is dropped when the log is opened again.
+Whole files are written under a temporary name, then renamed. Logs grow by whole lines; the next
+writer drops a line that a killed process left unfinished.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ from pathlib import Path
 def replace_file(
     path: Path, content: bytes | str, *, keep_as: Path | None = None, sync: bool = True
 ) -> None:
-    """Write a whole file; whoever reads `path` sees the old content or the new, never half.
+    """Write a whole file; readers of `path` see the old content or the new, never half.
 
     Args:
-        path: the file; of a symbolic link, the file it points to. What is no plain file, such as
-            /dev/stdout, is written to and stays what it is.
-        content: all of it.
-        keep_as: where the old content goes, once the new one is safely written.
+        path: the file. A symbolic link is followed; anything but a plain file, such as
+            /dev/stdout, is written to in place.
+        content: the new content.
+        keep_as: where to keep the old content, once the new one is safely written.
         sync: wait for the disk, so that a power cut cannot leave the file empty.
 
     Raises:
@@ -47,20 +47,20 @@ def replace_file(
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `replace_file` had begun in processes that were killed.
+    """Remove the temporary files that `replace_file` left in killed processes.
 
-    Only for who alone writes to the folder: another's file may be just about to take its place.
+    Only the folder's one writer may call this: another process may be about to rename its file.
     """
     for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):  # they do no harm
+        with contextlib.suppress(OSError):  # a leftover does no harm
             path.unlink()
 
 
 class AppendLog:
     """A text file that grows by whole lines.
 
-    Every line is handed to the operating system before `append` returns, so a killed process
-    loses none. Against a power cut there is `sync`; without it, one can cost the last seconds.
+    The operating system has each line before `append` returns, so a killed process loses none. A
+    power cut can lose the last seconds unless `sync` is called.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class AppendLog:
         self._file: int | None = None
 
     def read(self) -> list[bytes]:
-        """Return the finished lines, without their line ends; none if there is no file.
+        """Return the finished lines without their line ends; none if there is no file.
 
         Raises:
             OSError: the file cannot be read.
@@ -80,31 +80,23 @@ class AppendLog:
         return content.split(b"\n")[:-1]
 
     def append(self, line: str) -> None:
-        """Add a line, all of it or nothing.
-
-        Raises:
-            OSError: the line could not be written, as with a full disk.
-        """
+        """Add a line; an OSError, such as a full disk, leaves the log without any of it."""
         if self._file is None:
             self._file = self._open()
         content = f"{line}\n".encode()
         size = os.fstat(self._file).st_size
         try:
-            while content:  # a nearly full disk takes a part first, and then says why
+            while content:  # a nearly full disk first writes a part, then reports the error
                 content = content[os.write(self._file, content) :]
         except BaseException:
-            # Where even that fails, the next to open the file does it.
+            # If this fails too, the next process to open the file cuts the line off.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, size)
             self.close()
             raise
 
     def sync(self) -> None:
-        """Wait until the disk has all lines.
-
-        Raises:
-            OSError: it cannot take them.
-        """
+        """Wait until all lines are on the disk, or raise OSError."""
         if self._file is not None:
             os.fsync(self._file)
 
@@ -115,17 +107,14 @@ class AppendLog:
             os.close(file)
 
     def _open(self) -> int:
-        """Open the file for appending, without a line that a killed process left unfinished."""
+        """Open the file for appending and cut off an unfinished last line."""
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             content = self.path.read_bytes()
-            if _end_of_lines(content) < len(content):
-                os.ftruncate(file, _end_of_lines(content))
+            finished = content.rfind(b"\n") + 1
+            if finished < len(content):
+                os.ftruncate(file, finished)
         except BaseException:
             os.close(file)
             raise
         return file
-
-
-def _end_of_lines(content: bytes) -> int:
-    return content.rfind(b"\n") + 1

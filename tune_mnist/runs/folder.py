@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,71 +15,42 @@ from filelock import FileLock, Timeout
 from tune_mnist.errors import RunFolderError, did_you_mean
 from tune_mnist.runs.files import remove_leftovers, replace_file
 
-_BEGINNING = 10.0  # seconds: more than a search takes from its folder to its search.yaml
+_STARTING = 10.0  # seconds; a search writes search.yaml sooner than this after making its folder
+# What PyYAML raises. The last line it does not wrap: a date such as 2024-99-99, `!!bool maybe`,
+# endless nesting.
+YAML_ERRORS = (
+    yaml.YAMLError,
+    *(ValueError, LookupError, AttributeError, TypeError, RecursionError),
+)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The paths of one run's files."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.search = path / "search.yaml"  # what was asked: settings, space, versions, machine
+        self.events = path / "events.jsonl"  # what happened to trials and sessions
+        self.epochs = path / "epochs.csv"  # a row per trial and epoch
+        self.trials = path / "trials.csv"  # a row per trial
+        self.best = path / "best.csv"  # the best configurations
+        self.confirmed = path / "confirmed.csv"  # these on fresh seeds
+        self.best_model = path / "best.pt"  # weights and configuration, for weights-only loading
+        self.study = path / "study.db"  # the Optuna study, SQLite
+        self.checkpoints = path / "checkpoints"  # the last states of unfinished trials
+        self.tensorboard = path / "tensorboard"  # curves, a folder per trial
 
     @property
     def name(self) -> str:
-        """The run's name, which is its folder's."""
-        return self.path.resolve().name  # `--resume .` has one as well
-
-    @property
-    def search(self) -> Path:
-        """What was asked, resolved: settings, space, versions, machine."""
-        return self.path / "search.yaml"
-
-    @property
-    def events(self) -> Path:
-        """What happened to trials and sessions, a JSON object a line."""
-        return self.path / "events.jsonl"
-
-    @property
-    def epochs(self) -> Path:
-        """One row per trial and epoch."""
-        return self.path / "epochs.csv"
-
-    @property
-    def trials(self) -> Path:
-        """One row per trial."""
-        return self.path / "trials.csv"
-
-    @property
-    def best(self) -> Path:
-        """The best configurations."""
-        return self.path / "best.csv"
-
-    @property
-    def best_model(self) -> Path:
-        """The best trial's weights with its configuration, for torch's weights-only loader."""
-        return self.path / "best.pt"
-
-    @property
-    def study(self) -> Path:
-        """The Optuna study, SQLite."""
-        return self.path / "study.db"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The last states of unfinished trials."""
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The trials' curves for TensorBoard, a folder each."""
-        return self.path / "tensorboard"
+        """The folder's name, which is the run's."""
+        return self.path.resolve().name  # resolved for `--resume .`
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a new run's folder, or take one that a search left before it had begun.
+        """Make a new run's folder, or reuse one whose search was killed before it started.
 
         Raises:
-            RunFolderError: it exists, or cannot be made.
+            RunFolderError: the folder exists, or cannot be made.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +68,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open an existing run's folder.
-
-        Raises:
-            RunFolderError: it is none.
-        """
+        """Open an existing run's folder, or raise RunFolderError with what the path is instead."""
+        folder = cls(path)
         try:
-            if (path / "search.yaml").is_file():
-                return cls(path)
+            if folder.search.is_file():
+                return folder
         except OSError as error:  # a folder without permission
             raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
         if path.is_dir():
@@ -118,18 +85,10 @@ class RunFolder:
         )
 
     def read_search(self) -> dict[str, Any]:
-        """Read search.yaml.
-
-        Raises:
-            RunFolderError: it is damaged.
-        """
+        """Read search.yaml, or raise RunFolderError if it is damaged."""
         try:
             data = yaml.safe_load(self.search.read_text(encoding="utf-8"))
-        except (
-            *(OSError, yaml.YAMLError),
-            # PyYAML lets these through: a date such as 2024-99-99, endless nesting.
-            *(ValueError, LookupError, AttributeError, TypeError, RecursionError),
-        ) as error:
+        except (OSError, *YAML_ERRORS) as error:
             raise RunFolderError(
                 f"{self.search} cannot be read: {' '.join(str(error).split())}"
             ) from error
@@ -140,21 +99,18 @@ class RunFolder:
         return data
 
     def write_search(self, data: dict[str, Any]) -> None:
-        """Write search.yaml.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Write search.yaml; an OSError leaves the old file untouched."""
         replace_file(self.search, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
-        """Hold the right to write to the run; it ends with the process, however that ends.
+        """Hold the right to write to the run; it ends with the process, even a killed one.
 
         Raises:
             RunFolderError: another process holds it.
         """
-        # The lock is the system's, not the file's being there: a killed process holds none.
+        # The operating system's lock counts, not whether the file exists: a killed process holds
+        # none.
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -173,11 +129,7 @@ class RunFolder:
 
 
 def check_new_run(path: Path) -> None:
-    """Refuse early, before anything is started, what `RunFolder.create` would refuse.
-
-    Raises:
-        RunFolderError: the folder exists, or its parent cannot be written to.
-    """
+    """Raise now the RunFolderError that `RunFolder.create` would raise later."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.lstat()
@@ -188,21 +140,21 @@ def check_new_run(path: Path) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
-        # No question about permissions tells of a read-only disk as well as trying does.
+        # Only trying finds a read-only disk; the permissions do not show it.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise _cannot_write(path.parent, error) from error
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether a folder has nothing that could be resumed: its search was killed as it made it.
+    """Return True if a search was killed just after making this folder: nothing can be resumed.
 
-    One that is young may be another's that is just about to begin. Of two that take an old one
-    at once, the right to write to it decides.
+    A young folder may belong to a search that is about to start. If two searches reuse an old one
+    at once, `only_writer` decides between them.
     """
     if path.is_symlink() or not path.is_dir():
         return False
-    if time.time() - path.stat().st_mtime < _BEGINNING:
+    if time.time() - path.stat().st_mtime < _STARTING:
         return False
     checkpoints = path / "checkpoints"
     others = {found.name for found in path.iterdir() if not found.match(".search.yaml.*.tmp")}
@@ -212,7 +164,7 @@ def _is_abandoned(path: Path) -> bool:
 def _exists(path: Path) -> RunFolderError:
     return RunFolderError(
         f"the run {path} exists and is never overwritten: "
-        f"choose another name with --run, or go on with it: --resume {path}"
+        f"choose another name with --run, or resume it: --resume {path}"
     )
 
 

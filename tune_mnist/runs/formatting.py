@@ -7,7 +7,7 @@ from tune_mnist.mnist.config import TrainConfig
 
 
 def percent(fraction: float) -> str:
-    """Return an accuracy: `99.18%`, which is as fine as 10,000 images can tell."""
+    """Return an accuracy as `99.18%`; 10,000 images resolve no more digits."""
     return f"{fraction:.2%}" if math.isfinite(fraction) else "-"
 
 
@@ -35,7 +35,7 @@ def count(number: int, noun: str) -> str:
 
 
 def setting(config: TrainConfig, name: str) -> str:
-    """Return a hyperparameter's value, `-` where it does nothing in this configuration."""
+    """Return a hyperparameter's value, or `-` if it has no effect in this configuration."""
     if not config.uses(name):
         return "-"
     match getattr(config, name):
@@ -48,7 +48,7 @@ def setting(config: TrainConfig, name: str) -> str:
 
 
 def differences(config: TrainConfig, baseline: TrainConfig) -> str:
-    """Return what a configuration has that the baseline has not: `adamw, lr 0.0031`."""
+    """Return where a configuration differs from the baseline: `adamw, lr 0.0031`."""
     parts = []
     for name, value in config.as_dict().items():
         shown = setting(config, name)
@@ -62,6 +62,6 @@ def differences(config: TrainConfig, baseline: TrainConfig) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Return the path from the current folder where it lies in there, else as it is."""
+    """Return a path below the current folder as relative to it, any other path unchanged."""
     absolute, here = path.absolute(), Path.cwd()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)

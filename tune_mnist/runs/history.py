@@ -18,39 +18,37 @@ from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Metric
 from tune_mnist.runs.files import AppendLog
 from tune_mnist.runs.folder import RunFolder
 
+State = Literal["running", "complete", "stopped", "diverged", "failed"]
+Origin = Literal["baseline", "start", "sampled"]
+COLUMNS = ("trial", *METRICS, "elapsed")
+_INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
+_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow(EpochMetrics):
     """An epoch of a trial: a line of epochs.csv."""
 
     trial: int
-    elapsed: float  # when, on the search's clock, s
+    elapsed: float  # at its end, on the search's clock, s
 
     def line(self) -> str:
-        """Return the line of CSV: floats in full, what was not measured left empty."""
+        """Return the line of CSV: floats in full precision, missing values empty."""
         return ",".join(_cell(column, getattr(self, column)) for column in COLUMNS)
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """Read a line that `line` wrote.
-
-        Raises:
-            ValueError: it is damaged.
-        """
+        """Read a line that `line` wrote, or raise ValueError if it is damaged."""
         cells = line.split(",")
         if len(cells) != len(COLUMNS):
             raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
         return cls(**{name: _value(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)})
 
 
-COLUMNS = ("trial", *METRICS, "elapsed")
-_INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
-
-
 def _cell(column: str, value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
-    # Plain numbers' own way to be written: NumPy's have another.
+    # The repr of Python's own numbers; NumPy's differs.
     return int.__repr__(int(value)) if column in _INTEGERS else float.__repr__(float(value))
 
 
@@ -62,37 +60,23 @@ def _value(column: str, cell: str) -> Any:
     return float(cell) if cell else math.nan
 
 
-def _check_header(line: str) -> None:
-    if tuple(line.strip().split(",")) != COLUMNS:
-        raise ValueError(
-            f"the columns {','.join(COLUMNS)} were expected; another version of tune_mnist may "
-            "have written others"
-        )
-
-
-State = Literal["running", "complete", "stopped", "diverged", "failed"]
-Origin = Literal["baseline", "start", "sampled"]
-
-_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
-
-
 @dataclass
 class TrialRecord:
-    """One trial: what it was asked to do and what came of it."""
+    """One trial: its configuration, and what came of it."""
 
-    number: int  # Optuna's, the trial's one name in every file
+    number: int  # Optuna's; the same in every file
     config: TrainConfig
     seed: int
     origin: Origin
-    ray_id: str = ""  # Ray's name for it, in the session that ran it last
-    state: State = "running"  # also while it waits, interrupted, to be gone on with
+    ray_id: str = ""  # Ray's name for it, in the session that last ran it
+    state: State = "running"  # also while it waits to be resumed
     reason: str = ""  # why it was stopped, diverged or failed
-    retries: int = 0  # times it was started again after its worker died
-    started: float = math.nan  # seconds on the search's clock
+    retries: int = 0  # restarts after its worker died
+    started: float = math.nan  # on the search's clock, s
     ended: float = math.nan
-    started_at: float = math.nan  # seconds since 1970, by the driver's wall clock
+    started_at: float = math.nan  # by the driver's wall clock, seconds since 1970
     ended_at: float = math.nan
-    rows: list[EpochRow] = field(default_factory=list)  # one an epoch, in order
+    rows: list[EpochRow] = field(default_factory=list)  # one per epoch, in order
 
     @property
     def epochs(self) -> int:
@@ -104,26 +88,29 @@ class TrialRecord:
         """The epochs that did not diverge."""
         return [row for row in self.rows if not row.diverged]
 
+    def rows_that_count(self, metric: Metric) -> list[EpochRow]:
+        """Return the epochs by which the trial can be ranked."""
+        return [row for row in self.rows if row.counts(metric)]
+
 
 class History:
     """The record of a search, in memory and on disk."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.trials: dict[int, TrialRecord] = {}
-        self._unfinished: dict[int, TrialRecord] = {}  # of the trials, for long searches
-        self.rows: list[
-            tuple[TrialRecord, EpochRow]
-        ] = []  # all epochs in the order they were judged
-        self.elapsed = 0.0  # last known time on the search's clock, over all sessions
+        self.rows: list[tuple[TrialRecord, EpochRow]] = []  # all epochs, as they were reported
+        self.elapsed = 0.0  # last known time on the search's clock, over all sessions, s
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
         self.sessions = 0
+        self._folder = folder
+        self._unfinished: dict[int, TrialRecord] = {}  # few, where `trials` may be thousands
         self._epochs_at_end: dict[int, int] = {}
         self._events = AppendLog(folder.events)
         self._epochs = AppendLog(folder.epochs)
 
     @classmethod
     def load(cls, folder: RunFolder) -> "History":
-        """Read a run's history; a line that was never finished does not count.
+        """Read a run's history; an unfinished last line is ignored.
 
         Raises:
             RunFolderError: a file is damaged; the message names the line.
@@ -132,42 +119,42 @@ class History:
         events = 0
         for events, content in _numbered(history._events):
             try:
-                history._take_event(_entry(content))
+                history._apply_event(_entry(content))
             except _DAMAGE as error:
                 raise _damaged(folder.events, events, error) from error
         for line, content in _numbered(history._epochs):
             try:
-                history._take_line(line, content)
+                history._apply_line(line, content.decode())
             except _UnknownTrialError as error:
-                # Not damaged if it has started only after its events were read.
+                # No damage if the trial started after its events were read.
                 if len(history._events.read()) == events:
                     raise _damaged(folder.epochs, line, error) from error
             except _DAMAGE as error:
                 raise _damaged(folder.epochs, line, error) from error
-        history._check_ends(folder)
+        history._check_ends()
         return history
 
     def open_session(self, facts: Mapping[str, Any]) -> None:
-        """Note that a driver has begun to work on the run.
+        """Record that a driver has begun to work on the run.
 
         Raises:
-            OSError: this, like whatever else is noted, could not be written.
+            OSError: the event could not be written; so with all methods that record one.
         """
         if not self._epochs.read():
             self._epochs.append(",".join(COLUMNS))
-        self._add("session", **facts)
+        self._record("session", **facts)
 
     def close_session(self, why: str, elapsed: float) -> None:
-        """Note how the driver's work ended and let go of the files."""
+        """Record how the driver's work ended, and close the files."""
         try:
-            self._add("close", why=why, elapsed=elapsed)
+            self._record("close", why=why, elapsed=elapsed)
         finally:
             self._events.close()
             self._epochs.close()
 
     def start_trial(self, record: TrialRecord, elapsed: float) -> None:
-        """Note a new trial, before anyone runs it."""
-        self._add(
+        """Record a new trial, before any worker has it."""
+        self._record(
             "start",
             trial=record.number,
             elapsed=elapsed,
@@ -179,34 +166,36 @@ class History:
         self._events.sync()
 
     def rerun_trial(self, number: int, elapsed: float, *, ray_id: str, error: str) -> None:
-        """Note that a trial goes on: in a new session, or (with an error) on a new worker."""
-        self._add("rerun", trial=number, elapsed=elapsed, ray_id=ray_id, error=error)
+        """Record that a trial is resumed: in a new session or, after an error, on a new worker."""
+        self._record("rerun", trial=number, elapsed=elapsed, ray_id=ray_id, error=error)
 
     def end_trial(self, number: int, elapsed: float, state: State, reason: str) -> None:
-        """Note a trial's final state; from here on not even a power cut takes the trial back."""
+        """Record a trial's final state; from then on even a power cut does not undo it."""
         self._epochs.sync()
         epochs = self.trials[number].epochs
-        self._add("end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs)
+        self._record(
+            "end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs
+        )
         self._events.sync()
 
     def add_epoch(self, row: EpochRow) -> bool:
-        """Append an epoch, or return False where it is there already."""
+        """Append an epoch, or return False if it is already there."""
         if row.epoch <= self.trials[row.trial].epochs:
             return False
         self._epochs.append(row.line())
-        self._take_row(row)
+        self._apply_row(row)
         return True
 
     def unfinished(self) -> list[TrialRecord]:
         """Return the trials without a final state, oldest first."""
         return list(self._unfinished.values())
 
-    def _add(self, event: str, **facts: Any) -> None:
+    def _record(self, event: str, **facts: Any) -> None:
         entry = {"event": event, "time": time.time(), **facts}
         self._events.append(json.dumps(entry, allow_nan=False))
-        self._take_event(entry)
+        self._apply_event(entry)
 
-    def _take_event(self, entry: dict[str, Any]) -> None:
+    def _apply_event(self, entry: dict[str, Any]) -> None:
         match entry["event"]:
             case "session":
                 self.sessions += 1
@@ -214,22 +203,15 @@ class History:
             case "close":
                 self.closed_as = entry["why"]
             case "start":
-                self._take_start(entry)
+                self._apply_start(entry)
             case "rerun":
-                record = self._record(entry["trial"])
+                record = self._trial(entry["trial"])
                 record.ray_id = entry["ray_id"]
                 if entry["error"]:
                     record.retries += 1
                     record.reason = entry["error"]
             case "end":
-                record = self._record(entry["trial"])
-                if entry["state"] not in get_args(State) or entry["state"] == "running":
-                    raise ValueError(f"a trial cannot end as {entry['state']!r}")
-                record.state, record.reason = entry["state"], entry["reason"]
-                self._unfinished.pop(record.number, None)
-                record.ended, record.ended_at = entry["elapsed"], entry["time"]
-                if "epochs" in entry:  # in logs of older versions it is not
-                    self._epochs_at_end[record.number] = entry["epochs"]
+                self._apply_end(entry)
             case unknown:
                 raise ValueError(
                     f"event {unknown!r} is not known to this version of tune_mnist: "
@@ -237,7 +219,7 @@ class History:
                 )
         self.elapsed = max(self.elapsed, entry.get("elapsed", 0.0))
 
-    def _take_start(self, entry: dict[str, Any]) -> None:
+    def _apply_start(self, entry: dict[str, Any]) -> None:
         number = entry["trial"]
         if number != len(self.trials):
             raise ValueError(f"trial {number} follows {len(self.trials)} trials")
@@ -251,14 +233,27 @@ class History:
             started_at=entry["time"],
         )
 
-    def _take_line(self, line: int, content: bytes) -> None:
-        if line == 1:
-            _check_header(content.decode())
-        else:
-            self._take_row(EpochRow.parse(content.decode()))
+    def _apply_end(self, entry: dict[str, Any]) -> None:
+        record = self._trial(entry["trial"])
+        if entry["state"] not in get_args(State) or entry["state"] == "running":
+            raise ValueError(f"a trial cannot end as {entry['state']!r}")
+        record.state, record.reason = entry["state"], entry["reason"]
+        record.ended, record.ended_at = entry["elapsed"], entry["time"]
+        self._unfinished.pop(record.number, None)
+        if "epochs" in entry:  # the logs of older versions lack it
+            self._epochs_at_end[record.number] = entry["epochs"]
 
-    def _take_row(self, row: EpochRow) -> None:
-        record = self._record(row.trial)
+    def _apply_line(self, line: int, content: str) -> None:
+        if line > 1:
+            self._apply_row(EpochRow.parse(content))
+        elif tuple(content.strip().split(",")) != COLUMNS:
+            raise ValueError(
+                f"the columns {','.join(COLUMNS)} were expected; another version of tune_mnist "
+                "may have written others"
+            )
+
+    def _apply_row(self, row: EpochRow) -> None:
+        record = self._trial(row.trial)
         if row.epoch != record.epochs + 1:
             raise ValueError(
                 f"epoch {row.epoch} of trial {record.number} follows epoch {record.epochs}"
@@ -267,31 +262,27 @@ class History:
         self.rows.append((record, row))
         self.elapsed = max(self.elapsed, 0.0 if math.isnan(row.elapsed) else row.elapsed)
 
-    def _record(self, number: Any) -> TrialRecord:
+    def _trial(self, number: Any) -> TrialRecord:
         if number not in self.trials:
             raise _UnknownTrialError(f"no trial {number} has started")
         return self.trials[number]
 
-    def _check_ends(self, folder: RunFolder) -> None:
+    def _check_ends(self) -> None:
         for number, epochs in self._epochs_at_end.items():
             if epochs != self.trials[number].epochs:
                 raise RunFolderError(
-                    f"{folder.epochs} is damaged: it has {self.trials[number].epochs} of the "
-                    f"{epochs} epochs of trial {number}, which has ended: put back a copy, or "
-                    f"take the trial's end out of {folder.events} to have it run again"
+                    f"{self._folder.epochs} is damaged: it has {self.trials[number].epochs} of "
+                    f"the {epochs} epochs of trial {number}, which has ended: put back a copy, or "
+                    f"remove the trial's end from {self._folder.events} to run it again"
                 )
 
 
 class _UnknownTrialError(ValueError):
-    """An event or a row of a trial that no event has started."""
+    """An event or a row names a trial that no event has started."""
 
 
 def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
-    """Return a log's lines, counted from 1.
-
-    Raises:
-        RunFolderError: the file cannot be read.
-    """
+    """Return a log's lines, counted from 1, or raise RunFolderError."""
     try:
         yield from enumerate(log.read(), start=1)
     except OSError as error:
@@ -315,9 +306,9 @@ def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Train this, from here on."""
+    """What a worker is told to do: train this configuration, from this state on."""
 
-    number: int
+    number: int  # the trial's
     config: TrainConfig
     seed: int
     epochs: int

@@ -1,9 +1,13 @@
-"""One searched parameter of a space: the values it may take, and when it is active."""
+"""The searched parameters of a space: the values each may take, and when it is active.
 
-from collections.abc import Iterable, Mapping
+A parameter with conditions (`when`) is active only where all of them hold. The functions at the
+end check what the conditions of several parameters mean together.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
@@ -19,7 +23,7 @@ from tune_mnist.mnist.config import (
 )
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
-Conditions = Mapping[str, tuple[Value, ...]]  # name: the values, one of which it must have
+Conditions = Mapping[str, tuple[Value, ...]]  # by name, the values with which they hold
 
 _RANGE_KEYS = ("low", "high", "log", "step")
 _KEYS = ("choices", *_RANGE_KEYS, "when")
@@ -27,42 +31,45 @@ _KEYS = ("choices", *_RANGE_KEYS, "when")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A hyperparameter that a search draws, with Optuna's distribution of its values."""
+    """A hyperparameter that a search samples, with Optuna's distribution of its values."""
 
     name: str
     distribution: Distribution
-    when: Conditions  # active only where all hold; a name that is itself inactive never does
+    when: Conditions  # one on a parameter that is itself inactive does not hold
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        """Its values, if it is no range."""
+        domain = self.distribution
+        return domain.choices if isinstance(domain, CategoricalDistribution) else None
 
     def active(self, values: Mapping[str, Value]) -> bool:
-        """Say whether the parameter is drawn, given all that was drawn before it."""
+        """Return True if the parameter is sampled, given what was sampled before it."""
         return all(name in values and values[name] in ok for name, ok in self.when.items())
 
     def suggest(self, trial: BaseTrial) -> Value:
-        """Let the trial draw a value."""
         match self.distribution:
             case CategoricalDistribution(choices=choices):
-                value: Any = trial.suggest_categorical(self.name, choices)
-                return value  # type: ignore[no-any-return]
+                return cast(Value, trial.suggest_categorical(self.name, choices))
             case IntDistribution(low=low, high=high, log=log, step=step):
                 return trial.suggest_int(self.name, low, high, step=step, log=log)
             case FloatDistribution(low=low, high=high, log=log, step=step):
                 return trial.suggest_float(self.name, low, high, step=step, log=log)
 
     def rule_broken_by(self, value: Any) -> str:
-        """Return the rule that a value in the hyperparameter's type breaks, or an empty string."""
+        """Return the rule that a value of the right type breaks, or an empty string."""
         domain = self.distribution
         if isinstance(domain, CategoricalDistribution):
             return "" if value in domain.choices else f"must be one of {show(domain.choices)}"
         if not domain.low <= value <= domain.high:
             return f"must be from low {domain.low} to high {domain.high}"
-        if domain.step is not None:
-            steps = (value - domain.low) / domain.step
-            if abs(steps - round(steps)) > 1e-8:  # Optuna's own tolerance
-                return f"must be low {domain.low} plus a multiple of step {domain.step}"
+        steps = 0 if domain.step is None else (value - domain.low) / domain.step
+        if abs(steps - round(steps)) > 1e-8:  # Optuna's own tolerance
+            return f"must be low {domain.low} plus a multiple of step {domain.step}"
         return ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mapping that a space file would hold."""
+        """Return the mapping that stands in a space file."""
         domain = self.distribution
         data: dict[str, Any]
         if isinstance(domain, CategoricalDistribution):
@@ -82,7 +89,7 @@ class Parameter:
 
 
 def parse_parameter(name: str, data: Mapping[Any, Any]) -> Parameter:
-    """Read `{choices | low, high [, log] [, step]} [, when]`; `when` is only checked by itself.
+    """Parse `{choices | low, high [, log] [, step]} [, when]`, without a look at other parameters.
 
     Raises:
         SearchSpaceError: a key or value is not usable; the message begins with the key.
@@ -94,8 +101,7 @@ def parse_parameter(name: str, data: Mapping[Any, Any]) -> Parameter:
 
 
 def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistribution:
-    mixed = [key for key in _RANGE_KEYS if key in data]
-    if mixed:
+    if mixed := [key for key in _RANGE_KEYS if key in data]:
         raise SearchSpaceError(
             f"{where}: takes either choices or low and high, but got choices and "
             f"{', '.join(mixed)}; remove one or the other"
@@ -109,15 +115,14 @@ def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistr
     for position, value in enumerate(values):
         if value in values[:position]:
             raise SearchSpaceError(
-                f"{where}.choices: every value may stand there once, but got {show([value])} "
+                f"{where}.choices: each value may stand there once, but got {show([value])} "
                 "twice; remove one"
             )
     return CategoricalDistribution(values)
 
 
 def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
-    possible = choices_of(name)
-    if possible:
+    if possible := choices_of(name):
         raise SearchSpaceError(
             f"{where}: is no number and needs choices, but got {data!r}; "
             f"write {{choices: [{show(possible)}]}}"
@@ -151,12 +156,11 @@ def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution 
 
 
 def _step(where: str, low: float, high: float, step: Any, whole: bool) -> float:
-    kind = "a whole number" if whole else "a number"
-    if isinstance(step, bool) or not isinstance(step, int if whole else int | float):
+    of_type = isinstance(step, int if whole else int | float) and not isinstance(step, bool)
+    if not of_type or not 0 < step < float("inf"):
+        kind = "a whole number" if whole else "a number"
         raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {step!r}")
-    if not 0 < step < float("inf"):
-        raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {step!r}")
-    # In decimals, as written: in binary 0.3 is no multiple of 0.1.
+    # In decimals, as written: in binary, 0.3 is no multiple of 0.1.
     if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
         raise SearchSpaceError(
             f"{where}.step: high must be low plus a multiple of step, but got low {low}, "
@@ -173,7 +177,7 @@ def _when(where: str, data: Any) -> Conditions:
         )
     conditions: dict[str, tuple[Value, ...]] = {}
     for name, given in data.items():
-        checked_name(where, name)
+        check_hyperparameter(where, name)
         values = given if isinstance(given, list) else [given]
         if not values:
             raise SearchSpaceError(
@@ -183,9 +187,8 @@ def _when(where: str, data: Any) -> Conditions:
     return conditions
 
 
-def check_keys(where: str, data: Mapping[Any, Any], known: Iterable[str]) -> None:
-    """Raise SearchSpaceError if a mapping holds a key that means nothing."""
-    known = tuple(known)
+def check_keys(where: str, data: Mapping[Any, Any], known: Sequence[str]) -> None:
+    """Raise SearchSpaceError if a mapping has an unknown key."""
     for key in data:
         if key not in known:
             raise SearchSpaceError(
@@ -194,17 +197,16 @@ def check_keys(where: str, data: Mapping[Any, Any], known: Iterable[str]) -> Non
             )
 
 
-def checked_name(where: str, name: Any) -> str:
-    """Return a hyperparameter's name, or raise SearchSpaceError with the key where it stands."""
+def check_hyperparameter(where: str, name: Any) -> None:
+    """Raise SearchSpaceError, beginning with the key, unless this is a hyperparameter's name."""
     try:
         check_name(name)
     except ConfigError as error:
         raise SearchSpaceError(f"{where}: {error}") from error
-    return str(name)
 
 
 def checked(where: str, name: str, value: Any) -> Value:
-    """Return a value in the hyperparameter's type, or raise SearchSpaceError with its key."""
+    """Return a value in the hyperparameter's type, or raise SearchSpaceError with the key."""
     try:
         return check_value(name, value)
     except ConfigError as error:
@@ -212,15 +214,12 @@ def checked(where: str, name: str, value: Any) -> Value:
 
 
 def show(values: Iterable[Any]) -> str:
-    """Return values as a space file spells them."""
+    """Return values as they stand in a space file."""
     return ", ".join(str(value).lower() for value in values)
 
 
-# MERGED-DOC tuning.conditions: What the conditions (`when`) of a space's parameters mean together.
-
-
 def merged(conditions: Iterable[Conditions]) -> Conditions | None:
-    """Return the conditions that say the same as all the given, or None if they contradict."""
+    """Return the conditions that hold where all the given do, or None if that is nowhere."""
     together: dict[str, tuple[Value, ...]] = {}
     for condition in conditions:
         for name, values in condition.items():
@@ -229,43 +228,39 @@ def merged(conditions: Iterable[Conditions]) -> Conditions | None:
     return together if all(together.values()) else None
 
 
-def check_parents(
+def check_conditions(
     child: Parameter,
     parameters: Mapping[str, Parameter],
     constants: Mapping[str, Value],
     given: Mapping[str, Any],
 ) -> None:
-    """Raise SearchSpaceError unless each condition names something earlier and can hold."""
+    """Raise SearchSpaceError unless each condition can hold and names an earlier parameter."""
     for name, values in child.when.items():
         where = f"parameters.{child.name}.when.{name}"
         if name == child.name:
             raise SearchSpaceError(f"{where}: a parameter cannot depend on itself; remove it")
-        if name in constants:
-            possible: tuple[Any, ...] = (constants[name],)
-        elif name not in parameters:
+        if name not in constants and name not in parameters:
             rule = "comes later" if name in given else "is not in this space"
             raise SearchSpaceError(
                 f"{where}: must name a parameter that comes earlier in the file, but {name} "
                 f"{rule}; put it before {child.name}"
             )
-        else:
-            distribution = parameters[name].distribution
-            if not isinstance(distribution, CategoricalDistribution):
-                raise SearchSpaceError(
-                    f"{where}: must name a parameter with choices or a constant, but {name} has "
-                    f"low and high; give {name} choices or drop the condition"
-                )
-            possible = distribution.choices
+        known = (constants[name],) if name in constants else parameters[name].choices
+        if known is None:
+            raise SearchSpaceError(
+                f"{where}: must name a parameter with choices or a constant, but {name} has "
+                f"low and high; give {name} choices or drop the condition"
+            )
         for value in values:
-            if value not in possible:
+            if value not in known:
                 raise SearchSpaceError(
                     f"{where}: must be a value that {name} can take, but got {show([value])}; "
-                    f"{name} takes {show(possible)}"
+                    f"{name} takes {show(known)}"
                 )
 
 
 def all_conditions(parameters: Mapping[str, Parameter]) -> dict[str, Conditions]:
-    """Return all that must hold for each parameter to be active, its parents' conditions too."""
+    """Return each parameter's conditions with its parents', or raise if they can never hold."""
     needs: dict[str, Conditions] = {}
     for name, parameter in parameters.items():
         parents = (needs[parent] for parent in parameter.when if parent in needs)
@@ -284,7 +279,7 @@ def check_nesterov(
     constants: Mapping[str, Value],
     needs: Mapping[str, Conditions],
 ) -> None:
-    """Raise SearchSpaceError if some trial could have Nesterov momentum with momentum 0."""
+    """Raise SearchSpaceError if a trial could have Nesterov momentum with momentum 0."""
 
     def can_be(name: str, value: Value) -> bool:
         if name in parameters:

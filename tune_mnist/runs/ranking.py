@@ -1,47 +1,32 @@
-"""Which epoch of a trial counts as its best and its last, and what epochs are compared by."""
+"""Scores: which epoch of a trial is its best, and which trial is better than another."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.history import EpochRow, History, TrialRecord
 
 
-@dataclass(frozen=True)
-class RankedTrial:
-    """A trial with the two epochs that it is judged by."""
+def score(row: EpochMetrics, metric: Metric) -> tuple[float, float]:
+    """Return the score by which epochs are compared; higher is better.
 
-    record: TrialRecord
-    best: EpochRow | None  # None: it has no epoch to be judged by
-    last: EpochRow | None
-
-    @classmethod
-    def of(cls, record: TrialRecord, metric: Metric) -> "RankedTrial":
-        """Find a trial's best and last epoch."""
-        rows = [row for row in record.rows if row.counts(metric)]
-        best = max(rows, key=lambda row: score(row, metric), default=None)  # first of equals
-        return cls(record, best, rows[-1] if rows else None)
-
-    def accuracy(self, metric: Metric) -> float:
-        """Return an accuracy at the best epoch, NaN where there is none."""
-        return self.best.accuracy(metric) if self.best else math.nan
-
-    @property
-    def is_baseline(self) -> bool:
-        """Whether it is the trial that all others are compared with."""
-        return self.record.origin == "baseline"
+    Equal accuracies are common on 5,000 images: of these, the lower loss on them is better.
+    """
+    loss = row.loss(metric)
+    return row.accuracy(metric), -loss if math.isfinite(loss) else -math.inf
 
 
 class BestSoFar:
-    """The best epoch among those that it was shown, and its trial."""
+    """The epoch with the highest score among those taken, and its trial."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
         self.found: tuple[TrialRecord, EpochRow] | None = None
 
     def take(self, record: TrialRecord, row: EpochRow) -> bool:
-        """Return True if this epoch is better than all before it, and remember it."""
+        """Remember this epoch and return True if it is better than all before it."""
         metric = self._metric
         better = row.counts(metric) and (
             self.found is None or score(row, metric) > score(self.found[1], metric)
@@ -51,40 +36,66 @@ class BestSoFar:
         return better
 
 
-def standings(history: History, metric: Metric) -> list[RankedTrial]:
-    """Return all trials with the epochs that they are judged by, in the order of their start."""
+@dataclass(frozen=True)
+class RankedTrial:
+    """A trial with the two epochs that it is ranked by."""
+
+    record: TrialRecord
+    best: EpochRow | None  # None: no epoch counts
+    last: EpochRow | None
+
+    @classmethod
+    def of(cls, record: TrialRecord, metric: Metric) -> "RankedTrial":
+        """Find a trial's best and last epoch."""
+        rows = record.rows_that_count(metric)
+        best = max(rows, key=lambda row: score(row, metric), default=None)  # the first of equals
+        return cls(record, best, rows[-1] if rows else None)
+
+    def accuracy(self, metric: Metric) -> float:
+        """Return an accuracy at the best epoch, NaN if there is none."""
+        return self.best.accuracy(metric) if self.best else math.nan
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is the trial that all others are compared with."""
+        return self.record.origin == "baseline"
+
+
+def ranked_trials(history: History, metric: Metric) -> list[RankedTrial]:
+    """Return all trials with the epochs that they are ranked by, in order of start."""
     return [RankedTrial.of(record, metric) for record in history.trials.values()]
 
 
+def baseline_of(trials: Iterable[RankedTrial]) -> RankedTrial | None:
+    """Return the trial that all others are compared with."""
+    return next((trial for trial in trials if trial.is_baseline), None)
+
+
 def rank_by_best(trials: Iterable[RankedTrial], metric: Metric) -> list[RankedTrial]:
-    """Return the trials that have an epoch to be judged by, the one with the best epoch first."""
-    ranked = [(_order(each.best, each, metric), each) for each in trials if each.best]
-    return [each for _, each in sorted(ranked, key=lambda pair: pair[0])]
+    """Return the trials that have a best epoch, the highest score first."""
+    return _rank(((trial.best, trial) for trial in trials), metric)
 
 
 def rank_by_last(trials: Iterable[RankedTrial], metric: Metric) -> list[RankedTrial]:
-    """Return the trials that have an epoch to be judged by, the best at its last epoch first."""
-    ranked = [(_order(each.last, each, metric), each) for each in trials if each.last]
-    return [each for _, each in sorted(ranked, key=lambda pair: pair[0])]
+    """Return the trials that have a last epoch, the highest score there first."""
+    return _rank(((trial.last, trial) for trial in trials), metric)
 
 
-def _order(row: EpochRow, trial: RankedTrial, metric: Metric) -> tuple[float, ...]:
-    accuracy, negative_loss = score(row, metric)
-    return -accuracy, -negative_loss, trial.record.epochs, trial.record.number
-
-
-def score(row: EpochMetrics, metric: Metric) -> tuple[float, float]:
-    """Return what epochs are compared by, the better the higher.
-
-    It is the metric and, of equals, the lower loss on the same images: on 5,000 images equal
-    accuracies are common.
-    """
-    loss = row.loss(metric)
-    return row.accuracy(metric), -loss if math.isfinite(loss) else -math.inf
+def _rank(
+    trials: Iterable[tuple[EpochRow | None, RankedTrial]], metric: Metric
+) -> list[RankedTrial]:
+    """Sort by score; of equals, the trial that used fewer epochs, then the earlier one."""
+    keys = []
+    for row, trial in trials:
+        if row is not None:
+            accuracy, negative_loss = score(row, metric)
+            key = (-accuracy, -negative_loss, trial.record.epochs, trial.record.number)
+            keys.append((key, trial))
+    return [trial for _, trial in sorted(keys, key=itemgetter(0))]
 
 
 def gain(row: EpochRow | None, baseline: EpochRow | None) -> float:
-    """Return how much higher the test accuracy is than in an epoch of the baseline, or NaN."""
+    """Return the test accuracy minus that of the baseline's epoch; NaN if either is missing."""
     if row is None or baseline is None:
         return math.nan
     return row.test_accuracy - baseline.test_accuracy

@@ -1,11 +1,11 @@
 """A search space: what is searched, what is fixed, how long a trial trains, where to start.
 
     space = load_space("default")           # by name, or the path of a YAML file
-    values = space.sample(study.ask())      # only the active parameters are drawn
+    values = space.sample(study.ask())      # samples the active parameters only
     config = TrainConfig.from_mapping(values)
 
-A hyperparameter that the space does not mention, and a parameter that is inactive in a trial,
-has its default of `TrainConfig`.
+A hyperparameter that is not in the space, or inactive in a trial, has `TrainConfig`'s default.
+The project's own spaces lie in search_spaces/.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,21 +19,22 @@ from optuna.trial import BaseTrial
 
 from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig, Value
+from tune_mnist.runs.folder import YAML_ERRORS
 from tune_mnist.runs.parameter import (
     Conditions,
     Parameter,
     all_conditions,
+    check_conditions,
+    check_hyperparameter,
     check_keys,
     check_nesterov,
-    check_parents,
     checked,
-    checked_name,
     parse_parameter,
     show,
 )
 
 _MAX_EPOCHS = 1000
-_AVERAGING = "ema_decay"
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class SearchSpace:
     name: str  # stem of the file's name
     source: str  # where it was read from, for messages
     epochs: int  # that a trial may train
-    parameters: Mapping[str, Parameter]  # searched; a condition's names precede its parameter
+    parameters: Mapping[str, Parameter]  # searched; after the parameters of its conditions
     constants: Mapping[str, Value]  # with batch_size, unless that is searched
-    start: Sequence[Mapping[str, Value]]  # points to try first; what one leaves out is sampled
+    start: Sequence[Mapping[str, Value]]  # points to try first; the rest of a point is sampled
 
     def sample(self, trial: BaseTrial) -> dict[str, Value]:
-        """Draw the active parameters and return them with the constants."""
+        """Sample the active parameters and return them with the constants."""
         values = dict(self.constants)
         for name, parameter in self.parameters.items():
             if parameter.active(values):
@@ -60,39 +61,46 @@ class SearchSpace:
         return TrainConfig.from_mapping({**self.constants, **sampled})
 
     def baseline(self) -> TrainConfig:
-        """Return the reference baseline: all defaults, but this space's batch size if fixed."""
+        """Return the reference baseline: all defaults, except the batch size if it is fixed."""
         size = self.constants.get("batch_size", CONFIG_FIELDS["batch_size"].default)
         return TrainConfig.from_mapping({"batch_size": size})
 
-    def frozen_params(
-        self, config: TrainConfig
-    ) -> tuple[dict[str, Any], dict[str, BaseDistribution]] | None:
-        """Return the Optuna params and distributions of a trial that had this configuration.
+    def active_values(self, config: TrainConfig) -> dict[str, Value]:
+        """Return the searched parameters that are active in a configuration, with their values.
 
-        None where no trial could have had it: a value outside its bounds or off its grid, a
-        constant with another value, or a hyperparameter that is inactive or not mentioned with
-        another value than its default.
-
-        A constant `ema_decay` may differ: averaging weights changes nothing of how they are
-        trained, and the baseline, which has its own, teaches the sampler a good deal (`bench
-        replay`, regret at 150 epochs: 0.140 points with it, 0.209 without; 200 searches each).
+        The configuration need not be one of this space.
         """
         given = config.as_dict()
-        if _AVERAGING in self.constants:
-            given[_AVERAGING] = self.constants[_AVERAGING]
-        values = dict(self.constants)
-        params: dict[str, Any] = {}
+        fixed = {name: given[name] for name in self.constants}
+        active: dict[str, Value] = {}
         for name, parameter in self.parameters.items():
-            if parameter.active(values):
-                if parameter.rule_broken_by(given[name]):
-                    return None
-                params[name] = values[name] = given[name]
-        if self.config(values).as_dict() != given:
+            if parameter.active({**fixed, **active}):
+                active[name] = given[name]
+        return active
+
+    def frozen_params(
+        self, config: TrainConfig
+    ) -> tuple[dict[str, Value], dict[str, BaseDistribution]] | None:
+        """Return the Optuna params and distributions of a trial that had this configuration.
+
+        None if no trial can have had it: a value is out of bounds or off the grid, a constant
+        differs, or a hyperparameter that is inactive or not in the space is not at its default.
+
+        A constant `ema_decay` may differ: averaging does not change how the weights are trained,
+        and the baseline, which has its own, teaches the sampler a good deal (`bench replay`,
+        regret at 150 epochs: 0.140 points with it, 0.209 without; 200 searches each).
+        """
+        if "ema_decay" in self.constants:
+            config = self.config({**config.as_dict(), "ema_decay": self.constants["ema_decay"]})
+        params = self.active_values(config)
+        if any(self.parameters[name].rule_broken_by(value) for name, value in params.items()):
+            return None
+        if self.config(params) != config:
             return None
         return params, {name: self.parameters[name].distribution for name in params}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data, as a space file holds it; `from_dict` makes an equal space of it."""
+        """Return the space as a file holds it; `from_dict` makes an equal space of it."""
         fixed = dict(self.constants)
         data: dict[str, Any] = {"epochs": self.epochs}
         if "batch_size" in fixed:
@@ -137,16 +145,6 @@ class SearchSpace:
         )
 
 
-def load_space(name_or_path: str) -> SearchSpace:
-    """Read and check one of the project's spaces, by name, or any space file, by path.
-
-    Raises:
-        SearchSpaceError: nothing has this name or path, or what it holds is not usable.
-    """
-    path = find_space(name_or_path)
-    return SearchSpace.from_dict(read_yaml(path), name=path.stem, source=str(path))
-
-
 def _parse_epochs(epochs: Any) -> int:
     if type(epochs) is not int or not 1 <= epochs <= _MAX_EPOCHS:
         raise SearchSpaceError(
@@ -155,33 +153,28 @@ def _parse_epochs(epochs: Any) -> int:
     return epochs
 
 
-def _parse_parameters(
-    data: Mapping[str, Any],
-) -> tuple[dict[str, Parameter], dict[str, Value]]:
+def _parse_parameters(data: Mapping[str, Any]) -> tuple[dict[str, Parameter], dict[str, Value]]:
     given = data.get("parameters")
     if not isinstance(given, Mapping) or not given:
         raise SearchSpaceError(
             "parameters: must be a mapping of hyperparameters, one or more of them searched such "
             f"as 'dropout: {{low: 0.0, high: 0.3}}', but got {given!r}"
         )
-    for name in given:
-        checked_name("parameters", name)
-    constants: dict[str, Value] = {}
-    if "batch_size" in given:
-        if "batch_size" in data:
-            raise SearchSpaceError(
-                "batch_size: stands at the top level and in parameters; remove one of them"
-            )
-    else:
-        default = CONFIG_FIELDS["batch_size"].default
-        constants["batch_size"] = checked(
-            "batch_size", "batch_size", data.get("batch_size", default)
+    if "batch_size" in given and "batch_size" in data:
+        raise SearchSpaceError(
+            "batch_size: stands at the top level and in parameters; remove one of them"
         )
+    for name in given:
+        check_hyperparameter("parameters", name)
+    constants: dict[str, Value] = {}
+    if "batch_size" not in given:
+        size = data.get("batch_size", CONFIG_FIELDS["batch_size"].default)
+        constants["batch_size"] = checked("batch_size", "batch_size", size)
     parameters: dict[str, Parameter] = {}
     for name, entry in given.items():
         if isinstance(entry, Mapping):
             parameters[name] = parse_parameter(name, entry)
-            check_parents(parameters[name], parameters, constants, given)
+            check_conditions(parameters[name], parameters, constants, given)
         else:
             constants[name] = _parse_constant(name, entry)
     if not parameters:
@@ -221,7 +214,7 @@ def _parse_start(
             )
         point: dict[str, Value] = {}
         for name, value in given.items():
-            checked_name(where, name)
+            check_hyperparameter(where, name)
             if name not in parameters:
                 rule = "is a constant" if name in constants else "is not in this space"
                 raise SearchSpaceError(
@@ -229,8 +222,7 @@ def _parse_start(
                     f"leave it out or add it to parameters; searched are {', '.join(parameters)}"
                 )
             point[name] = checked(f"{where}.{name}", name, value)
-            rule = parameters[name].rule_broken_by(point[name])
-            if rule:
+            if rule := parameters[name].rule_broken_by(point[name]):
                 raise SearchSpaceError(
                     f"{where}.{name}: {rule} (parameters.{name}), but got {show([point[name]])}; "
                     "change the point or widen the parameter"
@@ -250,15 +242,16 @@ def _check_active(where: str, point: Mapping[str, Value], needs: Mapping[str, Co
                 )
 
 
-# MERGED-DOC tuning.space_file: Space files: where they lie and what YAML they hold.
-
-_PACKAGE = Path(__file__).resolve().parents[1]
+def load_space(name_or_path: str) -> SearchSpace:
+    """Return the space of this name or in this file, or raise SearchSpaceError."""
+    path = find_space(name_or_path)
+    return SearchSpace.from_dict(read_yaml(path), name=path.stem, source=str(path))
 
 
 def spaces_folder() -> Path:
     """Return the project's folder of space files: in the package (wheel) or beside it (checkout).
 
-    The package comes first: what lies beside an installed one belongs to somebody else.
+    The package comes first: a folder beside an installed package is somebody else's.
     """
     packaged = _PACKAGE / "search_spaces"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "search_spaces"
@@ -270,11 +263,7 @@ def available_spaces() -> list[str]:
 
 
 def find_space(name_or_path: str) -> Path:
-    """Return the file of one of the project's own spaces, or the path of any other file.
-
-    Raises:
-        SearchSpaceError: no space has this name and no file lies at this path.
-    """
+    """Return the path of a space's file, by name or path, or raise SearchSpaceError."""
     names = available_spaces()
     if name_or_path in names:
         return spaces_folder() / f"{name_or_path}.yaml"
@@ -283,9 +272,7 @@ def find_space(name_or_path: str) -> Path:
         if name_or_path and path.exists():
             return path
     except OSError as error:  # a folder without permission, a name too long
-        raise SearchSpaceError(
-            f"{name_or_path}: cannot be read: {error.strerror}; give a readable YAML file"
-        ) from error
+        raise _unreadable(name_or_path, error) from error
     raise SearchSpaceError(
         f"search space {name_or_path!r}: no space has this name and no file lies at this path"
         f"{did_you_mean(path.stem, names)}; known are {', '.join(names)}, "
@@ -294,19 +281,11 @@ def find_space(name_or_path: str) -> Path:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; a key given twice in one mapping is an error.
-
-    Raises:
-        SearchSpaceError: the file cannot be read, or is not YAML.
-    """
+    """Return what a YAML file holds; raise SearchSpaceError, also if a key is given twice."""
     try:
-        content = path.read_bytes()
+        return yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
     except OSError as error:
-        raise SearchSpaceError(
-            f"{path}: cannot be read: {error.strerror}; give a readable YAML file"
-        ) from error
-    try:
-        return yaml.load(content, Loader=_UniqueKeyLoader)
+        raise _unreadable(path, error) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -316,18 +295,21 @@ def read_yaml(path: Path) -> Any:
         raise SearchSpaceError(
             f"{path}: not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
         ) from error
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        # PyYAML lets these through: a date such as 2024-99-99, `!!bool maybe`, endless nesting.
+    except YAML_ERRORS as error:
         raise SearchSpaceError(
             f"{path}: not usable YAML: {type(error).__name__}: {error}; correct it"
         ) from error
 
 
+def _unreadable(path: Path | str, error: OSError) -> SearchSpaceError:
+    return SearchSpaceError(f"{path}: cannot be read: {error.strerror}; give a readable YAML file")
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader keeps the last of two equal keys; this one says that there are two."""
+    """Refuses a key that is given twice; PyYAML's safe loader keeps the last silently."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, before merge keys (`<<`) are resolved: what they merge may be overridden.
+        # Here, before merge keys (`<<`) are resolved: what they bring may be overridden.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key, _ in node.value:

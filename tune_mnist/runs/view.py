@@ -1,11 +1,11 @@
-"""Runs as others see them: read without disturbing their writer, with their state in a word."""
+"""A run as others see it: read without disturbing its writer, its state in a word."""
 
 import fcntl
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,12 +13,14 @@ from tune_mnist.errors import RunFolderError
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
-from tune_mnist.runs.ranking import RankedTrial, rank_by_best, standings
+from tune_mnist.runs.ranking import RankedTrial, baseline_of, rank_by_best, ranked_trials
+from tune_mnist.runs.space import SearchSpace
 
 RunState = Literal["running", "finished", "out of time", "interrupted", "failed", "killed"]
 _READS = 4  # of a run that is being written to: its files are not all of one instant
 _BETWEEN_READS = 0.05  # seconds
-_ENDINGS: Mapping[str, RunState] = {
+_STATES: Mapping[str | None, RunState] = {  # by how the last session was closed
+    None: "killed",
     "finished": "finished",
     "out of time": "out of time",
     "failed": "failed",
@@ -28,64 +30,73 @@ _ENDINGS: Mapping[str, RunState] = {
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a search was asked for, as far as its readers need it."""
+
+    metric: Metric  # what the search selects by
+    epochs: int  # the budget of a trial
+    trials: int | None  # None: an older version did not say
+    images: int | None  # None: all of them
+    seed: int
+
+
+@dataclass(frozen=True)
 class RunView:
     """A run as it was found on disk."""
 
     folder: RunFolder
     history: History
     search: Mapping[str, Any]  # the contents of search.yaml
-    metric: Metric  # what the search selects by
-    epochs: int  # the budget of a trial
+    asked: Asked
     state: RunState
 
     @classmethod
     def read(cls, path: Path) -> "RunView":
-        """Read a run, which may be at work.
-
-        Raises:
-            RunFolderError: there is none, or it is damaged.
-        """
+        """Read a run, which may be at work, or raise RunFolderError."""
         folder = RunFolder.open(path)
         search = folder.read_search()
         refuse_confirmation(folder, search)
-        try:
-            metric, epochs = search["asked"]["metric"], int(search["asked"]["epochs"])
-            if metric not in get_args(Metric) or epochs < 1:
-                raise ValueError(f"metric {metric!r}, {epochs} epochs")
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(
-                f"{folder.search} is damaged ({type(error).__name__}: {error}): put back a copy"
-            ) from error
-        # Asked first: a run that ends while it is read was at work when it was looked at.
+        asked = read_asked(folder, search)
+        # The lock is looked at first: a run that ends meanwhile was at work when it was found.
         at_work = is_at_work(folder)
         history = _read_history(folder, at_work)
-        state: RunState = "running" if at_work else _state(history)
-        return cls(folder, history, search, metric, epochs, state)
+        state = "running" if at_work else _STATES.get(history.closed_as, "failed")
+        return cls(folder, history, search, asked, state)
 
     @property
-    def asked(self) -> Mapping[str, Any]:
-        """What the search was asked for."""
-        asked: Mapping[str, Any] = self.search["asked"]
-        return asked
+    def metric(self) -> Metric:
+        """What the search selects by."""
+        return self.asked.metric
 
     @property
-    def standings(self) -> list[RankedTrial]:
-        """All trials in the order of their start."""
-        return standings(self.history, self.metric)
+    def space(self) -> SearchSpace:
+        """The space that was searched; raises SearchSpaceError if it is damaged."""
+        name = str(self.search.get("space_name", ""))
+        return SearchSpace.from_dict(self.search.get("space"), name, str(self.folder.search))
 
-    @property
+    @cached_property
+    def trials(self) -> list[RankedTrial]:
+        """All trials, in order of start."""
+        return ranked_trials(self.history, self.metric)
+
+    @cached_property
     def ranked(self) -> list[RankedTrial]:
-        """The trials that have an epoch to be judged by, the best first."""
-        return rank_by_best(self.standings, self.metric)
+        """The trials that have a best epoch, the highest score first."""
+        return rank_by_best(self.trials, self.metric)
+
+    @property
+    def best(self) -> RankedTrial | None:
+        """The trial with the highest score."""
+        return self.ranked[0] if self.ranked else None
 
     @property
     def baseline(self) -> RankedTrial | None:
         """The trial that all others are compared with."""
-        return next((each for each in self.standings if each.is_baseline), None)
+        return baseline_of(self.trials)
 
     @property
     def begun(self) -> float:
-        """When the first trial started, seconds since 1970; of none, when search.yaml was made."""
+        """When the first trial started, seconds since 1970; without one, search.yaml's time."""
         if self.history.trials:
             return self.history.trials[0].started_at
         try:
@@ -94,40 +105,51 @@ class RunView:
             return math.nan
 
 
-def refuse_confirmation(folder: RunFolder, search: Mapping[str, Any]) -> None:
-    """See that a folder is a search's, and not that of the confirmation within it.
+def read_asked(folder: RunFolder, search: Mapping[str, Any]) -> Asked:
+    """Return what search.yaml says was asked, or raise RunFolderError."""
+    asked = search.get("asked")
+    asked = asked if isinstance(asked, Mapping) else {}
+    metric: Any = asked.get("metric")
+    epochs = _whole(asked, "epochs")
+    if metric not in get_args(Metric) or not epochs or epochs < 1:
+        raise RunFolderError(
+            f"{folder.search} is damaged (asked.metric is {metric!r}, asked.epochs "
+            f"{asked.get('epochs')!r}): put back a copy"
+        )
+    trials, images = _whole(asked, "trials"), _whole(asked, "images")
+    return Asked(metric, epochs, trials, images, _whole(asked, "seed") or 0)
 
-    Raises:
-        RunFolderError: it is the other.
-    """
+
+def _whole(asked: Mapping[str, Any], name: str) -> int | None:
+    value = asked.get(name)
+    return value if type(value) is int else None  # not a bool
+
+
+def refuse_confirmation(folder: RunFolder, search: Mapping[str, Any]) -> None:
+    """Raise RunFolderError if the folder holds a confirmation instead of a search."""
     if "confirmation" in search:
         run = folder.path.absolute().parent
         raise RunFolderError(
-            f"{folder.path} is the confirmation of a search, which is {run}: "
-            f"python -m tune_mnist.confirm {run} goes on with it"
+            f"{folder.path} is the confirmation of the search {run}: "
+            f"python -m tune_mnist.confirm {run} resumes it"
         )
 
 
 def is_at_work(folder: RunFolder) -> bool:
-    """Say whether a process holds the right to write to the run; unknown counts as no."""
+    """Return True if a process holds the right to write to the run; False also if unknown."""
     try:
-        lock = os.open(folder.path / ".lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        # Shared, so that two who look at once do not take each other for a search.
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with (folder.path / ".lock").open("rb") as lock:
+            # A shared lock, so that two readers at once do not take each other for a search.
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return False
-    finally:
-        os.close(lock)
+        pass
     return False
 
 
 def find_runs(results: Path) -> tuple[list[RunView], list[RunFolderError]]:
-    """Return the runs in a folder of results, the newest first, and why others cannot be read."""
+    """Return the runs in a folder of results, newest first, and why others cannot be read."""
     found: list[RunView] = []
     errors: list[RunFolderError] = []
     for search in sorted(results.glob("*/search.yaml")):
@@ -138,14 +160,8 @@ def find_runs(results: Path) -> tuple[list[RunView], list[RunFolderError]]:
     return sorted(found, key=lambda run: -run.begun), errors
 
 
-def _state(history: History) -> RunState:
-    if history.closed_as is None:
-        return "killed"
-    return _ENDINGS.get(history.closed_as, "failed")
-
-
 def _read_history(folder: RunFolder, at_work: bool) -> History:
-    """Read events and epochs; where rows are newer than the events, read again."""
+    """Read events and epochs; of a run at work, again if rows are newer than the events."""
     for _ in range(_READS - 1 if at_work else 0):
         try:
             return History.load(folder)

@@ -26,7 +26,7 @@ from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.runs.confirmed import (
     Candidate,
-    claim,
+    conclusion,
     confirmed_table,
     write_confirmed,
 )
@@ -81,7 +81,7 @@ class Confirmation:
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
                 "finished an epoch"
             )
-        baseline = run.standings[0]
+        baseline = run.trials[0]
         return cls(
             candidates=(
                 Candidate("baseline", 0, ranks.get(0, 0), baseline.record.config),
@@ -92,7 +92,7 @@ class Confirmation:
                 ),
             ),
             seeds=_fresh_seeds(run, seeds),
-            epochs=epochs or run.epochs,
+            epochs=epochs or run.asked.epochs,
             images=images,
         )
 
@@ -212,7 +212,7 @@ def _conclude(
     table = confirmed_table(asked.candidates, by_candidate, epochs=asked.epochs, images=images)
     with writing(folder):
         write_confirmed(folder, table)
-    console.print(Text(f"\n{claim(table)}\n", style="bold"))
+    console.print(Text(f"\n{conclusion(table)}\n", style="bold"))
     console.print(Text(f"In {short_path(folder.path)}: confirmed.csv"))
 
 
@@ -255,7 +255,7 @@ def _start_line(
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:
     """Return seeds that depend on the search's alone, and that none of its trials had."""
     used = {record.seed for record in run.history.trials.values()}
-    base = int(run.asked.get("seed") or 0)
+    base = run.asked.seed
     found: list[int] = []
     stream = 0
     while len(found) < wanted:

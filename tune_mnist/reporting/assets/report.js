@@ -1,5 +1,6 @@
 // Draws the page's charts in the theme that the reader's system asks for, and again when it changes.
 const places = [...document.querySelectorAll(".chart")];
+const charts = places.map((place) => JSON.parse(place.nextElementSibling.textContent));
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const narrow = window.matchMedia("(max-width: 640px)");
 
@@ -20,7 +21,7 @@ function theme() {
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--line"), activecolor: colour("--soft") },
     legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },
     margin: { l: 8, r: 12, t: 34, b: 8 },
-    // A finger that scrolls the page is not to zoom a chart.
+    // A finger that scrolls the page must not zoom a chart.
     dragmode: narrow.matches ? false : "zoom",
   };
 }
@@ -30,7 +31,7 @@ function draw(method) {
   places.forEach((place, position) => {
     const chart = charts[position];
     const whole = { ...chart.layout, template: { layout } };
-    // A copy: plotly writes into what it is given.
+    // A copy, because plotly writes into its data.
     const data = structuredClone(chart.data);
     Plotly[method](place, data, whole, {
       responsive: true, displaylogo: false, displayModeBar: narrow.matches || chart.layout.height < 300 ? false : "hover",
@@ -39,6 +40,5 @@ function draw(method) {
   });
 }
 
-places.forEach((place) => { place.style.height = `${place.dataset.height}px`; });
 draw("newPlot");
 dark.addEventListener("change", () => draw("react"));
