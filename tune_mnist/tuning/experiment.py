@@ -75,9 +75,10 @@ class Experiment:
         self.best = BestSoFar(rules.metric)
         self.broken: Exception | None = None  # what ends the search, see `ending_on_error`
         self._study, self._checkpoints = study, checkpoints
-        self._clock, self._began = clock, clock() - history.elapsed
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()  # unfinished, and with no worker
+        self._add_rows_of_checkpoints()
+        self._clock, self._began = clock, clock() - history.elapsed
         self._replay_history()
 
     @property
@@ -118,13 +119,7 @@ class Experiment:
             return self._assignment(record)
         number = len(self.history.trials)
         trial = self._propose(number, ray_id)
-        record = TrialRecord(
-            number=number,
-            config=trial.config,
-            seed=trial.seed,
-            origin=trial.origin,
-            ray_id=ray_id,
-        )
+        record = TrialRecord(number=number, **vars(trial), ray_id=ray_id)
         self.history.start_trial(record, self.elapsed)
         return self._assignment(self.history.trials[number])
 
@@ -210,12 +205,15 @@ class Experiment:
         sampled = self._study.ask(number, space.sample, start, attributes)
         return FixedTrial(TrainConfig.from_mapping(sampled), seed, "start" if start else "sampled")
 
-    def _replay_history(self) -> None:
-        """Rebuild study, rungs and best from the record, and queue the interrupted trials."""
+    def _add_rows_of_checkpoints(self) -> None:
+        """Record the epochs that a kill left with a checkpoint but without a row."""
         for record in self.history.unfinished():
             saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
             if saved and saved.row.epoch == record.epochs + 1:
-                self.history.add_epoch(saved.row)  # the kill came between checkpoint and row
+                self.history.add_epoch(saved.row)
+
+    def _replay_history(self) -> None:
+        """Rebuild study, rungs and best from the record, and queue the interrupted trials."""
         stops: dict[int, bool] = {}
         for record, row in self.history.rows:
             stops[record.number] = self._should_stop(record, row)
