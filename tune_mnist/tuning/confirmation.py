@@ -107,11 +107,6 @@ class Confirmation:
         )
 
     def save(self, folder: RunFolder, run: str) -> None:
-        """Write the folder's search.yaml.
-
-        Raises:
-            OSError: it could not be written.
-        """
         folder.write_search(
             {
                 "confirmation": self._as_dict(),
@@ -153,7 +148,6 @@ class Confirmation:
             )
 
     def start_line(self, folder: RunFolder, history: History, images: int, at_once: int) -> str:
-        """Return what is about to run."""
         done = len(history.trials) - len(history.unfinished())
         so_far = f", {done:,} of them done in {duration(history.elapsed)}" if done else ""
         return (

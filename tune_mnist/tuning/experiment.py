@@ -150,7 +150,6 @@ class Experiment:
         self._end(number, *outcome(self.history.trials[number], self.rules.epochs))
 
     def fail(self, number: int, error: str) -> None:
-        """Mark a trial failed."""
         self._end(number, "failed", error)
 
     def retry(self, number: int, error: str) -> None:
@@ -229,7 +228,7 @@ class Experiment:
 
 
 def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
-    """Return the final state of a trial that was told to stop, and the reason."""
+    """Return the final state of a trial that was told to stop, and why."""
     last = record.rows[-1]
     if last.diverged:
         return "diverged", (

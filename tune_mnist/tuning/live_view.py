@@ -53,7 +53,6 @@ def start_line(
     at_once: int,
     data: Split,
 ) -> str:
-    """Return what is about to run."""
     where = short_path(folder.path)
     what = f"up to {count(rules.trials, 'trial')} of at most {count(rules.epochs, 'epoch')}"
     if history.trials:
@@ -194,7 +193,6 @@ class Progress(Callback):
         self._in_tables = (-1, -1, -1)  # how much had happened when they were last written
 
     def watch(self, experiment: Experiment, folder: RunFolder) -> None:
-        """Start to show a search."""
         self._experiment, self._folder = experiment, folder
         self._shows = True
         self._guard(self._begin)

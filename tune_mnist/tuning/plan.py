@@ -98,11 +98,6 @@ class Plan:
         )
 
     def save(self, folder: RunFolder) -> None:
-        """Write search.yaml.
-
-        Raises:
-            OSError: it could not be written.
-        """
         rules = self.rules
         asked = {name: getattr(rules, name) for name in _ASKED}
         folder.write_search(
@@ -136,11 +131,7 @@ class Plan:
 
 
 def _asked(values: Any) -> dict[str, Any]:
-    """Return the entry `asked` of search.yaml, which must have the options of `Rules`.
-
-    Raises:
-        KeyError, TypeError: an option is missing, unknown or of another type.
-    """
+    """Return the entry `asked` of search.yaml; KeyError or TypeError if it is damaged."""
     if not isinstance(values, Mapping):
         raise TypeError(f"asked must be a mapping, but got {values!r}")
     if unknown := values.keys() - set(_ASKED):
@@ -149,24 +140,20 @@ def _asked(values: Any) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any], record: type, prefix: str = "") -> dict[str, Any]:
-    """Return values for fields of a dataclass, all of the types that it declares.
-
-    Raises:
-        TypeError: a value is of another type.
-    """
+    """Return values read from YAML; TypeError if one does not fit its field in a dataclass."""
     types = get_type_hints(record)
     for name, value in values.items():
-        if not _is_a(value, types[name]):
+        if not _fits(value, types[name]):
             raise TypeError(f"{prefix}{name} cannot be {value!r}")
     return values
 
 
-def _is_a(value: Any, annotation: Any) -> bool:
-    """Return True if a value read from YAML is of a declared type: a class, Literal or union."""
+def _fits(value: Any, annotation: Any) -> bool:
+    """Return True if a value is of a type, which may be a class, a Literal or a union."""
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
     if isinstance(annotation, UnionType):
-        return any(_is_a(value, each) for each in get_args(annotation))
+        return any(_fits(value, each) for each in get_args(annotation))
     if isinstance(value, bool):  # in Python, a whole number as well
         return annotation is bool
     return isinstance(value, int | float if annotation is float else annotation)

@@ -133,7 +133,6 @@ def _ray_id(trial: Trial) -> str:
 def _close(
     experiment: Experiment, folder: RunFolder, received: list[int], tracking: list[Tracking]
 ) -> Ending:
-    """Write the tables and close the files, or raise what ended the search."""
     behind = [each.close() for each in tracking]
     error = experiment.broken
     if error is None:

@@ -87,7 +87,6 @@ class Study:
         self._copy(number)
 
     def report(self, number: int, epoch: int, value: float) -> None:
-        """Report a finite value of a trial."""
         self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
         self._copy(number)
 

@@ -37,7 +37,6 @@ class Tally:
 
     @property
     def done(self) -> int:
-        """How many trials have ended."""
         return len(self._ended)
 
     @property
