@@ -7,97 +7,14 @@ from typing import Any
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from support.course import Course
 from support.drivers import replace
-from support.epochs import epoch_metrics
 from support.scripted import curve
 
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.runs.checkpoints import Checkpoints
-from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History
-from tune_mnist.runs.space import load_space
-from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.study import SamplerSettings, Study
-from tune_mnist.tuning.study_file import StudyFile
+from tune_mnist.tuning.study_file import facts
 
 EPOCHS = 9
-
-
-class Course:
-    """A search that a test takes through its epochs."""
-
-    def __init__(self, path: Path, *, mirrored: bool = False, **rules: Any) -> None:
-        self.path, self._mirrored = path, mirrored
-        self.rules = Rules(
-            **{
-                "space": load_space("sgd"),
-                "metric": "val_accuracy",
-                "trials": 20,
-                "epochs": EPOCHS,
-                "time_budget": math.inf,
-                "grace_epochs": 1,
-                "reduction_factor": 2.0,  # from the second trial on a rung decides
-                "startup_trials": 5,
-                "seed": 0,
-                **rules,
-            }
-        )
-        self.now = 0.0
-        RunFolder.create(path)
-        self._open()
-
-    def _open(self) -> None:
-        self.folder = RunFolder(self.path)
-        self.history = History.load(self.folder)
-        self.history.open_session({})
-        metric = self.rules.metric
-        mirror = StudyFile(self.folder.study, metric) if self._mirrored else None
-        settings = SamplerSettings(self.rules.seed, self.rules.startup_trials)
-        self.study = Study(settings, metric, mirror)
-        self.checkpoints = Checkpoints(self.folder)
-        self.experiment = Experiment(
-            self.rules, self.history, self.study, self.checkpoints, clock=lambda: self.now
-        )
-
-    def again(self) -> None:
-        """Go on as after a kill: from the files."""
-        self._open()
-
-    def start(self) -> int:
-        number = self.experiment.next_trial("ray").number
-        assert self.history.trials[number].state == "running"
-        return number
-
-    def epoch(self, number: int, val: float, test: float | None = None, **values: Any) -> bool:
-        """Report a trial's next epoch and return whether it is told to stop."""
-        epoch = self.history.trials[number].epochs + 1
-        values = {"train_loss": 1 - val, "seconds": 1.0, "evaluation_seconds": 0.0, **values}
-        metrics = epoch_metrics(epoch, val, test, **values)
-        self.now += 1
-        model = f"{number} {epoch}".encode()
-        return self.experiment.report(number, metrics, f"after {epoch}".encode(), model)
-
-    def trial(self, *accuracies: float) -> int:
-        """Run a trial until it is told to stop."""
-        number = self.start()
-        for accuracy in accuracies:
-            if self.epoch(number, accuracy):
-                self.experiment.finish(number)
-                return number
-        raise AssertionError(f"trial {number} was not told to stop")
-
-    def run(self, until: int) -> None:
-        """Run trials on the scripted curve, one at a time, until so many have been started."""
-        experiment, history = self.experiment, self.history
-        while experiment.has_next and (len(history.trials) < until or history.unfinished()):
-            number = experiment.next_trial("ray").number
-            record = history.trials[number]
-            while not self.epoch(number, curve(record.config, record.epochs + 1)):
-                pass
-            experiment.finish(number)
-
-    def optuna(self, number: int) -> FrozenTrial:
-        return self.study.trials()[number]
 
 
 @pytest.fixture
@@ -168,7 +85,7 @@ def test_optuna_knows_what_joins_its_trials_with_the_tables(course: Course) -> N
 
 
 def test_what_is_broken_off_waits_in_the_file_and_runs_again(tmp_path: Path) -> None:
-    course = Course(tmp_path / "run", mirrored=True)
+    course = Course(tmp_path / "run", has_file=True)
     number = course.start()
     course.epoch(number, 0.9)
     assert course.experiment.close("SIGTERM") is None
@@ -234,7 +151,7 @@ def test_the_baseline_comes_first_and_is_never_stopped(tmp_path: Path) -> None:
 
 
 def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:
-    course = Course(tmp_path / "run", space=load_space("default"))
+    course = Course(tmp_path / "run", space="default")
     points = course.rules.space.start
     assert points
     for number in range(len(points) + 2):
@@ -252,9 +169,9 @@ def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:
 def test_proposals_and_stops_after_a_resume_are_those_of_the_unbroken_search(
     tmp_path: Path, space: str, broken_off_at: int
 ) -> None:
-    whole = Course(tmp_path / "whole", space=load_space(space))
+    whole = Course(tmp_path / "whole", space=space)
     whole.run(until=14)
-    broken = Course(tmp_path / "broken", space=load_space(space))
+    broken = Course(tmp_path / "broken", space=space)
     broken.run(until=broken_off_at)
     number = broken.start()
     broken.epoch(number, curve(broken.history.trials[number].config, 1))
@@ -286,17 +203,6 @@ def test_optuna_sees_the_same_trials_after_a_resume(tmp_path: Path) -> None:
     before = [facts(trial) for trial in course.study.trials()]
     course.again()
     assert [facts(trial) for trial in course.study.trials()] == before
-
-
-def facts(trial: FrozenTrial) -> Any:
-    return (
-        trial.state,
-        trial.values,
-        trial.params,
-        trial.distributions,
-        trial.intermediate_values,
-        trial.user_attrs,
-    )
 
 
 def test_an_epoch_whose_row_a_kill_prevented_is_taken_from_its_checkpoint(course: Course) -> None:
@@ -362,7 +268,7 @@ def test_the_clock_runs_over_all_sessions(tmp_path: Path) -> None:
 
 
 def test_study_db_is_closed_even_where_nothing_else_can_be_written(tmp_path: Path) -> None:
-    course = Course(tmp_path / "run", mirrored=True)
+    course = Course(tmp_path / "run", has_file=True)
     course.start()
 
     def full(*_: Any) -> None:

@@ -19,6 +19,9 @@ from tune_mnist.tuning.plan import DEFAULT_TRIALS, Plan, compare, machine, versi
 from tune_mnist.tuning.settings import SearchSettings
 
 
+RESULTS = Path(tune_mnist.__file__).parents[1] / "results"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run")
@@ -55,8 +58,8 @@ def test_what_was_not_asked_comes_from_the_space_and_the_defaults() -> None:
     plan = Plan.of(SearchSettings(space="quick"))
     assert plan.rules.epochs == plan.rules.space.epochs == 5
     assert plan.rules.trials == DEFAULT_TRIALS
-    assert plan.rules.time_budget == math.inf
-    assert plan.images is None
+    assert plan.rules.time_limit == math.inf
+    assert plan.rules.images is None
 
 
 def test_search_yaml_can_be_read_by_a_person(folder: RunFolder) -> None:
@@ -72,13 +75,28 @@ def test_search_yaml_can_be_read_by_a_person(folder: RunFolder) -> None:
 def test_a_resume_raises_what_it_is_given_and_keeps_the_rest() -> None:
     plan = Plan.of(SearchSettings(trials=3, time_budget=60.0, seed=4, precision="tf32"))
     resume = Path("run")
-    more = plan.raised(SearchSettings(resume=resume, trials=30))
+    more = plan.changed_by(SearchSettings(resume=resume, trials=30))
     assert (more.rules.trials, more.rules.time_budget, more.rules.seed) == (30, 60.0, 4)
-    longer = plan.raised(SearchSettings(resume=resume, time_budget=90.0))
+    longer = plan.changed_by(SearchSettings(resume=resume, time_budget=90.0))
     assert (longer.rules.trials, longer.rules.time_budget) == (3, 90.0)
-    assert plan.raised(SearchSettings(resume=resume)) == plan
-    on_a_cpu = plan.raised(SearchSettings(resume=resume, precision="float32"))
+    assert plan.changed_by(SearchSettings(resume=resume)) == plan
+    on_a_cpu = plan.changed_by(SearchSettings(resume=resume, precision="float32"))
     assert on_a_cpu == replace(plan, precision="float32")
+
+
+@pytest.mark.parametrize("run", sorted(RESULTS.glob("*/search.yaml")), ids=str)
+def test_the_plan_of_an_older_run_is_read_and_written_alike(run: Path, folder: RunFolder) -> None:
+    plan, before = Plan.load(RunFolder(run.parent)), yaml.safe_load(run.read_text())
+    plan.save(folder)
+    after = folder.read_search()
+    assert after["asked"] == before["asked"]
+    assert after["space"] == before["space"]
+
+
+def test_a_time_budget_without_end_is_none(folder: RunFolder) -> None:
+    Plan.of(SearchSettings(time_budget=math.inf)).save(folder)
+    assert folder.read_search()["asked"]["time_budget"] is None
+    assert Plan.load(folder).rules.time_limit == math.inf
 
 
 def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -120,6 +138,9 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
         (put("asked", "time_budget", value=-1), "--time-budget must be above 0 seconds"),
         (put("asked", "time_budget", value={}), "asked.time_budget cannot be {}"),
         (put("precision", value="fp8"), "precision cannot be 'fp8'"),
+        (put("confirm", value="yes"), "confirm cannot be 'yes'"),
+        (put("storage", value=5), "storage cannot be 5"),
+        (put("storage", value="ftp://here"), "storage of the kind ftp:// is not known"),
         (put("space", value=None), "must be a mapping"),
         (put("space", "parameters", "lr", "low", value="a"), "parameters.lr"),
     ],

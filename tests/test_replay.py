@@ -164,7 +164,7 @@ class Real:
             startup_trials=6,
             seed=0,
         )
-        study = Study(SamplerSettings(0, 6), "val_accuracy", mirror=None)
+        study = Study(SamplerSettings(0, 6), "val_accuracy", None)
         history = History(folder)
         history.open_session({"trials": 1000, "elapsed": 0.0})
         self._experiment = Experiment(rules, history, study, Checkpoints(folder))

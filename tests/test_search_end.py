@@ -6,7 +6,7 @@ from support.drivers import Searches
 from support.reported import rich
 
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.tuning.confirmation import draw_report
+from tune_mnist.tuning.launch import draw_report
 
 pytest_plugins = ["support.ray_fixtures"]
 

@@ -3,14 +3,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from tune_mnist.cli import exit_code
 from tune_mnist.errors import ConfigError
-from tune_mnist.tuning.settings import SearchSettings, flag, parse_duration
+from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings, flag, parse_duration
 
 
 def settings_of(*arguments: str) -> SearchSettings:
@@ -118,27 +119,71 @@ def test_a_bad_value_is_one_line_that_names_option_rule_and_value(
     assert err.count("\n") == 1
 
 
+ON_OTHER_MACHINES: dict[str, Any] = {
+    "max_concurrent": 2,
+    "cpus_per_trial": 2.0,
+    "gpus_per_trial": 0.5,
+    "precision": "tf32",
+    "address": "auto",
+    "retries": 0,
+    "hang_timeout": 5.0,
+    "report": False,
+    "mlflow": "http://here",
+    "data_dir": Path("data"),
+}
+
+
+def test_a_resume_may_raise_the_budget_and_change_the_machines() -> None:
+    SearchSettings(resume=Path("run"), trials=100, time_budget=60.0, **ON_OTHER_MACHINES)
+
+
+def test_a_confirmation_takes_what_it_runs_on_from_the_same_options() -> None:
+    assert ON_OTHER_MACHINES.keys() | {"pack"} == {entry.name for entry in fields(RunOn)}
+    confirming = ConfirmSettings(Path("run"), **ON_OTHER_MACHINES)
+    assert ON_OTHER_MACHINES.items() <= vars(confirming).items()
+    with pytest.raises(ConfigError, match="--cpus-per-trial must be at least 0, but got -1"):
+        ConfirmSettings(cpus_per_trial=-1)
+
+
 @pytest.mark.parametrize(
-    "allowed",
+    ("option", "rule"),
     [
-        {"trials": 100},
-        {"time_budget": 60.0},
-        {"max_concurrent": 2},
-        {"cpus_per_trial": 2.0},
-        {"gpus_per_trial": 0.5},
-        {"address": "auto"},
-        {"retries": 0},
-        {"hang_timeout": 5.0},
-        {"data_dir": Path("data")},
+        ({"top": 0}, "--top must be at least 1"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"epochs": 1001}, "--epochs must be at most 1000"),
+        ({"images": 0}, "--images must be at least 1"),
+        ({"time_budget": 0.0}, "--time-budget must be above 0 seconds"),
     ],
 )
-def test_a_resume_may_raise_the_budget_and_change_the_machines(allowed: dict[str, Any]) -> None:
-    SearchSettings(resume=Path("run"), **allowed)
+def test_what_is_confirmed_has_its_limits(option: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        ConfirmSettings(**option)
 
 
-def test_every_option_is_explained() -> None:
+@pytest.mark.parametrize(
+    ("door", "settings", "words"),
+    [
+        (
+            "search",
+            SearchSettings,
+            (
+                "python -m tune_mnist.search [OPTIONS]",
+                "--time-budget TIME Stop after this long: 90s, 10m, 1.5h.",
+                "--hang-timeout TIME",
+                "[choices: val_accuracy, test_accuracy]",
+                "[default: val_accuracy]",
+            ),
+        ),
+        (
+            "confirm",
+            ConfirmSettings,
+            ("RUN --run Folder of the search.", "[default: 3]", "[choices: off, auto]"),
+        ),
+    ],
+)
+def test_every_option_is_explained(door: str, settings: type, words: Sequence[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tune_mnist.search", "--help"],
+        [sys.executable, "-m", f"tune_mnist.{door}", "--help"],
         capture_output=True,
         text=True,
         check=True,
@@ -146,16 +191,8 @@ def test_every_option_is_explained() -> None:
     )
     text = " ".join(" ".join(line.strip("│ ") for line in done.stdout.splitlines()).split())
     assert done.stderr == ""
-    for name, hint in get_type_hints(SearchSettings, include_extras=True).items():
-        (parameter,) = hint.__metadata__
-        for option in parameter.name or [flag(name)]:
-            assert f"{option} " in text
-    for words in (
-        "python -m tune_mnist.search [OPTIONS]",
-        "--time-budget TIME Stop after this long: 90s, 10m, 1.5h.",
-        "--hang-timeout TIME",
-        "[choices: val_accuracy, test_accuracy]",
-        "[default: val_accuracy]",
-    ):
-        assert words in text
+    for entry in fields(settings):
+        assert f"{'--list' if entry.name == 'list_runs' else flag(entry.name)} " in text
+    for expected in words:
+        assert expected in text
     assert "None" not in text

@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from support.course import Course
 from support.epochs import epoch_metrics
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.runs.checkpoints import Checkpoints
-from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
-from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning import study as module
+from tune_mnist.tuning.experiment import Experiment
+from tune_mnist.tuning.study import MODELLED, ModelTrials, SamplerSettings, Study
 from tune_mnist.tuning.study_file import facts
 
 SPACE = load_space("default")
-EPOCHS = 9
 
 
 def new_study(seed: int = 0, startup_trials: int = 10) -> Study:
@@ -31,20 +29,11 @@ def ask(study: Study, number: int, **fixed: Any) -> dict[str, Any]:
     return study.ask(number, SPACE.sample, fixed, {"ray_trial_id": f"ray{number}"})
 
 
-def rules(**changes: Any) -> Rules:
-    asked: dict[str, Any] = {
-        "space": SPACE, "metric": "val_accuracy", "trials": 1000, "epochs": EPOCHS,
-        "time_budget": float("inf"), "grace_epochs": 1, "reduction_factor": 3.0,
-        "startup_trials": 8, "seed": 5,
-    }  # fmt: skip
-    return Rules(**asked | changes)
-
-
-def open_experiment(folder: RunFolder, rules: Rules) -> Experiment:
-    history = History.load(folder)
-    history.open_session({})
-    study = Study(SamplerSettings(rules.seed, rules.startup_trials), rules.metric, None)
-    return Experiment(rules, history, study, Checkpoints(folder))
+def conditional_search(path: Path) -> Course:
+    """A search with conditional parameters and start points."""
+    return Course(
+        path, space="default", trials=1000, reduction_factor=3.0, startup_trials=8, seed=5
+    )
 
 
 def advance(experiment: Experiment, number: int, generator: random.Random) -> bool:
@@ -79,13 +68,13 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_does(
     tmp_path: Path, at_once: int
 ) -> None:
     """With conditional parameters, start points, and trials of all ends or still running."""
-    folder = RunFolder.create(tmp_path / "run")
-    unbroken = open_experiment(folder, rules())
+    course = conditional_search(tmp_path / "run")
+    unbroken = course.experiment
     expected: dict[int, TrainConfig] = {}
     for number in run_beside(unbroken, trials=70, at_once=at_once):
         if number % 6 == 2 or number > 62:
-            copied = Path(shutil.copytree(folder.path, tmp_path / f"copy{number}"))
-            resumed = open_experiment(RunFolder(copied), rules())
+            copied = Path(shutil.copytree(course.path, tmp_path / f"copy{number}"))
+            resumed = conditional_search(copied).experiment
             for record in resumed.history.unfinished():
                 assert resumed.next_trial("again").number == record.number
             assert resumed.next_trial("new").number == number
@@ -97,18 +86,18 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_does(
     assert ("running" in states) == (at_once > 1)
 
 
-def test_a_study_built_again_equals_the_live_one(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run")
-    live = open_experiment(folder, rules())
-    for _ in run_beside(live, trials=40, at_once=4):
+def test_a_rebuilt_study_equals_the_live_one(tmp_path: Path) -> None:
+    course = conditional_search(tmp_path / "run")
+    for _ in run_beside(course.experiment, trials=40, at_once=4):
         pass
-    resumed = open_experiment(RunFolder(folder.path), rules())
-    for one, other in zip(live._study.trials(), resumed._study.trials(), strict=True):
+    live = course.study.trials()
+    course.again()
+    for one, other in zip(live, course.study.trials(), strict=True):
         assert facts(one) == facts(other)
         assert one.number == other.number
 
 
-def test_what_the_sampler_notes_for_its_peers_is_not_kept() -> None:
+def test_what_the_sampler_stores_for_its_peers_is_not_kept() -> None:
     study = new_study(startup_trials=2)
     for number in range(6):
         ask(study, number)
@@ -169,7 +158,7 @@ def template(number: int, state: TrialState = TrialState.RUNNING) -> FrozenTrial
     return trial
 
 
-def test_a_trial_taken_over_goes_on() -> None:
+def test_an_added_trial_continues() -> None:
     study = new_study()
     study.add(template(0, TrialState.COMPLETE))
     study.add(template(1))
@@ -201,3 +190,101 @@ def test_a_trial_once_handed_out_never_changes() -> None:
 def test_asking_uses_nothing_deprecated(recwarn: pytest.WarningsRecorder) -> None:
     ask(new_study(), 0)
     assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+
+
+LITTLE = load_space("sgd")
+
+
+def run_trials(study: Study, count: int) -> list[dict[str, object]]:
+    generator = random.Random(1)
+    proposals = []
+    for number in range(len(study.trials()), len(study.trials()) + count):
+        proposals.append(study.ask(number, LITTLE.sample, {}, {}))
+        for epoch in range(1, 2 + number % 3):
+            study.report(number, epoch, generator.random())
+        study.tell(number, (TrialState.COMPLETE, TrialState.PRUNED)[number % 2], {})
+    return proposals
+
+
+def shown(study: Study) -> list[FrozenTrial]:
+    with study._storage.serving_sampler():
+        return study.trials()
+
+
+def numbers(trials: list[FrozenTrial]) -> list[int]:
+    return [trial.number for trial in trials]
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, modelled: int, best: int) -> None:
+    monkeypatch.setattr(module, "MODELLED", modelled)
+    monkeypatch.setattr(module, "MODELLED_BEST", best)
+
+
+def test_the_sampler_sees_everything_in_a_search_of_usual_size() -> None:
+    study = new_study(startup_trials=5)
+    run_trials(study, 30)
+    assert MODELLED >= 250  # TPE takes a tenth of them for good ones, 25 at most
+    assert shown(study) == study.trials()
+
+
+def test_the_sampler_sees_the_best_the_latest_and_what_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shrink(monkeypatch, 10, 4)
+    study = new_study(startup_trials=5)
+    run_trials(study, 40)
+    study.ask(40, LITTLE.sample, {}, {})
+    early = study.trials()[:34]
+    complete = [trial for trial in early if trial.state == TrialState.COMPLETE]
+    best = sorted(complete, key=lambda trial: trial.value or 0.0)[-4:]
+    assert numbers(shown(study)) == [*sorted(numbers(best)), *range(34, 41)]
+
+
+def test_trials_that_were_stopped_rank_by_how_far_they_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template: dict[str, Any] = {
+        "params": {},
+        "distributions": {},
+        "state": TrialState.PRUNED,
+        "value": 0.5,
+    }
+    trials = [
+        create_trial(**template, intermediate_values={step: value})
+        for step, value in ((1, 0.9), (3, 0.7), (3, 0.8), (1, 0.1), (1, 0.1))
+    ]
+    shrink(monkeypatch, 3, 2)
+    chosen = ModelTrials()
+    for number, trial in enumerate(trials):
+        trial.number = number
+        chosen.end(trial)
+    assert chosen.numbers == [1, 2, 4]
+
+
+def test_the_order_in_which_trials_end_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 12, 4)
+    study = new_study(startup_trials=5)
+    run_trials(study, 60)
+    ended = study.trials()
+    expected = numbers(shown(study))
+    for seed in range(20):
+        random.Random(seed).shuffle(ended)
+        chosen = ModelTrials()
+        for trial in ended:
+            chosen.begin(trial.number)
+        for trial in ended:
+            chosen.end(trial)
+        assert chosen.numbers == expected
+
+
+def test_proposals_continue_and_do_not_depend_on_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch, 12, 4)
+    whole = new_study(startup_trials=5)
+    proposals = run_trials(whole, 40)
+    assert len({repr(proposal) for proposal in proposals}) == 40
+    resumed = new_study(startup_trials=5)
+    for trial in whole.trials():
+        resumed.add(trial)
+    following = [each.ask(40, LITTLE.sample, {}, {}) for each in (whole, resumed)]
+    assert following[0] == following[1]
+    assert len(whole.trials()) == 41

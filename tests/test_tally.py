@@ -1,28 +1,14 @@
-import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.course import new_rules
 from support.recorded import RecordedSearch
 
 from tune_mnist.runs.history import TrialRecord
-from tune_mnist.runs.space import load_space
-from tune_mnist.tuning.experiment import Rules
+from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.tuning.tally import Tally
-
-
-def _rules(trials: int = 12, time_budget: float = math.inf) -> Rules:
-    return Rules(
-        space=load_space("sgd"),
-        metric="val_accuracy",
-        trials=trials,
-        epochs=20,
-        time_budget=time_budget,
-        grace_epochs=1,
-        reduction_factor=3.0,
-        startup_trials=10,
-        seed=0,
-    )
 
 
 @pytest.fixture
@@ -30,8 +16,9 @@ def search(tmp_path: Path) -> RecordedSearch:
     return RecordedSearch(tmp_path)
 
 
-def _tally(search: RecordedSearch, rules: Rules | None = None) -> Tally:
-    return Tally(rules or _rules(), search.history, search.clock)
+def _tally(search: RecordedSearch, **rules: Any) -> Tally:
+    rules = {"trials": 12, "epochs": 20, **rules}
+    return Tally(new_rules(**rules), search.history, BestSoFar("val_accuracy"), search.clock)
 
 
 def _end(search: RecordedSearch, tally: Tally, epochs: int) -> None:
@@ -43,7 +30,7 @@ def test_trials_are_counted_from_start_to_end(search: RecordedSearch) -> None:
     first, second = search.start(), search.start(lr=0.5)
     tally.catch_up()
     assert list(tally.running) == [first, second]
-    assert tally.running[second].differences == "lr 0.5"
+    assert tally.differences(tally.running[second]) == "lr 0.5"
     search.epoch(first, 0.9)
     search.end(first, "stopped")
     ended = tally.end(first)
@@ -59,23 +46,20 @@ def test_a_trial_that_is_broken_off_has_not_ended(search: RecordedSearch) -> Non
     assert tally.done == 0
 
 
-def test_best_and_baseline_are_kept_by_the_metric_and_of_equals_the_loss(
+def test_the_baselines_best_is_kept_by_the_metric_and_of_equals_the_loss(
     search: RecordedSearch,
 ) -> None:
     tally = _tally(search)
     baseline, other = search.start(), search.start()
     for loss in (0.3, 0.1, 0.2):
         search.epoch(baseline, 0.9, val_loss=loss)
-    search.epoch(other, 0.9, val_loss=0.05)
-    search.diverged_epoch(other)
+    search.epoch(other, 0.95)
     tally.catch_up()
     assert tally.baseline.found is not None
-    assert tally.best.found is not None
     assert tally.baseline.found[1].epoch == 2
-    assert tally.best.found[0].number == other
 
 
-def test_a_search_that_goes_on_counts_what_was_done_and_waits_for_the_rest(
+def test_a_resumed_search_counts_what_was_done_and_waits_for_the_rest(
     search: RecordedSearch,
 ) -> None:
     search.trial([0.9, 0.95])
@@ -84,8 +68,6 @@ def test_a_search_that_goes_on_counts_what_was_done_and_waits_for_the_rest(
     search.epoch(waiting, 0.8)
     tally = _tally(search)
     assert (tally.done, tally.epochs, tally.running) == (2, 4, {})
-    assert tally.best.found is not None
-    assert tally.best.found[1].val_accuracy == 0.95
     assert tally.last_failure is search.history.trials[1]
     tally.start(waiting)
     assert list(tally.running) == [waiting]
@@ -112,7 +94,7 @@ def test_the_time_left_follows_from_the_pace(search: RecordedSearch) -> None:
 def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
     search: RecordedSearch,
 ) -> None:
-    tally = _tally(search, _rules(trials=5))
+    tally = _tally(search, trials=5)
     for _ in range(4):
         _end(search, tally, 1)
     number = search.start()
@@ -123,7 +105,7 @@ def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
 
 
 def test_the_time_budget_bounds_the_time_left(search: RecordedSearch) -> None:
-    tally = _tally(search, _rules(time_budget=600.0))
+    tally = _tally(search, time_budget=600.0)
     assert tally.time_left(0.0) == "at most 10 min left"
     for _ in range(6):
         _end(search, tally, 4)
@@ -150,7 +132,7 @@ def test_a_look_costs_the_same_after_many_trials(search: RecordedSearch) -> None
             number, record.config, 0, "sampled", state="complete", rows=record.rows
         )
         search.history.rows += [(search.history.trials[number], row) for row in record.rows]
-    tally = _tally(search, _rules(trials=10_000))
+    tally = _tally(search, trials=10_000)
     began = time.process_time()
     for _ in range(100):
         tally.catch_up()

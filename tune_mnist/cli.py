@@ -1,7 +1,10 @@
 """Running a front door: from typed settings to an exit code.
 
-A front door declares its arguments once, as a frozen dataclass whose fields carry their types,
+A front door declares its options once, as a frozen dataclass whose fields carry their types,
 defaults and help, and calls `run` with a function that takes an instance of it.
+
+Exit codes: what the command returns (None is 0), a TuneMnistError's own, 2 for arguments that
+make no settings, 130 for Ctrl-C. Every error raised on purpose is one line on stderr.
 """
 
 import contextlib
@@ -21,12 +24,12 @@ from tune_mnist.errors import TuneMnistError
 Settings = TypeVar("Settings")
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _OPTIONS = Group("Options")
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what there is to say about the work so far."""
+    """Ctrl-C, with a message about the work so far."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,41 @@ def run(
 ) -> NoReturn:
     """Make settings from the command line, run the command with them and exit.
 
-    Exit codes: what the command returns (None is 0), a TuneMnistError's own, 2 for arguments
-    that make no settings, 130 for Ctrl-C. All errors raised on purpose are one line on stderr.
-
     Args:
         name: the module's name within the package, as in `python -m tune_mnist.<name>`.
-        settings_type: a dataclass, all of whose fields have defaults and are keyword-only; its
-            docstring is the command's help, its fields' are the options'.
+        settings_type: a dataclass, all of whose fields have defaults; its docstring is the
+            command's help, its fields' are the options'.
         command: the work itself.
     """
     sys.exit(exit_code(name, settings_type, command, sys.argv[1:]))
 
 
+def exit_code(
+    name: str,
+    settings_type: type[Settings],
+    command: Callable[[Settings], int | None],
+    arguments: Sequence[str],
+) -> int:
+    """Do what `run` does, but return the exit code."""
+    app = _app(name, settings_type.__doc__)
+    app.default(_entry(Command(settings_type, command)))
+    return _exit_code(app, arguments)
+
+
 def run_one_of(name: str, about: str, commands: Mapping[str, Command[Any]]) -> NoReturn:
-    """Do as `run` does with the command that the first argument names.
+    """Do what `run` does, with the command that the first argument names.
 
     Args:
         name: the module's name within the package.
         about: the help of the front door as a whole.
-        commands: by the names they have on the command line.
+        commands: by their names on the command line.
     """
-    sys.exit(exit_code_of_one(name, about, commands, sys.argv[1:]))
+    app = _app(name, about)
+    for command_name, command in commands.items():
+        app.command(
+            _entry(command), name=command_name, help=command.settings_type.__doc__, group="Parts"
+        )
+    sys.exit(_exit_code(app, sys.argv[1:]))
 
 
 def tell(text: str) -> None:
@@ -75,8 +92,8 @@ def tell(text: str) -> None:
 def heeding_interrupts() -> Iterator[Callable[[], None]]:
     """Provide a check that raises KeyboardInterrupt after a Ctrl-C; a second one does at once.
 
-    For loops that spend their time in compiled code: one Ctrl-C was seen to have no effect there,
-    why is not known, and one that is noted and asked for between two steps cannot be lost.
+    For loops that spend their time in compiled code: there a Ctrl-C was once seen to have no
+    effect, for an unknown reason. One that is recorded and checked between steps cannot be lost.
     """
     received: list[int] = []
 
@@ -93,46 +110,6 @@ def heeding_interrupts() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def exit_code(
-    name: str,
-    settings_type: type[Settings],
-    command: Callable[[Settings], int | None],
-    arguments: Sequence[str],
-) -> int:
-    """Do all that `run` does but the exit itself."""
-    app = _app(name, settings_type.__doc__)
-    app.default(_entry(Command(settings_type, command)))
-    return _exit_code(app, arguments)
-
-
-def exit_code_of_one(
-    name: str, about: str, commands: Mapping[str, Command[Any]], arguments: Sequence[str]
-) -> int:
-    """Do all that `run_one_of` does but the exit itself."""
-    app = _app(name, about)
-    for command_name, command in commands.items():
-        app.command(
-            _entry(command), name=command_name, help=command.settings_type.__doc__, group="Parts"
-        )
-    return _exit_code(app, arguments)
-
-
-def _exit_code(app: App, arguments: Sequence[str]) -> int:
-    try:
-        code = _call(app, arguments)
-        sys.stdout.flush()  # what cannot be written shows here, not while Python shuts down
-        return code
-    except TuneMnistError as error:
-        _say(f"error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt as interrupt:
-        _say(str(interrupt) or "interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:  # as with `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _app(name: str, about: str | None) -> App:
@@ -159,15 +136,25 @@ def _entry(command: Command[Any]) -> Callable[..., int]:
     return call
 
 
-def _call(app: App, arguments: Sequence[str]) -> int:
+def _exit_code(app: App, arguments: Sequence[str]) -> int:
     try:
-        bound_command, bound, _ = app.parse_args(list(arguments))
+        command, bound, _ = app.parse_args(list(arguments))
+        # --help and --version are commands of the library's own; they return None.
+        code: int | None = command(*bound.args, **bound.kwargs)
+        sys.stdout.flush()  # what cannot be written shows here, not while Python shuts down
+        return code or 0
     except CycloptsError as error:
-        _say(f"error: {_describe(error)} (--help lists the options)")
+        _print_error(f"error: {_describe(error)} (--help lists the options)")
         return BAD_INPUT
-    # --help and --version are commands of the library's own; they return None.
-    code: int | None = bound_command(*bound.args, **bound.kwargs)
-    return code or 0
+    except TuneMnistError as error:
+        _print_error(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        _print_error(str(interrupt) or "interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # as with `| head`, whose reader leaves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _describe(error: CycloptsError) -> str:
@@ -176,7 +163,7 @@ def _describe(error: CycloptsError) -> str:
     return str(error).rstrip(".")
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     """Print a message on one line of stderr, whatever line breaks it has."""
     sys.stdout.flush()
     sys.stderr.write(" ".join(message.split()) + "\n")

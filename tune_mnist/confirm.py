@@ -5,7 +5,16 @@ python -m tune_mnist.confirm results/default --top 1 --seeds 2 --epochs 3 --imag
 """
 
 from tune_mnist.cli import run
-from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run
+from tune_mnist.tuning.settings import ConfirmSettings
+
+
+def confirm(settings: ConfirmSettings) -> int:
+    """Run or resume a confirmation and return the exit code."""
+    # Imported here: Ray takes two seconds, which --help and a mistyped option need not wait for.
+    from tune_mnist.tuning import launch
+
+    return launch.confirm(settings)
+
 
 if __name__ == "__main__":
-    run("confirm", ConfirmSettings, confirm_run)
+    run("confirm", ConfirmSettings, confirm)

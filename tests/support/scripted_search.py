@@ -15,10 +15,14 @@ from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.worker import EpochSource
 
 
-def scripted_search(settings: SearchSettings, script: EpochSource) -> int:
-    # Workers do not have the tests' folder.
+def send_scripts_to_workers() -> None:
+    """Have Ray send the code of scripted trials along; workers do not have the tests' folder."""
     for module in (epochs, scripted):
         cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+
+
+def scripted_search(settings: SearchSettings, script: EpochSource) -> int:
+    send_scripts_to_workers()
     return search(settings, epochs_of=script)
 
 

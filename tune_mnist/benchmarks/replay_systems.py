@@ -163,7 +163,7 @@ class Ours:
     baseline: bool = True
 
     def __post_init__(self) -> None:
-        self._study = Study(SamplerSettings(self.seed, self.startup_trials), METRIC, mirror=None)
+        self._study = Study(SamplerSettings(self.seed, self.startup_trials), METRIC, None)
         self._rungs = Rungs(self.grace_epochs, self.reduction_factor, self.epochs)
         self._reported: set[int] = set()
 

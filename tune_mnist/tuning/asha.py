@@ -1,9 +1,9 @@
-"""ASHA's memory and its one decision: does a trial that reaches a rung go on?
+"""ASHA's memory and its one decision: does a trial that reaches a rung continue?
 
 Asynchronous successive halving, the stopping variant (Li et al., "A System for Massively Parallel
-Hyperparameter Tuning", MLSys 2020, algorithm 2; as in Ray's AsyncHyperBandScheduler with one
-bracket, but that a rung stops nothing before it has seen as many trials as one of them is to go
-on). No Ray in here, so that a resumed search, the tests and the benchmarks replay it.
+Hyperparameter Tuning", MLSys 2020, algorithm 2). It decides as Ray's AsyncHyperBandScheduler with
+one bracket does, with one exception: a rung stops nothing before it has seen as many trials as
+the reduction factor. Ray-free, so that a resumed search, the tests and the benchmarks replay it.
 """
 
 import math
@@ -12,20 +12,19 @@ import numpy as np
 
 
 class Rungs:
-    """The values that were seen at each rung, higher being better, and what was decided there."""
+    """The values seen at each rung, higher being better, and what was decided there."""
 
     def __init__(self, grace_epochs: int, reduction_factor: float, epochs: int) -> None:
         """Place the rungs: the first epoch at or after grace, grace * factor, grace * factor² ...
 
         Args:
             grace_epochs: no trial is stopped before it has trained this many epochs.
-            reduction_factor: about one in so many goes on from a rung; above 1.
+            reduction_factor: about one trial in this many continues after a rung; above 1.
             epochs: the budget of a trial; no rung lies at or beyond it.
         """
         if grace_epochs < 1 or not reduction_factor > 1:
             raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
         self._factor = reduction_factor
-        self._percentile = (1 - 1 / reduction_factor) * 100
         self._seen: dict[int, dict[int, float]] = {
             epoch: {}
             for epoch in range(grace_epochs, epochs)
@@ -39,18 +38,19 @@ class Rungs:
         return tuple(self._seen)
 
     def should_stop(self, trial: int, epoch: int, value: float) -> bool:
-        """Record a trial's value at an epoch and say whether the trial is to stop there.
+        """Record a trial's value at an epoch and return True if the trial must stop there.
 
-        Asked again for the same trial and rung, it answers as it did before.
+        Asked again for the same trial and rung, it answers as before.
         """
         recorded = self._seen.get(epoch)
         if recorded is None or not math.isfinite(value):
             return False
         if trial not in recorded:
-            # With one value or two to go by, "among the best third" says nothing: a good trial
-            # that starts slowly would be stopped for being the second to arrive.
+            # With one value or two to compare with, "among the best third" means nothing: a good
+            # trial that starts slowly would be stopped for being the second to arrive.
             enough = len(recorded) + 1 >= self._factor
-            if enough and value < np.percentile(list(recorded.values()), self._percentile):
+            percentile = (1 - 1 / self._factor) * 100
+            if enough and value < np.percentile(list(recorded.values()), percentile):
                 self._stops.add((trial, epoch))
             recorded[trial] = value
         return (trial, epoch) in self._stops

@@ -1,14 +1,16 @@
-"""One search's course: which trial comes next, whether it goes on, what is written down.
+"""The course of one search: which trial comes next, whether it continues, what is recorded.
 
-Ray-free: Tune's searcher, scheduler and callback are thin adapters around this one object, and
-the benchmarks replay whole searches on it. Every step is on disk before its outcome is acted on:
-the trial before it starts, the checkpoint before its epoch's row, the row before the next epoch.
+Ray-free: Tune talks to this one object through thin adapters, and the benchmarks replay whole
+searches on it. Every step is on disk before anyone acts on it: the trial before it starts, the
+checkpoint before its epoch's row, the row before the next epoch.
 """
 
+import contextlib
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -16,15 +18,16 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.metrics import EpochMetrics, Metric
+from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.history import Assignment, EpochRow, History, Origin, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.asha import Rungs
+from tune_mnist.tuning.settings import SearchOptions
 from tune_mnist.tuning.study import Study
 
-OPTUNA_STATES: dict[State, TrialState] = {
+_OPTUNA_STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
     "complete": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
@@ -35,27 +38,26 @@ OPTUNA_STATES: dict[State, TrialState] = {
 
 @dataclass(frozen=True)
 class FixedTrial:
-    """A trial that is settled before the first one starts."""
+    """A trial whose configuration and seed are known before it starts."""
 
     config: TrainConfig
     seed: int
     origin: Origin
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a search goes by."""
+@dataclass(frozen=True, kw_only=True)
+class Rules(SearchOptions):
+    """What a search goes by: its options, each resolved to a value."""
 
     space: SearchSpace
-    metric: Metric
-    trials: int  # how many trials to start in all
-    epochs: int  # the budget of a trial
-    time_budget: float  # seconds over all sessions; infinite for none
-    grace_epochs: int
-    reduction_factor: float
-    startup_trials: int
-    seed: int
-    listed: Sequence[FixedTrial] = ()  # all the trials; without it, the space's and the sampler's
+    trials: int = field()  # to start in all
+    epochs: int = field()  # the budget of a trial
+    fixed_trials: Sequence[FixedTrial] = ()  # all trials; without them, space and sampler propose
+
+    @property
+    def time_limit(self) -> float:
+        """Seconds over all sessions; infinite without a time budget."""
+        return math.inf if self.time_budget is None else self.time_budget
 
 
 class Experiment:
@@ -70,13 +72,14 @@ class Experiment:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rules, self.history = rules, history
+        self.best = BestSoFar(rules.metric)
+        self.broken: Exception | None = None  # what ends the search, see `ending_on_error`
         self._study, self._checkpoints = study, checkpoints
-        self._clock, self._began = clock, clock() - history.elapsed
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
-        self._waiting: deque[TrialRecord] = deque()
-        self._best = BestSoFar(rules.metric)
-        self.broken: Exception | None = None  # what keeps the search from going on
-        self._take_up_history()
+        self._waiting: deque[TrialRecord] = deque()  # unfinished, and with no worker
+        self._add_rows_of_checkpoints()
+        self._clock, self._began = clock, clock() - history.elapsed
+        self._replay_history()
 
     @property
     def elapsed(self) -> float:
@@ -85,12 +88,11 @@ class Experiment:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the time budget is used up."""
-        return self.elapsed >= self.rules.time_budget
+        return self.elapsed >= self.rules.time_limit
 
     @property
     def has_next(self) -> bool:
-        """Whether any trial is still to be started or gone on with."""
+        """Whether a trial is left to start or to resume."""
         return bool(self._waiting) or len(self.history.trials) < self.rules.trials
 
     @property
@@ -98,52 +100,44 @@ class Experiment:
         """How many trials are with a worker, or on their way to one."""
         return len(self.history.unfinished()) - len(self._waiting)
 
+    @contextlib.contextmanager
+    def ending_on_error(self) -> Iterator[None]:
+        """Catch an error and end the search with it; Tune would blame the trial at hand.
+
+        The first error counts: later ones are likely its consequences.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.broken = self.broken or error
+
     def next_trial(self, ray_id: str) -> Assignment:
-        """Return the next trial to run: one that was broken off, else a new one."""
+        """Return the next trial to run: an interrupted one if there is any, else a new one."""
         if self._waiting:
             record = self._waiting.popleft()
             self.history.rerun_trial(record.number, self.elapsed, ray_id=ray_id, error="")
-            return self.assignment(record.number)
+            return self._assignment(record)
         number = len(self.history.trials)
         trial = self._propose(number, ray_id)
-        record = TrialRecord(
-            number=number,
-            config=trial.config,
-            seed=trial.seed,
-            origin=trial.origin,
-            ray_id=ray_id,
-        )
+        record = TrialRecord(number=number, **vars(trial), ray_id=ray_id)
         self.history.start_trial(record, self.elapsed)
-        return self.assignment(number)
-
-    def assignment(self, number: int) -> Assignment:
-        """Return what it takes to go on with a trial from its last saved epoch."""
-        record = self.history.trials[number]
-        saved = self._checkpoints.load(number, up_to=record.epochs)
-        return Assignment(
-            number=number,
-            config=record.config,
-            seed=record.seed,
-            epochs=self.rules.epochs,
-            metric=self.rules.metric,
-            state=saved.state if saved else None,
-        )
+        return self._assignment(self.history.trials[number])
 
     def report(
         self, number: int, metrics: EpochMetrics, state: bytes, model: bytes | None
     ) -> bool:
-        """Take in an epoch and return whether the trial is to stop there.
+        """Record an epoch and return True if the trial must stop there.
 
-        The best model is written first and the row last: a kill in between leaves an epoch that
-        is run again, or one whose row the checkpoint holds.
+        The best model is written first and the row last. After a kill in between, the epoch is
+        either trained again or its row is taken from the checkpoint.
 
         Raises:
-            OSError: it could not be written down.
+            OSError: a file could not be written.
         """
         record = self.history.trials[number]
         row = EpochRow(**metrics.as_dict(), trial=number, elapsed=self.elapsed)
         if row.epoch > record.epochs:
-            if self._best.take(record, row) and model is not None:
+            if self.best.take(record, row) and model is not None:
                 self._checkpoints.save_best(model)
             self._checkpoints.save(number, row, state)
             self.history.add_epoch(row)
@@ -152,17 +146,14 @@ class Experiment:
         return self._should_stop(record, record.rows[row.epoch - 1])
 
     def finish(self, number: int) -> None:
-        """Give a trial that was told to stop its final state."""
-        record = self.history.trials[number]
-        state, reason = outcome(record, self.rules.epochs)
-        self._end(record, state, reason)
+        """Record the end of a trial that was told to stop."""
+        self._end(number, *outcome(self.history.trials[number], self.rules.epochs))
 
     def fail(self, number: int, error: str) -> None:
-        """Give up a trial."""
-        self._end(self.history.trials[number], "failed", error)
+        self._end(number, "failed", error)
 
     def retry(self, number: int, error: str) -> None:
-        """Note that a trial's worker failed; it is the next to be handed out."""
+        """Record that a trial's worker failed, and make the trial the next to run."""
         record = self.history.trials[number]
         self.history.rerun_trial(number, self.elapsed, ray_id=record.ray_id, error=error)
         self._waiting.appendleft(record)
@@ -175,48 +166,59 @@ class Experiment:
             study_failure = self._study.close()
         return study_failure
 
-    def _end(self, record: TrialRecord, state: State, reason: str) -> None:
-        self.history.end_trial(record.number, self.elapsed, state, reason)
-        optuna_state = OPTUNA_STATES[state]
-        if state == "diverged" and not record.finite_rows:
-            optuna_state = TrialState.FAIL
-        attributes = {"state": state, "reason": reason, "ray_trial_id": record.ray_id}
-        self._study.tell(record.number, optuna_state, attributes)
-        self._checkpoints.remove(record.number)
+    def _assignment(self, record: TrialRecord) -> Assignment:
+        saved = self._checkpoints.load(record.number, up_to=record.epochs)
+        return Assignment(
+            number=record.number,
+            config=record.config,
+            seed=record.seed,
+            epochs=self.rules.epochs,
+            metric=self.rules.metric,
+            state=saved.state if saved else None,
+        )
+
+    def _end(self, number: int, state: State, reason: str) -> None:
+        self.history.end_trial(number, self.elapsed, state, reason)
+        record = self.history.trials[number]
+        self._study.tell(number, _optuna_state(record), _attributes(record))
+        self._checkpoints.remove(number)
 
     def _should_stop(self, record: TrialRecord, row: EpochRow) -> bool:
         if row.diverged or row.epoch >= self.rules.epochs:
             return True
         accuracy = row.accuracy(self.rules.metric)
         stop = self._rungs.should_stop(record.number, row.epoch, accuracy)
-        # The baseline is the yardstick at every epoch, so it always runs to its end.
+        # The others are compared with the baseline at every epoch, so it always runs to its end.
         return stop and record.origin != "baseline"
 
     def _propose(self, number: int, ray_id: str) -> FixedTrial:
-        """Choose trial `number`'s configuration and start it in the study."""
+        """Choose trial `number` and start it in the study."""
         space, seed = self.rules.space, _trial_seed(self.rules.seed, number)
-        if self.rules.listed or number == 0:
-            listed = self.rules.listed or [FixedTrial(space.baseline(), seed, "baseline")]
-            settled = listed[number]
-            template = _template(number, space, settled.config, {"ray_trial_id": ray_id})
-            self._study.add(template)
-            return settled
-        fixed = space.start[number - 1] if number <= len(space.start) else {}
-        sampled = self._study.ask(number, space.sample, fixed, {"ray_trial_id": ray_id})
-        return FixedTrial(TrainConfig.from_mapping(sampled), seed, "start" if fixed else "sampled")
+        attributes = {"ray_trial_id": ray_id}
+        if self.rules.fixed_trials or number == 0:
+            baseline = FixedTrial(space.baseline(), seed, "baseline")
+            trial = (self.rules.fixed_trials or [baseline])[number]
+            self._study.add(_frozen_trial(number, space, trial.config, attributes))
+            return trial
+        start = space.start[number - 1] if number <= len(space.start) else {}
+        sampled = self._study.ask(number, space.sample, start, attributes)
+        return FixedTrial(TrainConfig.from_mapping(sampled), seed, "start" if start else "sampled")
 
-    def _take_up_history(self) -> None:
-        """Rebuild study, rungs and best from the record, and queue what was broken off."""
+    def _add_rows_of_checkpoints(self) -> None:
+        """Record the epochs that a kill left with a checkpoint but without a row."""
         for record in self.history.unfinished():
             saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
             if saved and saved.row.epoch == record.epochs + 1:
-                self.history.add_epoch(saved.row)  # the kill came between checkpoint and row
+                self.history.add_epoch(saved.row)
+
+    def _replay_history(self) -> None:
+        """Rebuild study, rungs and best from the record, and queue the interrupted trials."""
         stops: dict[int, bool] = {}
         for record, row in self.history.rows:
             stops[record.number] = self._should_stop(record, row)
-            self._best.take(record, row)
+            self.best.take(record, row)
         for record in self.history.trials.values():
-            self._study.add(_known(record, self.rules))
+            self._study.add(_recorded_trial(record, self.rules))
             if record.state == "running":
                 if stops.get(record.number, False):
                     self.finish(record.number)
@@ -226,7 +228,7 @@ class Experiment:
 
 
 def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
-    """Say what became of a trial that was told to stop, and why."""
+    """Return the final state of a trial that was told to stop, and why."""
     last = record.rows[-1]
     if last.diverged:
         return "diverged", (
@@ -237,18 +239,27 @@ def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
     return "stopped", f"among the poorer ones at epoch {last.epoch}"
 
 
-def _known(record: TrialRecord, rules: Rules) -> FrozenTrial:
-    """Build Optuna's view of a recorded trial."""
+def _optuna_state(record: TrialRecord) -> TrialState:
+    if record.state == "diverged" and not record.finite_rows:
+        return TrialState.FAIL  # a pruned trial needs a value
+    return _OPTUNA_STATES[record.state]
+
+
+def _attributes(record: TrialRecord) -> dict[str, str]:
+    """Return what joins Optuna's trial with Ray's and with the run's tables."""
     attributes = {"ray_trial_id": record.ray_id}
     if record.state != "running":
         attributes |= {"state": record.state, "reason": record.reason}
-    trial = _template(record.number, rules.space, record.config, attributes)
+    return attributes
+
+
+def _recorded_trial(record: TrialRecord, rules: Rules) -> FrozenTrial:
+    """Return a trial of an earlier session as Optuna's."""
+    trial = _frozen_trial(record.number, rules.space, record.config, _attributes(record))
     trial.intermediate_values = {
         row.epoch: row.accuracy(rules.metric) for row in record.finite_rows
     }
-    trial.state = OPTUNA_STATES[record.state]
-    if record.state == "diverged" and not record.finite_rows:
-        trial.state = TrialState.FAIL
+    trial.state = _optuna_state(record)
     if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
         trial.value = trial.intermediate_values[max(trial.intermediate_values)]
     trial.datetime_start = datetime.fromtimestamp(record.started_at)
@@ -257,16 +268,16 @@ def _known(record: TrialRecord, rules: Rules) -> FrozenTrial:
     return trial
 
 
-def _template(
-    number: int, space: SearchSpace, config: TrainConfig, attributes: Mapping[str, Any]
+def _frozen_trial(
+    number: int, space: SearchSpace, config: TrainConfig, attributes: dict[str, Any]
 ) -> FrozenTrial:
-    """Build a running trial; one that the space cannot express has no parameters in Optuna."""
+    """Return a running trial; one that the space cannot express has no parameters in Optuna."""
     params, distributions = space.frozen_params(config) or ({}, {})
     trial = create_trial(
         state=TrialState.RUNNING,
         params=params,
         distributions=distributions,
-        user_attrs=dict(attributes),
+        user_attrs=attributes,
     )
     trial.number = number
     return trial

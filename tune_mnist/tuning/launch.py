@@ -1,73 +1,117 @@
-"""Starting a search, or going on with one: everything from the settings to the exit code."""
+"""From settings to an exit code: a search, its confirmation, and the report at the end.
 
-import math
+Searching and confirming are the same flow: load the data, connect to Ray, settle what a trial
+takes, hold the right to write to the run's folder, run a session on it, report how it ended.
+"""
+
 import signal
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from tune_mnist.cli import tell
-from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.config import Precision
+from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import listing, summary
+from tune_mnist.runs.confirmed import conclusion, write_confirmed
 from tune_mnist.runs.folder import RunFolder, check_new_run
-from tune_mnist.runs.formatting import duration
+from tune_mnist.runs.formatting import duration, short_path
 from tune_mnist.runs.history import History
+from tune_mnist.runs.view import RunView
 from tune_mnist.tuning.cluster import connected
-from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run, draw_report
+from tune_mnist.tuning.confirmation import Confirmation
+from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.live_view import Progress, announce, start_line
 from tune_mnist.tuning.packing import settle_share
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.remote import RemoteRun
-from tune_mnist.tuning.resources import TrialResources, living_nodes
-from tune_mnist.tuning.runner import Runtime, run_session, writing
-from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.resources import living_nodes
+from tune_mnist.tuning.runner import Ending, Runtime, run_session, writing
+from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings
 from tune_mnist.tuning.sync import check_new_copy, folder_for, kept_in_line
 from tune_mnist.tuning.trackers import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.worker import EpochSource, train_assignment
 
 
 def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> int:
-    """Run or resume a search and return the exit code.
+    """Run or resume a search, or list searches, and return the exit code.
 
     Args:
         settings: what was asked.
         epochs_of: what a trial does instead of training; tests and benchmarks have scripted ones.
 
     Raises:
-        TuneMnistError: the search could not be started, or could not go on.
+        TuneMnistError: the search could not be started, or could not continue.
     """
     if settings.list_runs:
         Console().print(listing(settings.results_dir))
         return 0
+    # A copy of the run is kept in line until nothing more is written.
+    with _exiting_on_sigterm(), ExitStack() as copies:
+        if settings.resume is None:
+            ended = _start(settings, epochs_of, copies)
+        else:
+            ended = _resume(settings, settings.resume, epochs_of, copies)
+        code, plan, path = ended.exit_code, ended.plan, ended.folder.path
+        if code == 0 and plan.confirm:
+            left = max(plan.rules.time_limit - ended.history.elapsed, 1.0)
+            run = RunView.read(path)
+            confirmation = Confirmation.of(run, images=plan.rules.images, time_budget=left)
+            code = _confirm(run, confirmation, settings, plan.precision, epochs_of)
+        return _reported(code, path, settings)
+
+
+def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> int:
+    """Run or resume the confirmation of a search and return the exit code.
+
+    Args and Raises: as for `search`.
+    """
+    if settings.run is None:
+        raise ConfigError("name the search's folder, such as results/default")
+    with _exiting_on_sigterm():
+        run = RunView.read(settings.run)
+        confirmation = Confirmation.of(
+            run,
+            top=settings.top,
+            seeds=settings.seeds,
+            epochs=settings.epochs,
+            images=settings.images,
+            time_budget=settings.time_budget,
+        )
+        code = _confirm(run, confirmation, settings, settings.precision or "float32", epochs_of)
+        return _reported(code, settings.run, settings)
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Exit as a shell expects if SIGTERM comes outside of a session, which has its own handler."""
     try:
-        # Ray's own way as well, from ray.init on; once trials run, a session has a better one.
+        # Ray installs the same handler at ray.init.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        if settings.mlflow is not None:
-            check_mlflow(settings.mlflow)
-        with ExitStack() as copies:  # kept in line until nothing more is written
-            if settings.resume is not None:
-                path, code = _resume(settings, settings.resume, epochs_of, copies)
-            else:
-                path, code = _start(settings, epochs_of, copies)
-            if code == 0 and (settings.confirm or Plan.load(RunFolder.open(path)).confirm):
-                code = confirm_run(_confirming(path, settings), epochs_of)
-            if code == 0 and settings.report:
-                draw_report(path, settings.data_dir)
-            return code
+        yield
     except SystemExit as end:
-        if end.code != signal.SIGTERM:
-            raise
-        return 128 + signal.SIGTERM
+        sys.exit(128 + signal.SIGTERM if end.code == signal.SIGTERM else end.code)
 
 
-def _start(
-    settings: SearchSettings, epochs_of: EpochSource | None, copies: ExitStack
-) -> tuple[Path, int]:
+@dataclass(frozen=True)
+class _Search:
+    """A search whose session has ended, or that had nothing left to do."""
+
+    folder: RunFolder
+    plan: Plan
+    history: History
+    exit_code: int = 0
+
+
+def _start(settings: SearchSettings, epochs_of: EpochSource | None, copies: ExitStack) -> _Search:
     plan = Plan.of(settings)
     name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = settings.results_dir / name
@@ -75,116 +119,181 @@ def _start(
     copy = RemoteRun.within(plan.storage, name) if plan.storage else None
     if copy:
         check_new_copy(copy)
-    data = _load(settings, plan)
-    with connected(settings.address):
-        share = settle_share(settings, data, plan.precision)
+    with _runtime(plan.rules, settings, plan.precision, name, epochs_of) as runtime:
         folder = RunFolder.create(path)
         with folder.only_writer():
             with writing(folder):
                 plan.save(folder)
             if copy:
                 copies.enter_context(kept_in_line(folder, copy))
-            return path, _run(folder, History(folder), plan, settings, share, data, epochs_of)
+            return _run(folder, plan, History(folder), runtime)
 
 
 def _resume(
     settings: SearchSettings, resume: Path | str, epochs_of: EpochSource | None, copies: ExitStack
-) -> tuple[Path, int]:
+) -> _Search:
     copy = RemoteRun(resume) if isinstance(resume, str) else None
     folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
     with folder.only_writer():
-        if copy is None and (storage := Plan.load(folder).raised(settings).storage):
-            copy = RemoteRun.within(storage, folder.name)
-        if copy:
-            copies.enter_context(kept_in_line(folder, copy))
-        before = Plan.load(folder)
-        plan = replace(before.raised(settings), storage=copy.storage if copy else None)
+        before, copy = _load_plan(folder, copy, settings, copies)
+        plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
         history = History.load(folder)
         if over := _why_nothing_is_left(plan, history):
             tell(f"{folder.path}: {over}")
-            return folder.path, 0
+            return _Search(folder, plan, history)
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
-        data = _load(settings, plan)
-        with connected(settings.address):
-            share = settle_share(settings, data, plan.precision)
+        with _runtime(plan.rules, settings, plan.precision, folder.name, epochs_of) as runtime:
             with writing(folder):
                 plan.save(folder)
-            return folder.path, _run(folder, history, plan, settings, share, data, epochs_of)
+            return _run(folder, plan, history, runtime)
 
 
-def _run(
-    folder: RunFolder,
-    history: History,
-    plan: Plan,
-    settings: SearchSettings,
-    share: TrialResources,
-    data: Split,
-    epochs_of: EpochSource | None,
-) -> int:
-    with writing(folder):
-        history.open_session({"trials": plan.rules.trials, "elapsed": history.elapsed})
-    machinery = Runtime(
-        share,
-        settings.max_concurrent,
-        settings.retries,
-        settings.hang_timeout,
-        epochs_of or partial(train_assignment, precision=plan.precision),
-        mlflow_trackers(settings.mlflow, folder.name),
-    )
-    rules, console = plan.search_rules, Console()
-    nodes = living_nodes()
-    at_once = share.at_once(nodes, settings.max_concurrent)
-    announce(console, start_line(folder, rules, history, share, at_once, data), nodes, share)
-    with Progress(console) as progress:
-        ending = run_session(folder, history, rules, machinery, data, progress)
-    console.print(summary(folder, history, rules.metric, epochs=rules.epochs))
-    for warning in ending.warnings:
-        tell(f"warning: {warning}: --resume {folder.path} brings it up to date")
-    if ending.signal:
-        tell(f"interrupted; go on with: python -m tune_mnist.search --resume {folder.path}")
-        return 128 + ending.signal
-    return 0
-
-
-def _confirming(path: Path, settings: SearchSettings) -> ConfirmSettings:
-    """Return what to confirm the search's winners with: its own machine, and the time left."""
-    folder = RunFolder.open(path)
-    plan = Plan.load(folder).raised(settings)
-    left = max(plan.rules.time_budget - History.load(folder).elapsed, 1.0)
-    return ConfirmSettings(
-        run=path,
-        images=plan.images,
-        time_budget=left if math.isfinite(left) else None,
-        max_concurrent=settings.max_concurrent,
-        precision=plan.precision,
-        cpus_per_trial=settings.cpus_per_trial,
-        gpus_per_trial=settings.gpus_per_trial,
-        pack=settings.pack,
-        address=settings.address,
-        retries=settings.retries,
-        hang_timeout=settings.hang_timeout,
-        mlflow=settings.mlflow,
-        report=False,  # the search's own follows
-        data_dir=settings.data_dir,
-    )
-
-
-def _load(settings: SearchSettings, plan: Plan) -> Split:
-    holdout = plan.rules.metric == "val_accuracy"
-    return split(load_mnist(settings.data_dir), holdout=holdout, images=plan.images)
+def _load_plan(
+    folder: RunFolder, copy: RemoteRun | None, settings: SearchSettings, copies: ExitStack
+) -> tuple[Plan, RemoteRun | None]:
+    """Return a run's plan and where its copy is, which is kept in line from here on."""
+    if copy is None:
+        plan = Plan.load(folder)
+        storage = plan.changed_by(settings).storage
+        if storage is None:
+            return plan, None
+        copy = RemoteRun.within(storage, folder.name)
+    copies.enter_context(kept_in_line(folder, copy))
+    return Plan.load(folder), copy  # a newer one may have been fetched
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
-    """Say why there is nothing to resume, or return None."""
-    if history.closed_as is None:  # killed: its tables are to be brought up to date at least
+    """Return why nothing is left to resume, or None."""
+    if history.closed_as is None:  # killed: at least its tables need to be brought up to date
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
-    if history.elapsed >= plan.search_rules.time_budget:
+    if history.elapsed >= plan.search_rules.time_limit:
         part = "the search's part of " if plan.confirm else ""
         return (
-            f"{part}the time budget of {duration(plan.rules.time_budget)} is used up; "
-            "--time-budget with a longer time goes on"
+            f"{part}the time budget of {duration(plan.rules.time_limit)} is used up; "
+            "--time-budget with a longer time continues it"
         )
     return None
+
+
+def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _Search:
+    rules = plan.search_rules
+    line = partial(start_line, folder, rules, history, runtime.share, data=runtime.split)
+    ending = _session(folder, history, rules, runtime, line)
+    Console().print(summary(folder, history, rules.metric, epochs=rules.epochs))
+    again = f"python -m tune_mnist.search --resume {folder.path}"
+    return _Search(folder, plan, history, _exit_code(ending, again))
+
+
+def _confirm(
+    run: RunView,
+    confirmation: Confirmation,
+    settings: RunOn,
+    precision: Precision,
+    epochs_of: EpochSource | None,
+) -> int:
+    rules, name = confirmation.rules(run), f"{run.folder.name} confirmed"
+    with _runtime(rules, settings, precision, name, epochs_of) as runtime:
+        path = run.folder.path / "confirm"
+        folder = RunFolder(path) if path.is_dir() else RunFolder.create(path)
+        images = len(runtime.split.train_labels)
+        ending = None
+        with folder.only_writer():
+            history = History.load(folder)
+            confirmation.check_extends(folder)
+            with writing(folder):
+                confirmation.save(folder, run.folder.name)
+            if len(history.trials) < rules.trials or history.unfinished():
+                line = partial(confirmation.start_line, folder, history, images)
+                ending = _session(folder, history, rules, runtime, line)
+            _conclude(run.folder, confirmation, history, images)
+    return _exit_code(ending, "the same command") if ending else 0
+
+
+def _conclude(
+    folder: RunFolder, confirmation: Confirmation, history: History, images: int
+) -> None:
+    console = Console()
+    table = confirmation.table(history, images)
+    if table is None:
+        console.print(Text("Nothing is confirmed yet: no training has come to its end."))
+        return
+    with writing(folder):
+        write_confirmed(folder, table)
+    console.print(Text(f"\n{conclusion(table)}\n", style="bold"))
+    console.print(Text(f"In {short_path(folder.path)}: confirmed.csv"))
+
+
+@contextmanager
+def _runtime(
+    rules: Rules,
+    settings: RunOn,
+    precision: Precision,
+    name: str,
+    epochs_of: EpochSource | None,
+) -> Iterator[Runtime]:
+    """Load the data, connect to Ray and settle what a trial takes."""
+    if settings.mlflow is not None:
+        check_mlflow(settings.mlflow)
+    holdout = rules.metric == "val_accuracy"
+    data = split(load_mnist(settings.data_dir), holdout=holdout, images=rules.images)
+    with connected(settings.address):
+        yield Runtime(
+            settings=settings,
+            share=settle_share(settings, data, precision),
+            split=data,
+            epochs_of=epochs_of or partial(train_assignment, precision=precision),
+            trackers=mlflow_trackers(settings.mlflow, name),
+        )
+
+
+def _session(
+    folder: RunFolder,
+    history: History,
+    rules: Rules,
+    runtime: Runtime,
+    line: Callable[[int], str],
+) -> Ending:
+    """Show what is about to run, by a line that takes the trials at a time, and run it."""
+    with writing(folder):
+        history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
+    console, nodes = Console(), living_nodes()
+    at_once = runtime.share.at_once(nodes, runtime.settings.max_concurrent)
+    announce(console, line(at_once), nodes, runtime.share)
+    with closing(Progress(console)) as progress:
+        return run_session(folder, history, rules, runtime, progress)
+
+
+def _exit_code(ending: Ending, again: str) -> int:
+    """Print what is left to do by the command `again`, and return the exit code."""
+    for warning in ending.warnings:
+        tell(f"warning: {warning}: {again} brings it up to date")
+    if ending.signal is None:
+        return 0
+    tell(f"interrupted: {again} resumes it")
+    return 128 + ending.signal
+
+
+def _reported(code: int, path: Path, settings: RunOn) -> int:
+    if code == 0 and settings.report:
+        draw_report(path, settings.data_dir)
+    return code
+
+
+def draw_report(path: Path, data_dir: Path | None) -> None:
+    """Draw a run's report; a search that went well does not fail because of it."""
+    try:
+        # Imported here, where it is needed: the charts' libraries take a second.
+        from tune_mnist.reporting.page import report_path, write_report
+
+        run = RunView.read(path)
+        written = write_report([run], report_path([run]), data_dir=data_dir)
+        tell(f"report: {short_path(written[0])}")
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        tell(
+            f"warning: the report could not be drawn ({what}); nothing else is missing, and "
+            f"python -m tune_mnist.report {path} tries again"
+        )

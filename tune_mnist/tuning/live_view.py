@@ -1,12 +1,11 @@
-"""How a running search looks: one view for a terminal, single lines for everything else."""
+"""What a person sees while a search runs: a live view on a terminal, elsewhere single lines."""
 
 import contextlib
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -25,19 +24,24 @@ from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.resources import Node, TrialResources, in_words
-from tune_mnist.tuning.tally import Running, Tally
+from tune_mnist.tuning.tally import Tally, seconds_per_epoch
 from tune_mnist.tuning.tune_adapters import number_of
 
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _LABEL = 10  # columns
-_NODES_NAMED = 6  # of a larger cluster, alike nodes are counted
+_NODES_NAMED = 6  # in a larger cluster, nodes of a kind are counted
+
+SECONDS_BETWEEN_VIEWS = 0.25
+SECONDS_BETWEEN_TABLES = 2.0
+TABLES_SHARE = 0.01  # of the driver's time, at most
+VIEWS_SHARE = 0.02  # of the driver's time, at most: a terminal may be slow
 
 
 def announce(console: Console, start: str, nodes: Sequence[Node], share: TrialResources) -> None:
-    """Say what is about to run and, of several nodes, where."""
+    """Print what is about to run and, if there are several nodes, where."""
     lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, share)]
     for line in lines:
-        # A log's lines are whole, however wide its reader's window is.
+        # A log gets whole lines, however wide its reader's window is.
         console.print(Text(line), soft_wrap=not console.is_terminal)
 
 
@@ -49,18 +53,17 @@ def start_line(
     at_once: int,
     data: Split,
 ) -> str:
-    """Say what is about to run."""
     where = short_path(folder.path)
     what = f"up to {count(rules.trials, 'trial')} of at most {count(rules.epochs, 'epoch')}"
     if history.trials:
         done = len(history.trials) - len(history.unfinished())
-        where = f"going on with {where}"
+        where = f"resuming {where}"
         what = (
             f"{done:,} of {count(rules.trials, 'trial')} done in {duration(history.elapsed)}, "
             f"at most {count(rules.epochs, 'epoch')} each"
         )
-    if rules.time_budget < float("inf"):
-        what += f", for at most {duration(rules.time_budget)}"
+    if rules.time_limit < float("inf"):
+        what += f", for at most {duration(rules.time_limit)}"
     workers = in_words(at_once * share.cpus, at_once * share.gpus)
     held_out = len(data.val_images)
     steering = f"held-out {held_out:,} steer" if held_out else "the test set steers"
@@ -71,7 +74,7 @@ def start_line(
 
 
 def nodes_line(nodes: Sequence[Node], share: TrialResources) -> str:
-    """Say how many trials run where; of a large cluster, how many nodes are alike."""
+    """Return how many trials run where; for a large cluster, how many nodes are of a kind."""
     if len(nodes) <= _NODES_NAMED:
         parts = []
         for node in nodes:
@@ -95,28 +98,31 @@ def _resources(node: Node, share: TrialResources) -> str:
 
 
 def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:
-    """Say in one line what came of a trial that has ended."""
-    best, reason = _best_of(tally, record), ""
-    if record.state in ("diverged", "failed"):
-        reason = f" ({record.reason})"
+    """Return on one line how a trial ended."""
+    metric = tally.rules.metric
+    reason = f" ({record.reason})" if record.state in ("diverged", "failed") else ""
+    best = RankedTrial.of(record, metric).best
+    judged = (
+        f"{_accuracies(best, metric)} at epoch {best.epoch}" if best else "no epoch to judge it by"
+    )
     return (
         f"[{duration(elapsed)}] {tally.done:,}/{tally.rules.trials:,} done: "
         f"trial {record.number} {record.state}{reason} after {count(record.epochs, 'epoch')}, "
-        f"{best}, {tally.differences(record)}"
+        f"{judged}, {tally.differences(record)}"
     )
 
 
 def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> Text:
     """Return the view of a running search, no higher than `height` lines."""
     rules = tally.rules
-    ends = [f"{tally.states[s]:,} {s}" for s in _ENDS if tally.states[s]]
+    ends = ", ".join(f"{tally.states[s]:,} {s}" for s in _ENDS if tally.states[s])
     left = tally.time_left(elapsed)
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(short_path(folder.path), "bold")
     _line(
         text,
         "trials",
-        f"{tally.done:,} of {rules.trials:,} done{_in_brackets(ends)}, "
+        f"{tally.done:,} of {rules.trials:,} done{f' ({ends})' if ends else ''}, "
         f"{len(tally.running):,} running",
     )
     _line(text, "epochs", f"{tally.epochs:,}")
@@ -141,27 +147,23 @@ def _append_running(text: Text, tally: Tally, room: int) -> None:
     header = f"\n\n{'trial':>5}  {'epoch':>7}  {metric:>7}  {'s/epoch':>7}  "
     text.append(header + "differs from the baseline in", "dim")
     shown = trials if len(trials) <= room else trials[: room - 1]
-    for trial in shown:
-        text.append("\n" + _row(trial, tally.rules))
+    for record in shown:
+        text.append("\n" + _row(tally, record))
     if len(shown) < len(trials):
         text.append(f"\n{'':>5}  and {len(trials) - len(shown):,} more", "dim")
 
 
-def _row(trial: Running, rules: Rules) -> str:
-    record, seconds = trial.record, trial.seconds_per_epoch
+def _row(tally: Tally, record: TrialRecord) -> str:
+    seconds, rules = seconds_per_epoch(record), tally.rules
     accuracy = percent(record.rows[-1].accuracy(rules.metric)) if record.rows else "-"
     took = "-" if seconds is None else f"{seconds:.3g}"
-    epoch = f"{record.epochs}/{rules.epochs}"
-    return f"{record.number:>5}  {epoch:>7}  {accuracy:>7}  {took:>7}  {trial.differences}"
+    epoch, differences = f"{record.epochs}/{rules.epochs}", tally.differences(record)
+    return f"{record.number:>5}  {epoch:>7}  {accuracy:>7}  {took:>7}  {differences}"
 
 
 def _line(text: Text, label: str, value: str, style: str = "") -> None:
     text.append(f"\n{label:<{_LABEL}}", "dim")
     text.append(value, style)
-
-
-def _in_brackets(parts: list[str]) -> str:
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _accuracies(row: EpochRow, metric: Metric) -> str:
@@ -171,35 +173,16 @@ def _accuracies(row: EpochRow, metric: Metric) -> str:
     return f"val {percent(row.val_accuracy)}, {test}"
 
 
-def _best_of(tally: Tally, record: TrialRecord) -> str:
-    best = RankedTrial.of(record, tally.rules.metric).best
-    if best is None:
-        return "no epoch to judge it by"
-    return f"{_accuracies(best, tally.rules.metric)} at epoch {best.epoch}"
-
-
-# MERGED-DOC tuning.progress: What a person sees while a search runs, and the tables that grow with
-# it.
-
-SECONDS_BETWEEN_VIEWS = 0.25
-SECONDS_BETWEEN_TABLES = 2.0
-TABLES_SHARE = 0.01  # of the driver's time, at most
-VIEWS_SHARE = 0.02  # of the driver's time, at most: a terminal may be slow
-
-
 class Progress(Callback):
-    """Shows a search's course and rewrites trials.csv and best.csv as it goes.
+    """Shows a search's progress, and rewrites trials.csv and best.csv as it goes.
 
-    On a terminal it is a live view, which is gone once it is closed; elsewhere, a line for each
-    trial that has ended. Whatever befalls the display, the search goes on; a table that cannot
-    be written ends it, as the disk that it cannot be written to would.
+    On a terminal it is a live view, which disappears when it is closed; elsewhere it is a line
+    for each trial that has ended. If the display fails, the search continues. If a table cannot
+    be written, the search ends, as it would for any other file of the run.
     """
 
-    def __init__(
-        self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._console = console or Console()
-        self._clock = clock
+    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._console, self._clock = console, clock
         # FORCE_COLOR makes rich take a pipe for a terminal; a dumb one cannot move its cursor.
         self._is_live = self._console.is_interactive and self._console.file.isatty()
         self._live: Live | None = None
@@ -210,48 +193,31 @@ class Progress(Callback):
         self._in_tables = (-1, -1, -1)  # how much had happened when they were last written
 
     def watch(self, experiment: Experiment, folder: RunFolder) -> None:
-        """Begin to show a search."""
         self._experiment, self._folder = experiment, folder
         self._shows = True
         self._guard(self._begin)
 
     def close(self) -> None:
-        """Take the live view off the terminal; nothing is shown from then on."""
+        """Remove the live view from the terminal; from here on nothing is shown."""
         self._shows = False
         live, self._live = self._live, None
         if live is not None:
             with contextlib.suppress(Exception, SystemExit):
                 live.stop()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Show a trial that begins or goes on."""
         self._guard(lambda: self._tally.start(number_of(trial)))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        """Show a trial's end."""
         self._ends += 1
         self._guard(lambda: self._end(number_of(trial)))
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Show that a trial was given up."""
-        self._ends += 1
-        self._guard(lambda: self._end(number_of(trial)))
+    on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """Show where the search stands.
+        """Update tables and view.
 
         Raises:
             OSError: the tables could not be written.
@@ -262,21 +228,20 @@ class Progress(Callback):
 
     def _begin(self) -> None:
         experiment = self._experiment
-        self._tally = Tally(experiment.rules, experiment.history, experiment.elapsed)
+        self._tally = Tally(
+            experiment.rules, experiment.history, experiment.best, experiment.elapsed
+        )
         if self._is_live:
-            # Without a thread of its own: Tune ends a step, and we look, ten times a second.
+            # Without a thread of its own: Tune ends a step, and we refresh, ten times a second.
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
 
     def _end(self, number: int) -> None:
         record = self._tally.end(number)
         if record is not None and not self._is_live:
-            self._print(record)
-
-    def _print(self, record: TrialRecord) -> None:
-        line = finished_line(self._tally, record, self._experiment.elapsed)
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
-        self._console.file.flush()
+            line = finished_line(self._tally, record, self._experiment.elapsed)
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+            self._console.file.flush()
 
     def _refresh(self) -> None:
         began = self._clock()
@@ -286,7 +251,7 @@ class Progress(Callback):
         size = self._console.size
         self._erase_wrapped_lines(size.width)
         view = live_view(self._tally, self._folder, self._experiment.elapsed, size.height)
-        if not self._console.encoding.startswith("utf"):  # nothing to write an ellipsis with
+        if not self._console.encoding.startswith("utf"):  # it has no ellipsis
             view.overflow = "crop"
         self._live.update(view, refresh=True)
         self._view, self._width = view, size.width
@@ -294,7 +259,7 @@ class Progress(Callback):
         self._next_view = ended + max(SECONDS_BETWEEN_VIEWS, (ended - began) / VIEWS_SHARE)
 
     def _erase_wrapped_lines(self, width: int) -> None:
-        """Erase what rich will not: a terminal made narrower wraps the lines already there."""
+        """Erase what rich does not: a terminal made narrower wraps the lines it shows."""
         if width >= self._width:
             return
         lengths = [min(len(line), self._width) for line in self._view.plain.split("\n")]
@@ -316,7 +281,7 @@ class Progress(Callback):
         self._next_tables = ended + max(SECONDS_BETWEEN_TABLES, (ended - began) / TABLES_SHARE)
 
     def _guard(self, show: Callable[[], None]) -> None:
-        """Show something; a display that fails is given up, and the search goes on."""
+        """Show something; if the display fails, close it and let the search continue."""
         if not self._shows:
             return
         try:
@@ -327,4 +292,4 @@ class Progress(Callback):
             if isinstance(error, SystemExit):
                 reason = "nobody reads its output"
             with contextlib.suppress(Exception):
-                sys.stderr.write(f"the display failed ({reason}); the search goes on\n")
+                sys.stderr.write(f"the display failed ({reason}); the search continues\n")

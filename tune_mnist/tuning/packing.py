@@ -20,7 +20,7 @@ from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.formatting import count
 from tune_mnist.tuning.resources import Node, TrialResources, in_words, living_nodes
-from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.settings import RunOn
 
 PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is tried
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
@@ -224,7 +224,7 @@ DEFAULT_GPU_SHARE = 0.25
 PACK_SECONDS = 5.0  # that each packing is tried
 
 
-def settle_share(settings: SearchSettings, data: Split, precision: Precision) -> TrialResources:
+def settle_share(settings: RunOn, data: Split, precision: Precision) -> TrialResources:
     """Settle what one trial takes, and see that at least one fits.
 
     Raises:
@@ -237,7 +237,7 @@ def settle_share(settings: SearchSettings, data: Split, precision: Precision) ->
     return share
 
 
-def _asked_share(settings: SearchSettings) -> TrialResources:
+def _asked_share(settings: RunOn) -> TrialResources:
     nodes = living_nodes()
     gpus = settings.gpus_per_trial
     if gpus is None:

@@ -5,54 +5,44 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType
-from typing import Any, Self, get_args
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tune_mnist
 from tune_mnist.errors import RunFolderError, TuneMnistError
 from tune_mnist.mnist.config import Precision
-from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.space import SearchSpace, load_space
 from tune_mnist.runs.view import refuse_confirmation
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.remote import storage_uri
-from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.settings import SearchOptions, SearchSettings
 
 DEFAULT_TRIALS = 50
-CONFIRMING = 0.5  # of a time budget: what --confirm may have of it
-_ASKED: dict[str, tuple[type, ...]] = {
-    "metric": (str,),
-    "trials": (int,),
-    "epochs": (int,),
-    "time_budget": (int, float, NoneType),
-    "images": (int, NoneType),
-    "grace_epochs": (int,),
-    "reduction_factor": (int, float),
-    "startup_trials": (int,),
-    "seed": (int,),
-}
+CONFIRMING = 0.5  # of a time budget: what --confirm may use of it
+_ASKED = tuple(entry.name for entry in fields(SearchOptions))
+_BESIDE_RULES = ("storage", "confirm", "precision")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rules of a search and the data it trains on."""
+    """The rules of a search and what surrounds it."""
 
     rules: Rules
-    images: int | None  # training images; None: all there are
-    storage: str | None = None  # where a copy of the run is kept, a URI
+    storage: str | None = None  # the URI of the folder that holds a copy of the run
     confirm: bool = False  # whether the winners are confirmed at the end, in the time budget
     precision: Precision = "float32"
 
     @property
     def search_rules(self) -> Rules:
-        """The rules of the search proper, whose time is what is not kept for confirming."""
-        part = 1 - CONFIRMING if self.confirm else 1.0
-        return replace(self.rules, time_budget=part * self.rules.time_budget)
+        """The rules of the search proper: its time is what is not kept for confirming."""
+        if not self.confirm or self.rules.time_budget is None:
+            return self.rules
+        return replace(self.rules, time_budget=(1 - CONFIRMING) * self.rules.time_budget)
 
     @classmethod
     def of(cls, settings: SearchSettings) -> Self:
@@ -61,27 +51,11 @@ class Plan:
         Raises:
             SearchSpaceError: its space cannot be used.
         """
-        return cls._resolve(settings, load_space(settings.space))
-
-    @classmethod
-    def _resolve(cls, settings: SearchSettings, space: SearchSpace) -> Self:
-        return cls(
-            rules=Rules(
-                space=space,
-                metric=settings.metric,
-                trials=settings.trials or DEFAULT_TRIALS,
-                epochs=settings.epochs or space.epochs,
-                time_budget=settings.time_budget or math.inf,
-                grace_epochs=settings.grace_epochs,
-                reduction_factor=settings.reduction_factor,
-                startup_trials=settings.startup_trials,
-                seed=settings.seed,
-            ),
-            images=settings.images,
-            storage=None if settings.storage is None else storage_uri(settings.storage),
-            confirm=settings.confirm,
-            precision=settings.precision or "float32",
-        )
+        space = load_space(settings.space)
+        asked = {name: getattr(settings, name) for name in _ASKED}
+        asked["trials"] = settings.trials or DEFAULT_TRIALS
+        asked["epochs"] = settings.epochs or space.epochs
+        return cls(Rules(space=space, **asked)).changed_by(settings)
 
     @classmethod
     def load(cls, folder: RunFolder) -> Self:
@@ -96,23 +70,20 @@ class Plan:
             space = SearchSpace.from_dict(
                 data["space"], str(data["space_name"]), str(data["space_source"])
             )
-            # The checks of the command line hold here as well.
-            asked = SearchSettings(
-                **_typed(data["asked"]),
-                storage=_storage(data),
-                # Older versions did not note these.
-                confirm=bool(data.get("confirm", False)),
-                precision=_precision(data),
-            )
-            return cls._resolve(asked, space)
+            # Older versions did not write all of these.
+            others = {name: data[name] for name in _BESIDE_RULES if name in data}
+            plan = cls(Rules(space=space, **_asked(data["asked"])), **_checked(others, cls))
+            if plan.storage is not None:
+                storage_uri(plan.storage)
+            return plan
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise RunFolderError(
                 f"{folder.search} is damaged ({' '.join(what.split())}): put back a copy"
             ) from error
 
-    def raised(self, settings: SearchSettings) -> Self:
-        """Return the plan with what else is asked of it now: trials, time, storage, ..."""
+    def changed_by(self, settings: SearchSettings) -> Self:
+        """Return the plan with what a resume may change: trials, time, storage, ..."""
         rules = replace(
             self.rules,
             trials=settings.trials or self.rules.trials,
@@ -127,25 +98,11 @@ class Plan:
         )
 
     def save(self, folder: RunFolder) -> None:
-        """Write search.yaml.
-
-        Raises:
-            OSError: it could not be written.
-        """
         rules = self.rules
+        asked = {name: getattr(rules, name) for name in _ASKED}
         folder.write_search(
             {
-                "asked": {
-                    "metric": rules.metric,
-                    "trials": rules.trials,
-                    "epochs": rules.epochs,
-                    "time_budget": rules.time_budget if math.isfinite(rules.time_budget) else None,
-                    "images": self.images,
-                    "grace_epochs": rules.grace_epochs,
-                    "reduction_factor": rules.reduction_factor,
-                    "startup_trials": rules.startup_trials,
-                    "seed": rules.seed,
-                },
+                "asked": {name: None if v == math.inf else v for name, v in asked.items()},
                 "storage": self.storage,
                 "confirm": self.confirm,
                 "precision": self.precision,
@@ -159,7 +116,7 @@ class Plan:
         )
 
     def differences(self, folder: RunFolder) -> list[str]:
-        """Say what has changed since the run was last worked on: versions, code, space file."""
+        """Return what changed since the run's last session: versions, code, the space's file."""
         then = folder.read_search().get("versions")
         found = compare(then if isinstance(then, Mapping) else {}, versions())
         source = Path(self.rules.space.source)
@@ -173,37 +130,33 @@ class Plan:
         return found
 
 
-def _typed(asked: Any) -> dict[str, Any]:
-    """Check what search.yaml says was asked: every entry, each of its type.
-
-    Raises:
-        KeyError, TypeError: one is missing, or of another type, or unknown.
-    """
-    if not isinstance(asked, Mapping):
-        raise TypeError(f"asked must be a mapping, but got {asked!r}")
-    if unknown := asked.keys() - _ASKED.keys():
+def _asked(values: Any) -> dict[str, Any]:
+    """Return the entry `asked` of search.yaml; KeyError or TypeError if it is damaged."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"asked must be a mapping, but got {values!r}")
+    if unknown := values.keys() - set(_ASKED):
         raise TypeError(f"asked.{min(unknown, key=str)} is not known to this version")
-    for name, types in _ASKED.items():
-        # In Python, true and false are whole numbers as well.
-        if not isinstance(asked[name], types) or isinstance(asked[name], bool):
-            raise TypeError(f"asked.{name} cannot be {asked[name]!r}")
-    if asked["metric"] not in get_args(Metric):
-        raise TypeError(f"asked.metric cannot be {asked['metric']!r}")
-    return dict(asked)
+    return _checked({name: values[name] for name in _ASKED}, Rules, prefix="asked.")
 
 
-def _storage(data: Mapping[str, Any]) -> str | None:
-    storage = data.get("storage")  # older versions knew of none
-    if not isinstance(storage, str | None):
-        raise TypeError(f"storage cannot be {storage!r}")
-    return storage
+def _checked(values: dict[str, Any], record: type, prefix: str = "") -> dict[str, Any]:
+    """Return values read from YAML; TypeError if one does not fit its field in a dataclass."""
+    types = get_type_hints(record)
+    for name, value in values.items():
+        if not _fits(value, types[name]):
+            raise TypeError(f"{prefix}{name} cannot be {value!r}")
+    return values
 
 
-def _precision(data: Mapping[str, Any]) -> Precision:
-    precision: Precision = data.get("precision", "float32")
-    if precision not in get_args(Precision):
-        raise TypeError(f"precision cannot be {precision!r}")
-    return precision
+def _fits(value: Any, annotation: Any) -> bool:
+    """Return True if a value is of a type, which may be a class, a Literal or a union."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if isinstance(annotation, UnionType):
+        return any(_fits(value, each) for each in get_args(annotation))
+    if isinstance(value, bool):  # in Python, a whole number as well
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""One session of a search: the wiring of Ray Tune, Optuna and the run's folder."""
+"""One session on Ray: wires Tune, Optuna and a run's folder together, and runs to an end."""
 
 import contextlib
 import logging
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from ray import tune
@@ -24,6 +24,7 @@ from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.live_view import Progress
 from tune_mnist.tuning.ray_patches import memory_kills_survived, staging_in
 from tune_mnist.tuning.resources import Room, TrialResources
+from tune_mnist.tuning.settings import RunOn
 from tune_mnist.tuning.study import SamplerSettings, Study
 from tune_mnist.tuning.study_file import StudyFile
 from tune_mnist.tuning.trackers import EventFiles, Tracker, Tracking
@@ -33,14 +34,14 @@ from tune_mnist.tuning.tune_adapters import (
     SearchOverError,
     Supervisor,
 )
-from tune_mnist.tuning.worker import EpochSource, run_trial, train_assignment
+from tune_mnist.tuning.worker import EpochSource, run_trial
 
-# Tune's own bookkeeping would write every result a second time, and snapshot what the run's
-# folder already holds.
+# Tune's own bookkeeping would write every result a second time, and take snapshots of what the
+# run's folder already holds.
 _TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher says when there is no room
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher knows when there is no room
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -50,73 +51,52 @@ _TUNE_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a search runs with, beside its rules."""
+    """What a session runs with, beside its rules."""
 
+    settings: RunOn
     share: TrialResources
-    max_concurrent: int | None
-    retries: int
-    hang_timeout: float
-    epochs_of: EpochSource = train_assignment
-    # What is shown its course, beside TensorBoard, by what people call it.
-    trackers: Mapping[str, Callable[[], Tracker]] = field(default_factory=dict)
+    split: Split
+    epochs_of: EpochSource
+    trackers: Mapping[str, Callable[[], Tracker]]  # beside TensorBoard, by what people call them
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a session of a search ended."""
+    """How a session ended."""
 
-    signal: int | None  # that ended it in order before its time
+    signal: int | None  # the signal that ended it early
     warnings: tuple[str, ...]  # what could not be brought up to date, and is not needed
 
 
 def run_session(
-    folder: RunFolder,
-    history: History,
-    rules: Rules,
-    machinery: Runtime,
-    split: Split,
-    progress: Progress,
+    folder: RunFolder, history: History, rules: Rules, runtime: Runtime, progress: Progress
 ) -> Ending:
-    """Run or go on with a search on the connected Ray until it ends or is told to.
+    """Run a search on the connected Ray until it is over or a signal ends it.
 
     Raises:
-        SearchFailedError: it could not go on; what it had finished is in the folder.
+        SearchFailedError: it could not continue; what it had finished is in the folder.
     """
-    experiment = Experiment(
-        rules,
-        history,
-        Study(
-            SamplerSettings(rules.seed, rules.startup_trials),
-            rules.metric,
-            StudyFile(folder.study, rules.metric),
-        ),
-        Checkpoints(folder),
-    )
+    sampler = SamplerSettings(rules.seed, rules.startup_trials)
+    study = Study(sampler, rules.metric, StudyFile(folder.study, rules.metric))
+    experiment = Experiment(rules, history, study, Checkpoints(folder))
     supervisor = Supervisor(
-        experiment, retries=machinery.retries, hang_timeout=machinery.hang_timeout
+        experiment, retries=runtime.settings.retries, hang_timeout=runtime.settings.hang_timeout
     )
-    trackers = {"TensorBoard": lambda: EventFiles(folder.tensorboard), **machinery.trackers}
+    trackers = {"TensorBoard": lambda: EventFiles(folder.tensorboard), **runtime.trackers}
     tracking = [Tracking(name, history, start) for name, start in trackers.items()]
     progress.watch(experiment, folder)
-    with _heeding_signals(supervisor) as received:
-        try:
-            _fit(experiment, supervisor, machinery, split, progress)
-        except Exception as error:
-            experiment.broken = experiment.broken or error
+    with _heeding_signals(supervisor) as received, experiment.ending_on_error():
+        _fit(experiment, supervisor, runtime, progress)
     return _close(experiment, folder, received, tracking)
 
 
 def _fit(
-    experiment: Experiment,
-    supervisor: Supervisor,
-    machinery: Runtime,
-    split: Split,
-    progress: Progress,
+    experiment: Experiment, supervisor: Supervisor, runtime: Runtime, progress: Progress
 ) -> None:
-    share = machinery.share
-    room = Room(share, machinery.max_concurrent)
+    share = runtime.share
+    room = Room(share, runtime.settings.max_concurrent)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, epochs_of=machinery.epochs_of, split=split),
+        tune.with_parameters(run_trial, epochs_of=runtime.epochs_of, split=runtime.split),
         {"cpu": share.cpus, "gpu": share.gpus},
     )
     with (
@@ -126,7 +106,7 @@ def _fit(
         memory_kills_survived(),
         contextlib.suppress(SearchOverError),
     ):
-        # Not tune.Tuner: it pickles searcher and callbacks for its own way to restore.
+        # Not tune.Tuner: that pickles searcher and callbacks for its own way to restore.
         tune.run(
             trainable,
             name="tune",
@@ -136,7 +116,7 @@ def _fit(
             num_samples=-1,
             stop=supervisor,
             callbacks=[supervisor, progress],
-            max_failures=0,  # the supervisor has its own way
+            max_failures=0,  # the supervisor retries
             reuse_actors=True,
             raise_on_failed_trial=False,
             trial_name_creator=_ray_id,
@@ -151,14 +131,11 @@ def _ray_id(trial: Trial) -> str:
 
 
 def _close(
-    experiment: Experiment,
-    folder: RunFolder,
-    received: list[int],
-    tracking: list[Tracking],
+    experiment: Experiment, folder: RunFolder, received: list[int], tracking: list[Tracking]
 ) -> Ending:
-    """Write the tables and the last word, or say why the search could not go on."""
     behind = [each.close() for each in tracking]
-    if experiment.broken is None:
+    error = experiment.broken
+    if error is None:
         try:
             study_failure = experiment.close(_why(experiment, received))
             if study_failure is not None:
@@ -166,14 +143,13 @@ def _close(
             write_tables(folder, experiment.history, experiment.rules.metric)
             warnings = tuple(each for each in behind if each is not None)
             return Ending(received[0] if received else None, warnings)
-        except OSError as error:
-            experiment.broken = error
+        except OSError as failure:
+            error = failure
     with contextlib.suppress(OSError):  # the folder may be what is broken
         experiment.close("failed")
         write_tables(folder, experiment.history, experiment.rules.metric)
-    if isinstance(experiment.broken, OSError):
-        raise SearchFailedError(_cannot_write(folder, experiment.broken)) from experiment.broken
-    raise experiment.broken
+    with writing(folder):
+        raise error
 
 
 def _why(experiment: Experiment, received: list[int]) -> str:
@@ -184,22 +160,19 @@ def _why(experiment: Experiment, received: list[int]) -> str:
 
 @contextlib.contextmanager
 def writing(folder: RunFolder) -> Iterator[None]:
-    """Turn what keeps a run's folder from being written to into one clear error.
+    """Turn an error in writing to a run's folder into one clear error.
 
     Raises:
-        SearchFailedError: it cannot be written to.
+        SearchFailedError: the folder cannot be written to.
     """
     try:
         yield
     except OSError as error:
-        raise SearchFailedError(_cannot_write(folder, error)) from error
-
-
-def _cannot_write(folder: RunFolder, error: OSError) -> str:
-    return (
-        f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or make "
-        f"it writable, then go on with --resume {folder.path}; what was finished is safe"
-    )
+        raise SearchFailedError(
+            f"cannot write to {error.filename or folder.path} ({error.strerror}): make room or "
+            f"make it writable, then continue with --resume {folder.path}; what was finished is "
+            "safe"
+        ) from error
 
 
 @contextlib.contextmanager

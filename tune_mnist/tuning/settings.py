@@ -1,9 +1,13 @@
-"""What a user can ask of a search; the command line and `search.yaml` are made from it."""
+"""What a user can ask of a search or of a confirmation; both command lines are made from it.
+
+Each option is declared once: type, default, limits, help and panel in --help.
+"""
 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
+from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,30 +18,15 @@ from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.tuning.remote import is_uri, storage_uri
 
-_WHAT = Group.create_ordered("What to search")
-_HOW = Group.create_ordered("How to search")
-_WHERE = Group.create_ordered("What to run on")
-_RUN = Group.create_ordered("The run")
+TOP, SEEDS = 3, 5  # what is confirmed unless asked otherwise: so many winners, on so many seeds
 
-_MAY_CHANGE_ON_RESUME = (
-    "resume",
-    "trials",
-    "time_budget",
-    "max_concurrent",
-    "precision",
-    "cpus_per_trial",
-    "gpus_per_trial",
-    "pack",
-    "address",
-    "retries",
-    "hang_timeout",
-    "data_dir",
-    "storage",
-    "report",
-    "confirm",
-    "mlflow",
-)
-_MAX_EPOCHS = 1000  # as in a space file
+_WHAT = Parameter(group=Group.create_ordered("What to search"))
+_HOW = Parameter(group=Group.create_ordered("How to search"))
+_CONFIRM = Parameter(group=Group.create_ordered("What to confirm"))
+_WHERE = Parameter(group=Group.create_ordered("What to run on"))
+_RUN = Parameter(group=Group.create_ordered("The run"))
+_ONLY_ON = Parameter(negative="")  # a flag without a --no- form
+
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _UNITS))
 
@@ -68,134 +57,175 @@ def _folder_or_uri(type_: Any, tokens: Any) -> Path | str:
     return text if is_uri(text) else Path(text)
 
 
-def time_option(group: Group) -> Parameter:
-    """Return how a field that is a time is given on the command line."""
-    return Parameter(
-        group=group, converter=_duration, n_tokens=1, show_default=False, metavar="TIME"
-    )
+_TIME = Parameter(converter=_duration, n_tokens=1, show_default=False, metavar="TIME")
+_FOLDER_OR_URI = Parameter(converter=_folder_or_uri, n_tokens=1, metavar="RUN")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A rule for the number that an option is given, in words and as a test."""
+
+    rule: str
+    holds: Callable[[float], bool]
+
+
+_AT_LEAST_0 = _Limit("at least 0", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1 = _Limit("at least 1", lambda value: value >= 1)
+_AT_MOST_1000 = _Limit("at most 1000", lambda value: value <= 1000)  # as in a space file
+_ABOVE_0_SECONDS = _Limit("above 0 seconds", lambda value: value > 0)
+_ABOVE_1 = _Limit("above 1", lambda value: 1 < value < math.inf)
+_PART_OR_WHOLE = _Limit(
+    "a fraction of one GPU or a whole number", lambda value: value <= 1 or value % 1 == 0
+)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options whose limits are checked when they are made.
+
+    Raises:
+        ConfigError: a value is outside its limits.
+    """
+
+    def __post_init__(self) -> None:
+        # A subclass may declare an option's resolved type; the limits stay.
+        for declaring in type(self).__mro__:
+            for name, annotation in get_annotations(declaring).items():
+                for limit in getattr(annotation, "__metadata__", ()):
+                    value = getattr(self, name)
+                    if isinstance(limit, _Limit) and value is not None and not limit.holds(value):
+                        raise ConfigError(f"{flag(name)} must be {limit.rule}, but got {value:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Search for good hyperparameters of the MNIST net.
+class RunOn(_Options):
+    """What a search or a confirmation runs on, and what it leaves beside the run's own files."""
 
-    Optuna proposes configurations, Ray Tune trains several at a time, ASHA stops the poor ones
-    early. The reference baseline is always the first trial. Ctrl-C ends a search in order;
-    --resume goes on with it, as it does after a crash.
-    """
-
-    space: Annotated[str, Parameter(group=_WHAT)] = "default"
-    """Search space: a name (default, sgd, quick) or the path of a YAML file."""
-
-    trials: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
-    """Configurations to try in all; 50 unless given."""
-
-    epochs: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
-    """Budget of a trial in epochs; the space's own (20) unless given."""
-
-    time_budget: Annotated[float | None, time_option(_WHAT)] = None
-    """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
-
-    images: Annotated[int | None, Parameter(group=_WHAT, show_default=False)] = None
-    """Train on this many images only, for a quick look; all of them unless given."""
-
-    metric: Annotated[Metric, Parameter(group=_HOW)] = "val_accuracy"
-    """What steers the search. val_accuracy holds out 5,000 training images; test_accuracy trains
-    on all 60,000 and picks its winner on the test set."""
-
-    grace_epochs: Annotated[int, Parameter(group=_HOW)] = 1
-    """ASHA stops no trial before this many epochs."""
-
-    reduction_factor: Annotated[float, Parameter(group=_HOW)] = 2.0
-    """ASHA lets about one trial in so many go on from a rung."""
-
-    startup_trials: Annotated[int, Parameter(group=_HOW)] = 10
-    """Random configurations before Optuna's model proposes."""
-
-    seed: Annotated[int, Parameter(group=_HOW)] = 0
-    """Fixes what is proposed and every trial's training."""
-
-    max_concurrent: Annotated[int | None, Parameter(group=_WHERE, show_default=False)] = None
+    max_concurrent: Annotated[int | None, _WHERE, _AT_LEAST_1] = None
     """Trials at once; as many as fit unless given."""
 
-    cpus_per_trial: Annotated[float, Parameter(group=_WHERE)] = 1.0
+    cpus_per_trial: Annotated[float, _WHERE, _AT_LEAST_0] = 1.0
     """CPU cores that a trial takes."""
 
-    gpus_per_trial: Annotated[float | None, Parameter(group=_WHERE, show_default=False)] = None
+    gpus_per_trial: Annotated[float | None, _WHERE, _AT_LEAST_0, _PART_OR_WHOLE] = None
     """GPUs that a trial takes, such as 0.25; a quarter where there is a GPU, else none."""
 
-    pack: Annotated[Literal["off", "auto"], Parameter(group=_WHERE)] = "off"
+    pack: Annotated[Literal["off", "auto"], _WHERE] = "off"
     """auto tries for some seconds how many trials at once this machine serves best, and takes
     the CPUs and GPUs per trial from that."""
 
-    precision: Annotated[Precision | None, Parameter(group=_WHERE, show_default=False)] = None
+    precision: Annotated[Precision | None, _WHERE] = None
     """What a GPU computes training steps in, float32 unless given; tf32 and bf16 are less precise.
     Evaluation is always in float32."""
 
-    address: Annotated[str | None, Parameter(group=_WHERE, show_default=False)] = None
+    address: Annotated[str | None, _WHERE] = None
     """A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside.
     Without it, this machine."""
 
-    retries: Annotated[int, Parameter(group=_WHERE)] = 3
-    """Times that a trial is tried again when it fails; each epoch it finishes resets the count."""
+    retries: Annotated[int, _WHERE, _AT_LEAST_0] = 3
+    """Times that a failed trial is tried again; each epoch it finishes resets the count."""
 
-    hang_timeout: Annotated[float, time_option(_WHERE)] = 1800.0
-    """Give up a trial that has not finished an epoch for this long; 30m unless given."""
+    hang_timeout: Annotated[float, _WHERE, _TIME, _ABOVE_0_SECONDS] = 1800.0
+    """Mark a trial failed that has not finished an epoch for this long; 30m unless given."""
 
-    run: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
-    """Name of the run's folder; the space and the time unless given."""
+    report: Annotated[bool, _RUN] = True
+    """Draw the run's report.html at the end."""
 
-    results_dir: Annotated[Path, Parameter(group=_RUN)] = Path("results")
-    """Folder in which the run's folder is made."""
-
-    storage: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
-    """Keep a copy of the run here as well, within seconds: s3://BUCKET/FOLDER, gs://..., abfs://...
-    or a shared folder. --resume s3://BUCKET/FOLDER/RUN goes on with it on any machine."""
-
-    resume: Annotated[
-        Path | str | None,
-        Parameter(
-            group=_RUN, show_default=False, converter=_folder_or_uri, n_tokens=1, metavar="RUN"
-        ),
-    ] = None
-    """Go on with the run in this folder, or with the copy at this URI: all it was asked is taken
-    from there. --trials and --time-budget may be raised, and what it runs on may change."""
-
-    confirm: Annotated[bool, Parameter(group=_RUN, negative="")] = False
-    """Then train the three best and the baseline again, on all images and five fresh seeds; of
-    a time budget, half is kept for it."""
-
-    report: Annotated[bool, Parameter(group=_RUN)] = True
-    """Draw the run's report.html when the search has ended."""
-
-    mlflow: Annotated[str | None, Parameter(group=_RUN, show_default=False)] = None
+    mlflow: Annotated[str | None, _RUN] = None
     """Also log the trials to MLflow, in an experiment named after the run: the URI of a tracking
     server or store, such as http://HOST:5000 or sqlite:///mlflow.db."""
 
-    list_runs: Annotated[bool, Parameter(name="--list", negative="", group=_RUN)] = False
-    """Show the runs in the folder of results with their state and best, and start nothing."""
-
-    data_dir: Annotated[Path | None, Parameter(group=_RUN, show_default=False)] = None
+    data_dir: Annotated[Path | None, _RUN] = None
     """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
 
     def __post_init__(self) -> None:
-        for name in ("trials", "epochs", "images", "grace_epochs", "max_concurrent"):
-            self._check(name, lambda value: value >= 1, "at least 1")
-        self._check("epochs", lambda value: value <= _MAX_EPOCHS, f"at most {_MAX_EPOCHS}")
-        for name in ("startup_trials", "seed", "retries", "cpus_per_trial", "gpus_per_trial"):
-            self._check(name, lambda value: 0 <= value < math.inf, "at least 0")
-        for name in ("time_budget", "hang_timeout"):
-            self._check(name, lambda value: value > 0, "above 0 seconds")
-        self._check("reduction_factor", lambda value: 1 < value < math.inf, "above 1")
-        self._check(
-            "gpus_per_trial",
-            lambda value: value <= 1 or value % 1 == 0,
-            "a fraction of one GPU or a whole number",
-        )
+        super().__post_init__()
         if self.pack == "auto" and (self.gpus_per_trial is not None or self.cpus_per_trial != 1):
             raise ConfigError(
                 "--pack auto chooses --cpus-per-trial and --gpus-per-trial: leave them out, or it"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(_Options):
+    """What a search goes by; `search.yaml` holds these entries, resolved, under `asked`."""
+
+    metric: Annotated[Metric, _HOW] = "val_accuracy"
+    """What steers the search. val_accuracy holds out 5,000 training images; test_accuracy trains
+    on all 60,000 and picks its winner on the test set."""
+
+    trials: Annotated[int | None, _WHAT, _AT_LEAST_1] = None
+    """Configurations to try in all; 50 unless given."""
+
+    epochs: Annotated[int | None, _WHAT, _AT_LEAST_1, _AT_MOST_1000] = None
+    """Budget of a trial in epochs; the space's own (20) unless given."""
+
+    time_budget: Annotated[float | None, _WHAT, _TIME, _ABOVE_0_SECONDS] = None
+    """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
+
+    images: Annotated[int | None, _WHAT, _AT_LEAST_1] = None
+    """Train on this many images only, for a quick look; all of them unless given."""
+
+    grace_epochs: Annotated[int, _HOW, _AT_LEAST_1] = 1
+    """ASHA stops no trial before this many epochs."""
+
+    reduction_factor: Annotated[float, _HOW, _ABOVE_1] = 2.0
+    """At each rung, ASHA lets about one trial in this many continue."""
+
+    startup_trials: Annotated[int, _HOW, _AT_LEAST_0] = 10
+    """Random configurations before Optuna's model proposes."""
+
+    seed: Annotated[int, _HOW, _AT_LEAST_0] = 0
+    """Fixes what is proposed and every trial's training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(_Options):
+    """Which search to start, resume or list."""
+
+    space: Annotated[str, _WHAT] = "default"
+    """Search space: a name (default, sgd, quick) or the path of a YAML file."""
+
+    run: Annotated[str | None, _RUN] = None
+    """Name of the run's folder; the space and the time unless given."""
+
+    results_dir: Annotated[Path, _RUN] = Path("results")
+    """Folder in which the run's folder is made."""
+
+    storage: Annotated[str | None, _RUN] = None
+    """Keep a copy of the run here as well, within seconds: s3://BUCKET/FOLDER, gs://..., abfs://...
+    or a shared folder. --resume s3://BUCKET/FOLDER/RUN resumes it on any machine."""
+
+    resume: Annotated[Path | str | None, _RUN, _FOLDER_OR_URI] = None
+    """Resume the run in this folder, or the copy at this URI, with the settings it was started
+    with. --trials and --time-budget may be raised, and what it runs on may change."""
+
+    confirm: Annotated[bool, _RUN, _ONLY_ON] = False
+    """Afterwards train the three best and the baseline again, on all images and five fresh seeds;
+    half of a time budget is kept for it."""
+
+    list_runs: Annotated[bool, _RUN, _ONLY_ON, Parameter(name="--list")] = False
+    """List the runs in the folder of results with their state and best, and start nothing."""
+
+
+_MAY_CHANGE_ON_RESUME = {
+    *(entry.name for entry in fields(RunOn)),
+    *("resume", "trials", "time_budget", "storage", "confirm"),
+}
+
+
+# --help lists the options of the last base first.
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(RunOn, SearchOptions, StartOptions):
+    """Search for good hyperparameters of the MNIST net.
+
+    Optuna proposes configurations, Ray Tune trains several at a time, ASHA stops the poor ones
+    early. The reference baseline is always the first trial. Ctrl-C ends a search in order;
+    --resume continues it, also after a crash.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.run is not None and (Path(self.run).name != self.run or self.run in ("", "..")):
             raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
         if self.storage is not None:
@@ -203,13 +233,8 @@ class SearchSettings:
         if self.resume is not None:
             self._check_resume()
 
-    def _check(self, name: str, holds: Callable[[float], bool], rule: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not holds(value):
-            raise ConfigError(f"{flag(name)} must be {rule}, but got {value:g}")
-
     def _check_resume(self) -> None:
-        may_change = set(_MAY_CHANGE_ON_RESUME)
+        may_change = _MAY_CHANGE_ON_RESUME
         if isinstance(self.resume, str):
             storage_uri(self.resume)
             # The copy's folder is where it is; the local one may be made anywhere.
@@ -221,6 +246,41 @@ class SearchSettings:
                     f"{flag(entry.name)} cannot be changed with --resume, which takes it from "
                     "the run's search.yaml: leave it out, or start a new run"
                 )
+
+
+@dataclass(frozen=True)
+class ConfirmOptions(_Options):
+    """Which search to confirm, and how thoroughly."""
+
+    run: Annotated[Path | None, _CONFIRM] = None
+    """Folder of the search."""
+
+    _: KW_ONLY
+
+    top: Annotated[int, _CONFIRM, _AT_LEAST_1] = TOP
+    """How many of the best configurations; the baseline comes on top."""
+
+    seeds: Annotated[int, _CONFIRM, _AT_LEAST_1] = SEEDS
+    """Seeds that each is trained with; the search has used none of them."""
+
+    epochs: Annotated[int | None, _CONFIRM, _AT_LEAST_1, _AT_MOST_1000] = None
+    """How long each is trained; as long as the search's trials may unless given."""
+
+    images: Annotated[int | None, _CONFIRM, _AT_LEAST_1] = None
+    """Train on this many images only, for a quick look; all 60,000 unless given."""
+
+    time_budget: Annotated[float | None, _CONFIRM, _TIME, _ABOVE_0_SECONDS] = None
+    """Stop after this long: 90s, 10m, 1.5h. What is finished by then counts."""
+
+
+@dataclass(frozen=True)
+class ConfirmSettings(RunOn, ConfirmOptions):
+    """Train a search's winners and the baseline again, on all images and fresh seeds.
+
+    The mean test accuracy at the last epoch, with its interval, is a figure that nothing was
+    picked by. Each training is a trial. The same command resumes a confirmation that was
+    interrupted; with more seeds, it adds them.
+    """
 
 
 def flag(name: str) -> str:

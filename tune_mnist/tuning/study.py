@@ -1,8 +1,8 @@
-"""The Optuna study: a working copy in memory, mirrored to `study.db` as it changes.
+"""The Optuna study: in memory for the sampler, copied to `study.db` as it changes.
 
-The sampler reads the copy in memory, so no reader of the file, no lock and no slow disk ever holds
-up a trial. The file is what optuna-dashboard opens. It is never the search's own source: it is
-brought in line with the run's history when a search resumes, and made anew where it is damaged.
+The sampler reads the study in memory, so no reader of the file, no lock and no slow disk delays
+a trial. The file is what optuna-dashboard opens. The search never reads it: a resume rebuilds the
+study from the run's history and brings the file in line, or replaces it where it is damaged.
 """
 
 import bisect
@@ -29,12 +29,12 @@ class SamplerSettings:
     """How Optuna proposes."""
 
     seed: int
-    startup_trials: int  # random configurations before the model takes over
+    startup_trials: int  # random configurations before the model proposes
 
     def sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Build the sampler for one trial; its random numbers depend on the trial alone.
 
-        So a search that was broken off and resumed proposes what the unbroken one would have.
+        So a resumed search proposes what the uninterrupted one would have.
         """
         return optuna.samplers.TPESampler(
             n_startup_trials=self.startup_trials,
@@ -45,84 +45,18 @@ class SamplerSettings:
         )
 
 
-class _Storage(InMemoryStorage):
-    """A storage that takes no notes from the sampler, and shows it not more than it needs.
-
-    TPE notes for its peers in other processes what it drew for a running trial, also for
-    parameters that are inactive in it, and models them with the rest. There are no peers here,
-    and a study built again from the run's history would lack the notes and propose otherwise.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._for_sampler = False
-        self._model_trials = ModelTrials()
-
-    @contextlib.contextmanager
-    def serving_sampler(self) -> Iterator[None]:
-        """Show, for a while, only the trials that a model is made of."""
-        self._for_sampler = True
-        try:
-            yield
-        finally:
-            self._for_sampler = False
-
-    def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        """Return the trials, or those of them that are for the sampler."""
-        if not self._for_sampler:
-            trials: list[FrozenTrial] = super().get_all_trials(study_id, deepcopy, states)
-            return trials
-        shown = [
-            self.get_trial(self.get_trial_id_from_study_id_trial_number(study_id, number))
-            for number in self._model_trials.numbers
-        ]
-        return [trial for trial in shown if states is None or trial.state in states]
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """Create a trial, and keep up what the sampler is shown."""
-        trial_id: int = super().create_new_trial(study_id, template_trial)
-        self._take_state(trial_id)
-        return trial_id
-
-    def set_trial_state_values(
-        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
-    ) -> bool:
-        """Set a trial's state, and keep up what the sampler is shown."""
-        is_set: bool = super().set_trial_state_values(trial_id, state, values)
-        self._take_state(trial_id)
-        return is_set
-
-    def _take_state(self, trial_id: int) -> None:
-        trial = self.get_trial(trial_id)
-        if trial.state.is_finished():
-            self._model_trials.end(trial)
-        else:
-            self._model_trials.begin(trial.number)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Keep an attribute, unless it is the sampler's."""
-        if not key.startswith("tpe:"):
-            super().set_trial_system_attr(trial_id, key, value)
-
-
 class Study:
     """The study of one search."""
 
-    def __init__(self, sampler: SamplerSettings, metric: str, mirror: StudyFile | None) -> None:
+    def __init__(self, sampler: SamplerSettings, metric: str, file: StudyFile | None) -> None:
         self._settings = sampler
-        self._mirror = mirror
+        self._file = file
         self._storage = _Storage()
         self._study = optuna.create_study(
             storage=self._storage, study_name=STUDY_NAME, direction="maximize"
         )
         self._study.set_metric_names([metric])
         self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
-        self._open: set[int] = set()
 
     def ask(
         self,
@@ -140,51 +74,45 @@ class Study:
             if trial.number != number:
                 raise RuntimeError(f"Optuna numbered trial {number} as {trial.number}")
             sampled = sample(trial)
-        self._note(number, attributes)
-        self._open.add(number)
-        self._show(number)
+        self._set_attributes(number, attributes)
+        self._copy(number)
         return sampled
 
-    def add(self, template: FrozenTrial) -> None:
-        """Take over a trial from an earlier session, finished or running."""
+    def add(self, trial: FrozenTrial) -> None:
+        """Add a trial that Optuna did not propose here, finished or running."""
         number = len(self.trials())
-        if number != template.number:
-            raise RuntimeError(f"Optuna numbers trial {template.number} as {number}")
-        self._study.add_trial(template)
-        if not template.state.is_finished():
-            self._open.add(number)
-        self._show(number)
+        if number != trial.number:
+            raise RuntimeError(f"Optuna numbers trial {trial.number} as {number}")
+        self._study.add_trial(trial)
+        self._copy(number)
 
     def report(self, number: int, epoch: int, value: float) -> None:
-        """Hand Optuna one finite value."""
         self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
-        self._show(number)
+        self._copy(number)
 
     def tell(self, number: int, state: TrialState, attributes: Mapping[str, Any]) -> None:
-        """Give a trial its final state; a pruned or complete one counts with its last report."""
-        self._open.remove(number)
-        self._note(number, attributes)
+        """Set a trial's final state; a pruned or complete trial has the value it reported last."""
+        self._set_attributes(number, attributes)
         reports = self._trial(number).intermediate_values
         value = reports[max(reports)] if state == TrialState.COMPLETE else None
         self._study.tell(number, values=value, state=state)
-        self._show(number)
+        self._copy(number)
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials as Optuna sees them."""
         return self._study.get_trials(deepcopy=False)
 
     def close(self) -> str | None:
-        """Bring the file up to date, trials that wait to be gone on with as WAITING.
+        """Bring the file up to date, with trials that a resume will continue as WAITING.
 
         Returns:
             Why the file could not be brought up to date, or None.
         """
-        for number in self._open:
-            self._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
-            self._show(number)
-        return self._mirror.close() if self._mirror else None
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self._storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
+            self._copy(trial.number)
+        return self._file.close() if self._file else None
 
-    def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
+    def _set_attributes(self, number: int, attributes: Mapping[str, Any]) -> None:
         for key, value in attributes.items():
             self._storage.set_trial_user_attr(self._id(number), key, value)
 
@@ -192,46 +120,103 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _trial(self, number: int) -> FrozenTrial:
-        """Return a trial as it is now; what comes later makes another object of it."""
+        """Return a trial as it is now; the storage replaces the object at every change."""
         return self._storage.get_trial(self._id(number))
 
-    def _show(self, number: int) -> None:
-        if self._mirror:
-            self._mirror.put(self._trial(number))
+    def _copy(self, number: int) -> None:
+        if self._file:
+            self._file.put(self._trial(number))
 
 
-# MERGED-DOC tuning.model_trials: Which trials the sampler's model is made of. TPE asks which
-# region the best 25 trials come from and how the others spread; its work grows with their number,
-# to 60 ms a proposal for 2,000. So in a long search it is shown a part of them.
+class _Storage(InMemoryStorage):
+    """A storage that keeps no attributes of the sampler's and limits what the sampler reads.
 
-MODELLED = 250  # finished trials at most; from so many on TPE takes those 25
+    TPE stores, for its peers in other processes, what it drew for a running trial, also for
+    parameters that are inactive in it, and models those values with the rest. There are no peers
+    here, and a study rebuilt from the run's history would lack them and propose otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._for_sampler = False
+        self._model_trials = ModelTrials()
+
+    @contextlib.contextmanager
+    def serving_sampler(self) -> Iterator[None]:
+        """For a while, return only the trials that the sampler models."""
+        self._for_sampler = True
+        try:
+            yield
+        finally:
+            self._for_sampler = False
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        if not self._for_sampler:
+            trials: list[FrozenTrial] = super().get_all_trials(study_id, deepcopy, states)
+            return trials
+        modelled = [
+            self.get_trial(self.get_trial_id_from_study_id_trial_number(study_id, number))
+            for number in self._model_trials.numbers
+        ]
+        return [trial for trial in modelled if states is None or trial.state in states]
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id: int = super().create_new_trial(study_id, template_trial)
+        self._update_model_trials(trial_id)
+        return trial_id
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        is_set: bool = super().set_trial_state_values(trial_id, state, values)
+        self._update_model_trials(trial_id)
+        return is_set
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        if not key.startswith("tpe:"):
+            super().set_trial_system_attr(trial_id, key, value)
+
+    def _update_model_trials(self, trial_id: int) -> None:
+        trial = self.get_trial(trial_id)
+        if trial.state.is_finished():
+            self._model_trials.end(trial)
+        else:
+            self._model_trials.begin(trial.number)
+
+
+MODELLED = 250  # finished trials at most; from this many on TPE counts 25 of them as good
 MODELLED_BEST = 50  # of these the best; the others are the latest
 
-_Standing = tuple[int, int, float]
+_Rank = tuple[int, int, float]
 
 
 class ModelTrials:
-    """The unfinished trials, the best and the latest.
+    """Which trials the sampler models: the unfinished, the best and the latest.
 
-    Kept up as trials begin and end: a choice among all of them would cost more with every trial.
+    TPE models where the best 25 trials lie and how the others spread. Its work grows with their
+    number, to 60 ms a proposal for 2,000, so in a long search it reads only a part of them. The
+    choice is updated as trials begin and end: choosing among all would slow down in the same way.
     """
 
     def __init__(self) -> None:
         self._unfinished: set[int] = set()
-        self._latest: list[tuple[int, _Standing]] = []  # finished, by number
-        self._best: list[tuple[_Standing, int]] = []  # of the earlier ones: a heap, poorest first
+        self._latest: list[tuple[int, _Rank]] = []  # finished, by number
+        self._best: list[tuple[_Rank, int]] = []  # of the earlier ones: a heap, poorest first
 
     def begin(self, number: int) -> None:
-        """Take in a trial that has not finished."""
         self._unfinished.add(number)
 
     def end(self, trial: FrozenTrial) -> None:
-        """Take in a trial that has finished."""
         self._unfinished.discard(trial.number)
-        bisect.insort(self._latest, (trial.number, _standing(trial)))
+        bisect.insort(self._latest, (trial.number, _rank(trial)))
         if len(self._latest) > MODELLED - MODELLED_BEST:
-            number, standing = self._latest.pop(0)
-            heapq.heappush(self._best, (standing, -number))  # of equals the earlier one stays
+            number, rank = self._latest.pop(0)
+            heapq.heappush(self._best, (rank, -number))  # of equals the earlier one stays
             if len(self._best) > MODELLED_BEST:
                 heapq.heappop(self._best)
 
@@ -242,8 +227,8 @@ class ModelTrials:
         return sorted([*self._unfinished, *best, *(number for number, _ in self._latest)])
 
 
-def _standing(trial: FrozenTrial) -> _Standing:
-    """Rank a finished trial as TPE does: those told to stop by how far they came."""
+def _rank(trial: FrozenTrial) -> _Rank:
+    """Rank a finished trial as TPE does: pruned ones by how far they came."""
     match trial.state:
         case TrialState.COMPLETE if trial.value is not None:
             return 2, 0, trial.value

@@ -1,7 +1,9 @@
-"""Where a search stands, kept up to date as it goes, so that a look costs the same at any size."""
+"""Where a search stands: counts, best epochs, running trials and the time left.
+
+It is updated as the search goes, so that a look at it costs the same after any number of trials.
+"""
 
 from collections import Counter
-from dataclasses import dataclass
 
 from tune_mnist.runs.formatting import differences, duration
 from tune_mnist.runs.history import History, State, TrialRecord
@@ -9,35 +11,19 @@ from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.tuning.experiment import Rules
 
 
-@dataclass(frozen=True)
-class Running:
-    """A trial that is with a worker or on its way to one."""
-
-    record: TrialRecord
-    differences: str  # from the baseline, in words
-
-    @property
-    def seconds_per_epoch(self) -> float | None:
-        """How long the last epoch took, with its evaluation."""
-        if not self.record.rows:
-            return None
-        row = self.record.rows[-1]
-        return row.seconds + row.evaluation_seconds
-
-
 class Tally:
-    """Counts, the best epochs and the running trials of a search, and how long it may take.
+    """The state of a search, and how much longer it may take.
 
-    New trials and epochs are taken from the history's ends by `catch_up`; that a trial was
-    started again or has ended must be told.
+    `catch_up` reads new trials and epochs from the history; `start` and `end` must be called for
+    a trial that is resumed or has ended.
     """
 
-    def __init__(self, rules: Rules, history: History, elapsed: float) -> None:
-        self.rules, self._history = rules, history
+    def __init__(self, rules: Rules, history: History, best: BestSoFar, elapsed: float) -> None:
+        self.rules, self.best = rules, best
+        self._history = history
         self._baseline_config = rules.space.baseline()
         self.states: Counter[State] = Counter()  # of the trials that have ended
-        self.running: dict[int, Running] = {}
-        self.best = BestSoFar(rules.metric)
+        self.running: dict[int, TrialRecord] = {}  # with a worker, or on the way to one
         self.baseline = BestSoFar(rules.metric)  # among its own epochs
         self.last_failure: TrialRecord | None = None
         self._ended: set[int] = set()
@@ -45,14 +31,13 @@ class Tally:
         self._began, self._epochs_before = elapsed, len(history.rows)
         self._trials_seen, self._rows_seen = len(history.trials), 0
         for record in history.trials.values():
-            if record.state != "running":  # the others are announced when they go on
+            if record.state != "running":  # the others are announced when they are resumed
                 self._count(record)
         self.catch_up()
 
     @property
     def done(self) -> int:
-        """How many trials have ended."""
-        return self.states.total()
+        return len(self._ended)
 
     @property
     def epochs(self) -> int:
@@ -60,42 +45,39 @@ class Tally:
         return self._rows_seen
 
     def catch_up(self) -> None:
-        """Take in the trials and epochs that are new in the history."""
+        """Read the trials and epochs that are new in the history."""
         trials = self._history.trials
         for number in range(self._trials_seen, len(trials)):
-            self.start(number)  # nothing for one that has ended since: it is announced as well
+            self.start(number)  # does nothing for one that has ended since
         self._trials_seen = len(trials)
         for record, row in self._history.rows[self._rows_seen :]:
-            self.best.take(record, row)
             if record.origin == "baseline":
                 self.baseline.take(record, row)
         self._rows_seen = len(self._history.rows)
 
     def start(self, number: int) -> None:
-        """Take in that a trial is on its way, or goes on."""
+        """Count a trial, new or resumed, as running."""
         record = self._history.trials[number]
         if record.state == "running" and number not in self.running:
-            self.running[number] = Running(
-                record, differences(record.config, self._baseline_config)
-            )
+            self.running[number] = record
 
     def end(self, number: int) -> TrialRecord | None:
-        """Take in that a trial has ended; returns it, or None where it has not."""
+        """Count a trial as ended and return it; None if a resume will continue it."""
         self.catch_up()
         record = self._history.trials[number]
         self.running.pop(number, None)
         if record.state == "running" or number in self._ended:
-            return None  # broken off with the search, to be gone on with later
+            return None
         self._count(record)
         return record
 
     def differences(self, record: TrialRecord) -> str:
-        """Say what a trial's configuration has that the baseline has not."""
+        """Return in what a trial's configuration differs from the baseline."""
         return differences(record.config, self._baseline_config)
 
     def time_left(self, elapsed: float) -> str:
-        """Say how long the search may still take; empty where that would be a wild guess."""
-        limit = max(self.rules.time_budget - elapsed, 0.0)  # infinite without a budget
+        """Return how long the search may still take; empty while that would be a wild guess."""
+        limit = max(self.rules.time_limit - elapsed, 0.0)
         expected = self._expected_time(elapsed)
         if expected is not None and expected < limit:
             return f"about {_rough(expected)} left"
@@ -111,8 +93,8 @@ class Tally:
     def _expected_time(self, elapsed: float) -> float | None:
         """Estimate from this session's pace and from how long the trials so far have trained."""
         new = self.epochs - self._epochs_before
-        # The first trials to end are the poor ones; a third of a small search, ten of a large
-        # one are enough to know what a trial takes on the whole.
+        # The first trials to end are the poor ones. A third of a small search, or ten trials of
+        # a large one, are enough to know how long a trial trains on average.
         if self.done < max(3, min(10, self.rules.trials // 3)) or new < 2 * len(self.running):
             return None
         if not new or elapsed <= self._began:
@@ -120,15 +102,15 @@ class Tally:
         residual = self._residual_epochs()
         waiting = max(self.rules.trials - self.done - len(self.running), 0)
         epochs, longest = waiting * residual[0], 0.0
-        for trial in self.running.values():
-            left = residual[min(trial.record.epochs, self.rules.epochs)]
+        for record in self.running.values():
+            left = residual[min(record.epochs, self.rules.epochs)]
             epochs += left
-            longest = max(longest, left * (trial.seconds_per_epoch or 0.0))
+            longest = max(longest, left * (seconds_per_epoch(record) or 0.0))
         pace = (elapsed - self._began) / new
         return max(epochs * pace, longest)  # at the end there are fewer trials than workers
 
     def _residual_epochs(self) -> list[float]:
-        """Return how many more epochs a trial trains on average once it has trained so many."""
+        """Return how many more epochs a trial trains on average, by the epochs it has trained."""
         budget = self.rules.epochs
         residual = [0.0] * (budget + 1)
         longer, total = 0, 0  # trials that trained longer, and what they trained beyond
@@ -137,6 +119,14 @@ class Tally:
             total += longer
             residual[epoch] = total / longer if longer else float(budget - epoch)
         return residual
+
+
+def seconds_per_epoch(record: TrialRecord) -> float | None:
+    """Return how long a trial's last epoch took, with its evaluation."""
+    if not record.rows:
+        return None
+    row = record.rows[-1]
+    return row.seconds + row.evaluation_seconds
 
 
 def _rough(seconds: float) -> str:

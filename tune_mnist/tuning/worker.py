@@ -21,7 +21,7 @@ class TrialEpoch:
     """What a trial reports after an epoch."""
 
     metrics: EpochMetrics
-    state: bytes  # all it takes to go on with the next epoch
+    state: bytes  # all that the next epoch needs
     model: Callable[[], bytes]  # makes the content of best.pt, in case this epoch is the best
 
 
@@ -34,8 +34,8 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
     Raises:
         Whatever training raises; Tune hands it to the driver.
     """
-    # A worker that takes longer to let go of one trial is lost to the next, and Tune tells nobody:
-    # its own 2 s are little on a crowded machine.
+    # If a worker takes longer to let go of one trial, the next trial loses it and Tune tells
+    # nobody. Tune's own 2 s are little on a crowded machine.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
     assignment: Assignment = config["assignment"]
     best = (-math.inf, -math.inf)
@@ -46,11 +46,11 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
             if value > best:  # only a trial's own best can be the search's best
                 best, model = value, epoch.model()
         tune.report(report_of(epoch, model, assignment.metric))
-    raise RuntimeError("the training ended without having been told to")
+    raise RuntimeError("the training ended without being told to stop")
 
 
 def report_of(epoch: TrialEpoch, model: bytes | None, metric: Metric) -> dict[str, Any]:
-    """Return what Tune is told of an epoch; it insists on the metric at the top level."""
+    """Return what Tune is told of an epoch; it requires the metric at the top level."""
     value = epoch.metrics.accuracy(metric)
     return {"metrics": epoch.metrics, "state": epoch.state, "model": model, metric: value}
 
@@ -58,8 +58,8 @@ def report_of(epoch: TrialEpoch, model: bytes | None, metric: Metric) -> dict[st
 def train_assignment(
     assignment: Assignment, split: Split, *, precision: Precision = "float32"
 ) -> Iterator[TrialEpoch]:
-    """Train for real, on the worker's share of the machine."""
-    import torch  # the driver, which imports this module as well, does without it
+    """Train for real, on the CPUs and GPUs that Ray gave this worker."""
+    import torch  # the driver imports this module too, and does not need torch
 
     from tune_mnist.mnist.fused import keep_freed_memory
     from tune_mnist.mnist.model_file import pack_model

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from ray import cloudpickle
 from ray.cluster_utils import Cluster
-from support import scripted
 from support.drivers import epochs_in
 from support.reported import all_failed, rich
 from support.scripted import Script
+from support.scripted_search import send_scripts_to_workers
 
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.reporting.page import write_report
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import RunView
-from tune_mnist.tuning.confirmation import ConfirmSettings, confirm_run
+from tune_mnist.tuning.launch import confirm
 from tune_mnist.tuning.plan import Plan
+from tune_mnist.tuning.settings import ConfirmSettings
 
 pytest_plugins = ["support.ray_fixtures"]
 
@@ -31,14 +31,13 @@ SCRIPT = Script(seconds=0.01)
 @pytest.fixture
 def settings(cluster: Cluster, tmp_path: Path) -> Iterator[ConfirmSettings]:
     """What confirms two winners of a recorded search on three seeds."""
-    cloudpickle.register_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
+    send_scripts_to_workers()
     before = signal.getsignal(signal.SIGTERM)
     run = rich(tmp_path).folder.path
     yield ConfirmSettings(
         run=run, top=2, seeds=3, images=1000, address=cluster.address, report=False
     )
     signal.signal(signal.SIGTERM, before)
-    cloudpickle.unregister_pickle_by_value(scripted)  # type: ignore[no-untyped-call]
 
 
 def _history(settings: ConfirmSettings) -> History:
@@ -70,7 +69,7 @@ def _interrupted_after(epochs: int, settings: ConfirmSettings) -> Iterator[None]
 def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
     settings: ConfirmSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert confirm_run(settings, SCRIPT) == 0
+    assert confirm(settings, SCRIPT) == 0
     assert settings.run is not None
     run = RunView.read(settings.run)
     records = list(_history(settings).trials.values())
@@ -99,41 +98,41 @@ def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
     assert "Confirmed on fresh seeds" in page.read_text()
 
 
-def test_one_that_was_broken_off_goes_on_and_more_seeds_add_to_it(
+def test_an_interrupted_one_is_resumed_and_more_seeds_add_to_it(
     settings: ConfirmSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with _interrupted_after(20, settings):
-        assert confirm_run(settings, Script(seconds=0.1)) == 130
-    assert "the same command goes on with it" in capsys.readouterr().out
+        assert confirm(settings, Script(seconds=0.1)) == 130
+    assert "the same command resumes it" in capsys.readouterr().out
     first = _history(settings)
     assert first.closed_as == "SIGINT"
     assert 20 <= len(first.rows) < 3 * 3 * 9
-    assert confirm_run(settings, SCRIPT) == 0
+    assert confirm(settings, SCRIPT) == 0
     assert " of them done in " in " ".join(capsys.readouterr().out.split())
     second = _history(settings)
     assert [row.epoch for _, row in second.rows[: len(first.rows)]] == [
         row.epoch for _, row in first.rows
     ]
-    assert confirm_run(replace(settings, seeds=4), SCRIPT) == 0
+    assert confirm(replace(settings, seeds=4), SCRIPT) == 0
     third = _history(settings)
     assert [r.state for r in third.trials.values()] == ["complete"] * 12
     assert [r.seed for r in third.trials.values()][:9] == [r.seed for r in second.trials.values()]
     sessions = third.sessions
-    assert confirm_run(replace(settings, seeds=4), SCRIPT) == 0  # and nothing is left to do
+    assert confirm(replace(settings, seeds=4), SCRIPT) == 0  # and nothing is left to do
     assert _history(settings).sessions == sessions
     with pytest.raises(RunFolderError, match="with other epochs"):
-        confirm_run(replace(settings, seeds=4, epochs=3), SCRIPT)
+        confirm(replace(settings, seeds=4, epochs=3), SCRIPT)
     with pytest.raises(RunFolderError, match="with other configurations"):
-        confirm_run(replace(settings, seeds=4, top=1), SCRIPT)
+        confirm(replace(settings, seeds=4, top=1), SCRIPT)
 
 
 def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to confirm"):
-        confirm_run(ConfirmSettings(run=all_failed(tmp_path).folder.path))
+        confirm(ConfirmSettings(run=all_failed(tmp_path).folder.path))
     with pytest.raises(ConfigError, match="name the search's folder"):
-        confirm_run(ConfirmSettings())
+        confirm(ConfirmSettings())
     with pytest.raises(RunFolderError, match="is no run's folder"):
-        confirm_run(ConfirmSettings(run=tmp_path / "none"))
+        confirm(ConfirmSettings(run=tmp_path / "none"))
 
 
 def test_a_confirmation_is_not_taken_for_a_search(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ start:
 """
 
 
-def test_a_real_trial_goes_on_as_if_it_had_never_been_broken_off(searches: Searches) -> None:
+def test_a_resumed_real_trial_ends_as_if_never_interrupted(searches: Searches) -> None:
     space = searches.path / "space.yaml"
     space.write_text(SPACE)
     arguments = ("--trials", 2, "--max-concurrent", 1)
@@ -64,7 +64,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers_of(folder: Path) -> list[list[dict[str, Any]]]:
-    """Return all that the trials' epochs came to, but the times that they took."""
+    """Return all metrics of the trials' epochs but the times that they took."""
     times = ("seconds", "evaluation_seconds", "elapsed")
     return [
         [{name: vars(row)[name] for name in vars(row) if name not in times} for row in record.rows]
@@ -95,7 +95,7 @@ def run(metric: Metric, epochs: Any) -> None:
     """Run a trial that nobody tells to stop."""
     config = {"assignment": Assignment(0, TrainConfig(), 0, 20, metric, None)}
     nothing: Any = None
-    with pytest.raises(RuntimeError, match="without having been told to"):
+    with pytest.raises(RuntimeError, match="without being told to stop"):
         run_trial(config, epochs, nothing)
 
 

@@ -1,14 +1,15 @@
-"""What becomes of trials that fail or hang, as Tune's callbacks tell it."""
+"""What happens to trials that fail or hang, as Tune's callbacks report it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from test_experiment import Course
+from support.course import Course
+from support.epochs import epoch_metrics
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
@@ -28,7 +29,8 @@ class Watched:
     """A search without Tune: its trials are what the callbacks see of them."""
 
     def __init__(self, path: Path, *, retries: int = 1, hang_timeout: float = math.inf) -> None:
-        self.path, self.course = path, Course(path / "run")
+        self.course = Course(path / "run")
+        self.error_file = path / "error.txt"
         self.experiment = self.course.experiment
         self.supervisor = Supervisor(self.experiment, retries=retries, hang_timeout=hang_timeout)
         self.searcher = ExperimentSearcher(self.experiment, lambda: 2, self.supervisor.stop_all)
@@ -36,32 +38,20 @@ class Watched:
 
     def start(self, ray_id: str = "ray") -> Any:
         """Begin the trial that the searcher suggests."""
-        error_file = self.path / "error.txt"
-        trial: Any = Trial(
-            trial_id=ray_id,
-            config=self.searcher.suggest(ray_id),
-            error_file=str(error_file),
-        )
+        assignment = self.searcher.suggest(ray_id)
+        trial: Any = Trial(ray_id, config=assignment, error_file=str(self.error_file))
         self.supervisor.on_trial_start(0, [], trial)
         return trial
 
     def fail(self, trial: Any, error: str = "why") -> None:
-        Path(trial.error_file).write_text(error)
+        self.error_file.write_text(error)
         self.supervisor.on_trial_error(0, [], trial)
 
     def report(self, trial: Any, accuracy: float = 0.9) -> str:
         """Report a trial's next epoch, as Tune does: the scheduler first."""
         epoch = self.course.history.trials[number_of(trial)].epochs + 1
-        result = {
-            "epoch": epoch,
-            **dict.fromkeys(("train_loss", "val_loss", "test_loss"), 0.1),
-            **dict.fromkeys(("val_accuracy", "test_accuracy"), accuracy),
-            **dict.fromkeys(("seconds", "evaluation_seconds"), 0.0),
-            "test_correct": 0,
-            "diverged_step": None,
-            "state": f"after {epoch}".encode(),
-            "model": None,
-        }
+        metrics = epoch_metrics(epoch, accuracy)
+        result = {"metrics": metrics, "state": f"after {epoch}".encode(), "model": None}
         decision = self.scheduler.on_trial_result(None, trial, result)
         self.supervisor.on_trial_result(0, [], trial, result)
         assert "state" not in result  # Tune would keep it
@@ -70,7 +60,7 @@ class Watched:
 
 @dataclass(eq=False)
 class Trial:
-    """What there is to see of one of Tune's trials; like those, it is a key by what it is."""
+    """What the adapters see of one of Tune's trials; like those, it is a key by identity."""
 
     trial_id: str
     config: Any
@@ -125,9 +115,7 @@ def test_a_lost_node_is_not_a_failure_of_its_trial(watched: Watched) -> None:
 
 def test_the_last_running_trial_may_still_fail_and_be_suggested_again(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    watched.experiment.rules = watched.course.rules.__class__(
-        **{**vars(watched.course.rules), "trials": 1}
-    )
+    watched.experiment.rules = replace(watched.course.rules, trials=1)
     trial = watched.start()
     assert watched.searcher.suggest("x") is None
     watched.fail(trial)
@@ -155,18 +143,20 @@ def test_a_search_whose_every_trial_fails_at_once_is_given_up(tmp_path: Path) ->
     assert watched.searcher.suggest("x") == "FINISHED"
 
 
+FULL = OSError(28, "No space left on device")
+
+
+def full(*_: Any) -> None:
+    raise FULL
+
+
 def test_a_report_that_cannot_be_written_ends_the_search_not_the_trial(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = watched.start()
-    full = OSError(28, "No space left on device")
-
-    def save(*_: Any) -> None:
-        raise full
-
-    monkeypatch.setattr(watched.course.checkpoints, "save", save)
+    monkeypatch.setattr(watched.course.checkpoints, "save", full)
     assert watched.report(trial) == "NOOP"
-    assert watched.experiment.broken is full
+    assert watched.experiment.broken is FULL
     assert watched.supervisor.stop_all()
 
 
@@ -174,15 +164,17 @@ def test_an_end_that_cannot_be_written_ends_the_search(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = watched.start()
-    full = OSError(28, "No space left on device")
-
-    def end_trial(*_: Any) -> None:
-        raise full
-
-    monkeypatch.setattr(watched.course.history, "end_trial", end_trial)
+    monkeypatch.setattr(watched.course.history, "end_trial", full)
     watched.report(trial)
     watched.supervisor.on_trial_complete(0, [], trial)
-    assert watched.experiment.broken is full
+    assert watched.experiment.broken is FULL
+
+
+def test_of_several_errors_the_first_ends_the_search(watched: Watched) -> None:
+    for error in (FULL, ValueError("a consequence")):
+        with watched.experiment.ending_on_error():
+            raise error
+    assert watched.experiment.broken is FULL
 
 
 def test_no_more_trials_are_handed_out_than_there_is_room_for(watched: Watched) -> None:
@@ -191,14 +183,22 @@ def test_no_more_trials_are_handed_out_than_there_is_room_for(watched: Watched) 
     assert watched.searcher.suggest("x") is None
 
 
-def test_errors_are_described_in_one_short_line() -> None:
-    died = RayActorError(
-        error_msg="The actor died. Worker exit detail: End of file.\n Some common causes include:"
-    )
-    assert describe(died) == "the worker died: End of file."
-    assert describe(RayActorError(error_msg=OUT_OF_MEMORY)) == OUT_OF_MEMORY
-    lost = RayActorError(
-        error_msg="The actor died.\n\tip: 10.0.0.7\nbecause its node has died. Node"
-    )
-    assert describe(lost) == "its node was lost (10.0.0.7)"
-    assert describe(ValueError("a\nb")) == "a b"
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (
+            RayActorError(
+                error_msg="It died. Worker exit detail: End of file.\n Some common causes include:"
+            ),
+            "the worker died: End of file.",
+        ),
+        (RayActorError(error_msg=OUT_OF_MEMORY), OUT_OF_MEMORY),
+        (
+            RayActorError(error_msg="It died.\n\tip: 10.0.0.7\nbecause its node has died. Node"),
+            "its node was lost (10.0.0.7)",
+        ),
+        (ValueError("a\nb"), "a b"),
+    ],
+)
+def test_errors_are_described_in_one_short_line(error: Exception, described: str) -> None:
+    assert describe(error) == described
