@@ -1,8 +1,4 @@
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.disks import mounted
 from support.epochs import epoch_metrics
+from support.processes import running
 
 from tune_mnist.runs.checkpoints import Checkpoint, Checkpoints
 from tune_mnist.runs.folder import RunFolder
@@ -149,11 +146,9 @@ def test_a_kill_at_any_instant_leaves_the_newest_state_or_the_one_before(
     folder: RunFolder,
 ) -> None:
     code = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+import os
 from test_checkpoints import Checkpoints, RunFolder, row_of
-checkpoints, told = Checkpoints(RunFolder(Path(sys.argv[1]))), os.open(sys.argv[3], os.O_WRONLY)
+checkpoints, told = Checkpoints(RunFolder(Path(sys.argv[1]))), os.open(sys.argv[2], os.O_WRONLY)
 for epoch in range(1, 10**9):
     checkpoints.save(7, row_of(epoch), b"%09d" % epoch * 30_000)
     os.pwrite(told, b"%09d" % epoch, 0)
@@ -161,13 +156,9 @@ for epoch in range(1, 10**9):
 """
     told = folder.path / "told"
     told.touch()
-    command = [sys.executable, "-c", code, str(folder.path), str(Path(__file__).parent), str(told)]
     for attempt in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
+        with running(code, folder.path, told):
             time.sleep(0.03 + 0.011 * attempt)
-            os.kill(writer.pid, signal.SIGKILL)
         loaded = Checkpoints(folder).load(7)
         assert loaded is not None
         epoch = loaded.row.epoch

@@ -1,15 +1,13 @@
 import os
 import resource
-import signal
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.disks import mounted
+from support.processes import running
 
 from tune_mnist.runs.files import AppendLog, remove_leftovers, replace_file
 
@@ -22,16 +20,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def killed_while(code: str, *arguments: object) -> None:
-    """Run Python code in a process of its own and kill it once it has printed a line."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
 
 
 def test_a_replaced_file_has_the_new_content_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -99,20 +87,13 @@ def test_readers_of_a_file_that_is_replaced_all_the_time_see_whole_contents(
 ) -> None:
     path = tmp_path / "file"
     code = """
-import sys
-from pathlib import Path
 from tune_mnist.runs.files import replace_file
 for number in range(10**9):
     replace_file(Path(sys.argv[1]), f"{number % 10}" * 300_000, sync=False)
     if not number: print(flush=True)
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE
-    ) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
+    with running(code, path):
         seen = [path.read_text() for _ in range(200)]
-        writer.kill()
     assert {len(content) for content in seen} == {300_000}
     assert all(len(set(content)) == 1 for content in seen)
     assert len({content[0] for content in seen}) > 1
@@ -195,8 +176,7 @@ def test_a_line_past_the_limit_of_file_sizes_leaves_the_log_as_it_was(tmp_path: 
 def test_a_killed_writer_loses_no_line_that_it_had_appended(tmp_path: Path) -> None:
     path, told = tmp_path / "log", tmp_path / "told"
     code = """
-import os, sys
-from pathlib import Path
+import os
 from tune_mnist.runs.files import AppendLog
 log, told = AppendLog(Path(sys.argv[1])), os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT)
 for number in range(10**9):
@@ -204,7 +184,8 @@ for number in range(10**9):
     os.pwrite(told, b"%d" % number, 0)
     if not number: print(flush=True)
 """
-    killed_while(code, path, told)
+    with running(code, path, told):
+        time.sleep(0.05)  # for some lines more
     lines = AppendLog(path).read()
     assert int(told.read_text()) < len(lines) <= int(told.read_text()) + 2
     assert [int(line.split()[0]) for line in lines] == list(range(len(lines)))

@@ -1,8 +1,6 @@
 import json
 import math
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.processes import running
 from support.recorded import RecordedSearch
 
 from tune_mnist.errors import RunFolderError
@@ -257,27 +256,18 @@ def test_a_file_that_cannot_be_read_is_no_empty_history(search: RecordedSearch) 
 
 def test_readers_may_read_while_the_driver_writes(tmp_path: Path) -> None:
     code = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
 from support.recorded import RecordedSearch
 search = RecordedSearch(Path(sys.argv[1]))
 print(flush=True)
 while True:
     search.trial([0.5, 0.6, 0.7])
 """
-    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        folder = RunFolder(tmp_path / "search")
-        lengths = []
+    folder = RunFolder(tmp_path / "search")
+    lengths = []
+    with running(code, tmp_path):
         until = time.monotonic() + 0.7
-        try:
-            while time.monotonic() < until:
-                lengths.append(len(History.load(folder).rows))
-        finally:
-            writer.kill()
+        while time.monotonic() < until:
+            lengths.append(len(History.load(folder).rows))
     assert len(set(lengths)) > 3
     assert lengths == sorted(lengths)
     History.load(folder)

@@ -175,7 +175,7 @@ def test_the_baseline_is_trained_unless_told_otherwise(tmp_path: Path) -> None:
 
 def test_a_trial_of_a_search_is_retrained_by_its_number(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "mine")
-    folder.write_search({"asked": {"epochs": 7}})
+    folder.write_search({"asked": {"metric": "val_accuracy", "epochs": 7}})
     history = History(folder)
     history.open_session({})
     found = TrainConfig(lr=0.123456789012345678, schedule="cosine")
