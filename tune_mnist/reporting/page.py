@@ -113,7 +113,7 @@ def _chart_data(figure: go.Figure) -> dict[str, Any]:
 
 
 def _comparison(runs: Sequence[RunView]) -> dict[str, Any]:
-    """Return how several runs differ, as far as their own reports do not say."""
+    """Return what only a page about several runs shows."""
     return {
         "differences": [
             name

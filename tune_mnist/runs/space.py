@@ -33,7 +33,7 @@ from tune_mnist.runs.parameter import (
     show,
 )
 
-_MAX_EPOCHS = 1000
+MAX_EPOCHS = 1000  # of a trial
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -146,9 +146,9 @@ class SearchSpace:
 
 
 def _parse_epochs(epochs: Any) -> int:
-    if type(epochs) is not int or not 1 <= epochs <= _MAX_EPOCHS:
+    if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
         raise SearchSpaceError(
-            f"epochs: must be a whole number from 1 to {_MAX_EPOCHS}, but got {epochs!r}"
+            f"epochs: must be a whole number from 1 to {MAX_EPOCHS}, but got {epochs!r}"
         )
     return epochs
 

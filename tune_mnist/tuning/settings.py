@@ -16,6 +16,7 @@ from cyclopts import Group, Parameter
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.space import MAX_EPOCHS
 from tune_mnist.tuning.remote import is_uri, storage_uri
 
 TOP, SEEDS = 3, 5  # what is confirmed unless asked otherwise: so many winners, on so many seeds
@@ -71,7 +72,7 @@ class _Limit:
 
 _AT_LEAST_0 = _Limit("at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = _Limit("at least 1", lambda value: value >= 1)
-_AT_MOST_1000 = _Limit("at most 1000", lambda value: value <= 1000)  # as in a space file
+_MOST_EPOCHS = _Limit(f"at most {MAX_EPOCHS}", lambda value: value <= MAX_EPOCHS)
 _ABOVE_0_SECONDS = _Limit("above 0 seconds", lambda value: value > 0)
 _ABOVE_1 = _Limit("above 1", lambda value: 1 < value < math.inf)
 _PART_OR_WHOLE = _Limit(
@@ -157,7 +158,7 @@ class SearchOptions(_Options):
     trials: Annotated[int | None, _WHAT, _AT_LEAST_1] = None
     """Configurations to try in all; 50 unless given."""
 
-    epochs: Annotated[int | None, _WHAT, _AT_LEAST_1, _AT_MOST_1000] = None
+    epochs: Annotated[int | None, _WHAT, _AT_LEAST_1, _MOST_EPOCHS] = None
     """Budget of a trial in epochs; the space's own (20) unless given."""
 
     time_budget: Annotated[float | None, _WHAT, _TIME, _ABOVE_0_SECONDS] = None
@@ -263,7 +264,7 @@ class ConfirmOptions(_Options):
     seeds: Annotated[int, _CONFIRM, _AT_LEAST_1] = SEEDS
     """Seeds that each is trained with; the search has used none of them."""
 
-    epochs: Annotated[int | None, _CONFIRM, _AT_LEAST_1, _AT_MOST_1000] = None
+    epochs: Annotated[int | None, _CONFIRM, _AT_LEAST_1, _MOST_EPOCHS] = None
     """How long each is trained; as long as the search's trials may unless given."""
 
     images: Annotated[int | None, _CONFIRM, _AT_LEAST_1] = None
