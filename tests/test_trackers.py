@@ -39,7 +39,7 @@ class Notebook:
     def __init__(self, there: int = 0, fails_at: str = "") -> None:
         self._there, self._fails_at = there, fails_at
         self.notes: list[str] = []
-        self.flushed = threading.Event()
+        self.is_up_to_date = threading.Event()
 
     def begin(self, record: TrialRecord) -> int:
         self._note(f"begin {record.number}")
@@ -47,14 +47,11 @@ class Notebook:
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
         self._note(f"epoch {record.number}.{row.epoch}")
+        if self.notes == SO_FAR:
+            self.is_up_to_date.set()
 
     def end(self, record: TrialRecord) -> None:
         self._note(f"end {record.number} {record.state}")
-
-    def flush(self) -> None:
-        if self._fails_at == "flush":
-            raise OSError(28, "No space left on device")
-        self.flushed.set()
 
     def close(self) -> None:
         self._note("close")
@@ -85,7 +82,7 @@ def test_a_tracker_is_told_what_happened_and_what_happens_from_then_on(
 ) -> None:
     tracker = Notebook()
     following = Tracking("X", search.history, lambda: tracker)
-    assert tracker.flushed.wait(PATIENCE)
+    assert tracker.is_up_to_date.wait(PATIENCE)
     assert tracker.notes == SO_FAR
     search.epoch(1, 0.9)
     search.end(1, "complete")
@@ -101,21 +98,21 @@ def test_epochs_that_are_there_already_are_not_told_again(search: RecordedSearch
     assert [note for note in tracker.notes if "epoch" in note] == ["epoch 0.2"]
 
 
-@pytest.mark.parametrize("fails_at", ["begin 0", "epoch 0.2", "end 0 stopped", "flush"])
+@pytest.mark.parametrize("fails_at", ["begin 0", "epoch 0.2", "end 0 stopped"])
 def test_after_a_failure_another_tracker_is_told_everything(
     search: RecordedSearch, fails_at: str
 ) -> None:
     first, second = Notebook(fails_at=fails_at), Notebook()
     makers = iter([first, second])
     following = Tracking("X", search.history, lambda: next(makers))
-    assert second.flushed.wait(PATIENCE)
+    assert second.is_up_to_date.wait(PATIENCE)
     assert following.close() is None
     assert first.notes[-1] == "close"
     assert second.notes == [*SO_FAR, "close"]
 
 
 def test_one_that_fails_to_the_end_is_a_warning(search: RecordedSearch) -> None:
-    following = Tracking("X", search.history, lambda: Notebook(fails_at="flush"))
+    following = Tracking("X", search.history, lambda: Notebook(fails_at="epoch 0.2"))
     assert following.close() == (
         "X has not got everything (OSError: [Errno 28] No space left on device); epochs.csv has"
     )
@@ -162,7 +159,6 @@ def write(folder: Path, *records: TrialRecord) -> None:
         assert files.begin(record) == 0
         for row in record.rows:
             files.add_epoch(record, row)
-        files.flush()
         if record.state != "running":
             files.end(record)
     files.close()

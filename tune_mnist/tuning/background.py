@@ -23,7 +23,14 @@ class Pace:
 
 
 class BackgroundThread(threading.Thread):
-    """Calls a function again and again, until it is closed and one last call has succeeded."""
+    """Calls a function again and again, until it is closed and one last call has succeeded.
+
+    Args:
+        name: the thread's.
+        pace: when to work.
+        do_round: does what has accumulated; its argument is whether this is the last round.
+        on_failure: is told what a round raised; returns it in words.
+    """
 
     def __init__(
         self,
@@ -32,14 +39,6 @@ class BackgroundThread(threading.Thread):
         do_round: Callable[[bool], None],
         on_failure: Callable[[Exception], str],
     ) -> None:
-        """Prepare the thread; `start()` starts it.
-
-        Args:
-            name: the thread's.
-            pace: when to work.
-            do_round: does what has accumulated; its argument is whether this is the last round.
-            on_failure: is told what a round raised; returns it in words.
-        """
         # A daemon: what hangs on a dead disk or server must not keep the process from ending.
         super().__init__(name=name, daemon=True)
         self._pace, self._do_round, self._on_failure = pace, do_round, on_failure

@@ -120,24 +120,21 @@ def _check_port(address: str) -> None:
 
 def _check_this_is_a_node(address: str) -> None:
     """Check that Ray answers and runs on this machine as well; else `ray.init` would abort."""
-    if not any(os.path.exists(path) for path in _sockets(address)):  # noqa: PTH110
-        host = address.rpartition(":")[0]
-        raise ClusterError(
-            f"this machine is no node of the Ray cluster at {address}: search on one of its nodes "
-            f"(`ray job submit`), give --address {CLIENT}{host}:10001 (its Ray Client port), or "
-            f"make this machine one with `ray start --address={address} --num-cpus=0`"
-        )
-
-
-def _sockets(address: str) -> list[str]:
-    """Return where each living node's Ray listens, as a path on that node's own disk."""
     try:
         client = _head_client(address)
     except AuthenticationError:
         ray_patches.use_token()
         client = _head_client(address)
     nodes = client.get_all_node_info(timeout=ANSWER_PATIENCE).values()
-    return [node.raylet_socket_name for node in nodes if node.state == node.ALIVE]
+    # Each node's Ray listens at a path on that node's own disk.
+    sockets = [node.raylet_socket_name for node in nodes if node.state == node.ALIVE]
+    if not any(map(os.path.exists, sockets)):
+        host = address.rpartition(":")[0]
+        raise ClusterError(
+            f"this machine is no node of the Ray cluster at {address}: search on one of its nodes "
+            f"(`ray job submit`), give --address {CLIENT}{host}:10001 (its Ray Client port), or "
+            f"make this machine one with `ray start --address={address} --num-cpus=0`"
+        )
 
 
 def _head_client(address: str) -> Any:

@@ -64,20 +64,16 @@ OUT_OF_MEMORY = "out of memory: Ray ended the worker; fewer trials at a time nee
 
 
 def without_dashboard() -> contextlib.AbstractContextManager[Any]:
-    """Have a Ray that is started meanwhile start no web server on its nodes.
+    """Have a Ray that is started meanwhile start no web server on its nodes, as if it lacked one.
 
-    Nobody looks at its dashboard, and without its packages Ray does not wait for the server: 1 s,
-    or 5 s for its one port if another Ray runs on the machine.
+    It would wait 1 s for it, or 5 s for its one port if another Ray runs on the machine.
     """
     name = "ray._private.utils.get_dashboard_dependency_error"
     return mock.patch(name, return_value=ImportError())
 
 
 def silence_dying_workers() -> None:
-    """Keep Ray from printing 900 characters about every worker that dies into the live view.
-
-    It does so with `log_to_driver=False` as well. Why a trial failed is in its reason.
-    """
+    """Keep Ray from printing about every worker that dies, as it does with any `log_to_driver`."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
@@ -85,25 +81,21 @@ def address_of_this_node() -> str:
     """Return the HOST:PORT of the head that `auto` means.
 
     Raises:
-        ConnectionError: this machine is no node of a cluster, or of several.
+        ConnectionError: this machine is a node of no cluster, or of several.
     """
     address: str = canonicalize_bootstrap_address_or_die("auto")
     return address
 
 
 def use_token() -> None:
-    """Show this machine's token, if it has one, to the cluster.
-
-    Ray looks for a token by itself only if no address is given.
-    """
+    """Show this machine's token, if any, to the cluster; without an address Ray does it itself."""
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def head_client(address: str) -> Any:
-    """Connect to the head of a cluster; its `get_all_node_info` returns the nodes.
+    """Connect to the head of a cluster; `get_all_node_info` of the result returns the nodes.
 
-    To join a cluster that this machine is no node of, `ray.init` aborts the process, so its nodes
-    are asked for first.
+    They are asked for first: where this machine is none of them, `ray.init` aborts the process.
     """
     return ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
 
@@ -128,8 +120,8 @@ def staging_in(folder: str) -> contextlib.AbstractContextManager[Any]:
 def memory_kills_survived() -> Iterator[None]:
     """Have Tune treat a worker that Ray ended to save the machine's memory as one that died.
 
-    Tune knows the errors of actors and of tasks only: one trial out of memory would end the whole
-    search with `RuntimeError: Caught unexpected exception`.
+    Tune expects errors of actors and of tasks only; at any other it ends the whole search with
+    `RuntimeError: Caught unexpected exception`.
     """
     original = RayActorManager._actor_task_failed
 

@@ -50,7 +50,7 @@ def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
         RunFolderError: the copy cannot be reached, is in use or is another run's.
     """
     lease = Lease(remote, folder.path)
-    lease.take(tell)
+    lease.take()
     fetch_newer(folder, remote)
     with reaching(remote):
         sync = RunSync(folder, remote, lease)
@@ -204,7 +204,7 @@ class Lease:
         self._me = {**self._place, "lease": uuid.uuid4().hex}
         self._next_sign = 0.0
 
-    def take(self, tell: Callable[[str], None]) -> None:
+    def take(self) -> None:
         """Become the only writer; first wait until another driver's lease has run out.
 
         Only for the one process that writes to the local folder: a lease that was taken for the
@@ -214,7 +214,7 @@ class Lease:
             RunFolderError: another driver writes to the copy, or the copy cannot be written.
         """
         with reaching(self._remote):
-            self._wait_for_other(tell)
+            self._wait_for_other()
             self._sign()
 
     def keep(self) -> None:
@@ -234,7 +234,7 @@ class Lease:
         if self._driver() == self._me:
             self._remote.delete(_DRIVER)
 
-    def _wait_for_other(self, tell: Callable[[str], None]) -> None:
+    def _wait_for_other(self) -> None:
         now, last, other = self._remote.now(), self._remote.time_of(_DRIVER), self._driver()
         if last is None or self._place.items() <= other.items():
             return

@@ -32,21 +32,19 @@ class Tracker(Protocol):
     def begin(self, record: TrialRecord) -> int: ...  # returns how many epochs are there already
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None: ...
     def end(self, record: TrialRecord) -> None: ...
-    def flush(self) -> None: ...  # makes visible what was added
     def close(self) -> None: ...  # lets go of trials that have not ended
 
 
 class Tracking:
-    """Hands the trials and epochs of a history to a tracker, in the background."""
+    """Hands the trials and epochs of a history to a tracker, in the background.
+
+    Args:
+        name: the tracker's name in messages.
+        history: what to follow.
+        start: makes the tracker, in the thread; after a failure it makes another.
+    """
 
     def __init__(self, name: str, history: History, start: Callable[[], Tracker]) -> None:
-        """Begin to follow.
-
-        Args:
-            name: the tracker's name in messages.
-            history: what to follow.
-            start: makes the tracker, in the thread; after a failure it makes another.
-        """
         self._name, self._history, self._start = name, history, start
         self._tracker: Tracker | None = None
         self._taken: dict[int, int] = {}  # epochs, by trial
@@ -67,7 +65,6 @@ class Tracking:
         for record in list(self._history.trials.values()):
             if record.number not in self._ended:
                 self._follow(record, self._tracker)
-        self._tracker.flush()
         if closing:
             self._tracker.close()
 
@@ -151,16 +148,14 @@ class EventFiles:
     def end(self, record: TrialRecord) -> None:
         self._writers.pop(record.number).close()
 
-    def flush(self) -> None:
-        for writer in self._writers.values():
-            writer.flush()
-
     def close(self) -> None:
         while self._writers:
             self._writers.popitem()[1].close()
 
     def _write(self, record: TrialRecord, event: Any) -> None:
-        self._writers[record.number].write(event.SerializeToString(deterministic=True))
+        writer = self._writers[record.number]
+        writer.write(event.SerializeToString(deterministic=True))
+        writer.flush()
 
 
 _RETRIES = "2"  # of a request; MLflow's default takes minutes, and this module retries anyway
@@ -227,9 +222,6 @@ class MlflowRuns:
             self._client.set_tag(run_id, "reason", record.reason)
         self._client.set_tag(run_id, "state", record.state)
         del self._run_ids[record.number]
-
-    def flush(self) -> None:
-        """Do nothing: every request is answered before the next."""
 
     def close(self) -> None:
         for run_id in self._run_ids.values():
