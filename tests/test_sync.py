@@ -40,6 +40,7 @@ pytest_plugins = ["support.ray_fixtures"]
 
 TRIALS = 5
 ONE = ("--max-concurrent", 1)
+STATE = "runs/run/checkpoints/00000.state"
 SHORT = ("--trials", TRIALS, "--epochs", 10, *ONE)
 
 
@@ -86,26 +87,35 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def begin(
+    searches: Searches, s3: S3, seconds: float, prepare: Callable[[], None] = hurry, **script: Any
+) -> Driver:
+    """Begin a search whose copy has its first epochs and a state."""
+    driver = searches.start(
+        *("run", *SHORT, "--storage", s3.uri("runs")),
+        script=Script(seconds=seconds, **script),
+        prepare=prepare,
+    )
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3 and STATE in s3.objects)
+    return driver
+
+
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     searches: Searches, s3: S3, uninterrupted: Path
 ) -> None:
     notes = searches.path / "notes"
     notes.mkdir()
-    settings: dict[str, Any] = {
-        "script": Script(seconds=0.05, notes=notes, state_size=300_000),
-        "prepare": hurry,
-    }
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start("run", *SHORT, *place, **settings)
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 6)
-    driver.kill()
+    script: dict[str, Any] = {"seconds": 0.05, "notes": notes, "state_size": 300_000}
+    begin(searches, s3, **script).kill()
     folder, lost = searches.folder("run"), epochs_in(searches.folder("run"))
-    header, _, _ = s3.objects["runs/run/checkpoints/00000.state"][0].partition(b"\n")
+    header, _, _ = s3.objects[STATE][0].partition(b"\n")
     kept = int(json.loads(header)["row"]["epoch"])
     assert "runs/run/study.db" not in s3.objects
     shutil.rmtree(folder)
 
-    driver = searches.resume_at(s3.uri("runs/run"), "elsewhere", *ONE, **settings)
+    driver = searches.resume_at(
+        *(s3.uri("runs/run"), "elsewhere", *ONE), script=Script(**script), prepare=hurry
+    )
     assert driver.wait() == 0, driver.output
     folder = searches.path / "elsewhere" / "run"
     assert outcome_of(folder) == outcome_of(uninterrupted)
@@ -117,13 +127,7 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
 
 
 def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start(
-        *("run", *SHORT, *place),
-        script=Script(seconds=0.05),
-        prepare=hurry,
-    )
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    driver = begin(searches, s3, 0.05)
     s3.refuses = True
     assert driver.wait() == 0, driver.output
     assert driver.output.count("warning: cannot copy to s3://bucket/runs/run") == 1
@@ -143,9 +147,7 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches,
 def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
     searches: Searches, s3: S3
 ) -> None:
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start("run", *SHORT, *place, prepare=hurry)
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    driver = begin(searches, s3, 0.05)
     s3.answers.clear()
     assert driver.wait(60) == 0, driver.output
     assert "is behind" in driver.output.splitlines()[-1]
@@ -175,7 +177,7 @@ def test_a_name_that_the_bucket_has_is_refused(searches: Searches, s3: S3) -> No
 
 
 def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3: S3) -> None:
-    driver = begin(searches, s3)
+    driver = begin(searches, s3, 0.3)
     other = searches.resume_at(s3.uri("runs/run"), "elsewhere", prepare=hurry)
     assert other.wait() == 2, other.output
     assert "is in use: a search on" in other.output
@@ -187,7 +189,7 @@ def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3
 def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     searches: Searches, s3: S3
 ) -> None:
-    driver = begin(searches, s3, prepare=hurry_now_and_then)
+    driver = begin(searches, s3, 0.3, hurry_now_and_then)
     rounds = s3.puts.count("runs/run/epochs.csv")
     driver.wait_until(lambda: s3.puts.count("runs/run/epochs.csv") > rounds)
     time.sleep(0.4)  # nothing of the round is under way any more
@@ -199,17 +201,6 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     assert driver.wait() == 128 + signal.SIGTERM, driver.output
     assert "is left to another driver" in driver.output.splitlines()[-1]
     assert contents_of(searches.path / "elsewhere" / "run") == s3.contents("runs/run")
-
-
-def begin(searches: Searches, s3: S3, prepare: Callable[[], None] = hurry) -> Driver:
-    """Begin a search of some seconds whose copy has its first epochs."""
-    driver = searches.start(
-        *("run", *SHORT, "--storage", s3.uri("runs")),
-        script=Script(seconds=0.3),
-        prepare=prepare,
-    )
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
-    return driver
 
 
 class Instants:
@@ -256,7 +247,7 @@ def test_a_copy_can_be_resumed_at_every_instant(
 ) -> None:
     monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
     monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
-    folder = make_run(tmp_path / "run", b"", b"")
+    folder = make_run(tmp_path / "run")
     copy = RemoteRun((tmp_path / "there" / "run").as_uri())
     instants = Instants(tmp_path / "there" / "run", tmp_path / "instants", monkeypatch)
     with sync.kept_in_line(folder, copy):
@@ -284,7 +275,7 @@ START = b'{"event": "start", "trial": %d}\n'
 ROWS = b"trial,epoch\n0,1\n", b"0,2\n", b"1,1\n"
 
 
-def make_run(folder: Path, events: bytes, epochs: bytes) -> RunFolder:
+def make_run(folder: Path, events: bytes = b"", epochs: bytes = b"") -> RunFolder:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "search.yaml").write_text("asked: {}\n")
     (folder / "events.jsonl").write_bytes(events)
