@@ -3,6 +3,8 @@
 import math
 import shutil
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tune_mnist.tuning import trackers
 from tune_mnist.tuning.trackers import (
     EventFiles,
     MlflowRuns,
+    Tracker,
     Tracking,
     check_mlflow,
     mlflow_trackers,
@@ -77,6 +80,11 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trackers, name, 0.01)
 
 
+def show(history: History, start: Callable[[], Tracker]) -> None:
+    """Have all of a history shown."""
+    assert Tracking("X", history, start).close() is None
+
+
 def test_a_tracker_is_told_what_happened_and_what_happens_from_then_on(
     search: RecordedSearch,
 ) -> None:
@@ -94,7 +102,7 @@ def test_a_tracker_is_told_what_happened_and_what_happens_from_then_on(
 
 def test_epochs_that_are_there_already_are_not_told_again(search: RecordedSearch) -> None:
     tracker = Notebook(there=1)
-    assert Tracking("X", search.history, lambda: tracker).close() is None
+    show(search.history, lambda: tracker)
     assert [note for note in tracker.notes if "epoch" in note] == ["epoch 0.2"]
 
 
@@ -153,22 +161,11 @@ def steps(folder: Path) -> list[int]:
     return [event.step for event in events if event.HasField("summary") and event.step]
 
 
-def write(folder: Path, *records: TrialRecord) -> None:
-    files = EventFiles(folder)
-    for record in records:
-        assert files.begin(record) == 0
-        for row in record.rows:
-            files.add_epoch(record, row)
-        if record.state != "running":
-            files.end(record)
-    files.close()
-
-
 def test_tensorboard_has_measurements_by_epoch_and_hyperparameters(tmp_path: Path) -> None:
     search = RecordedSearch(tmp_path)
     search.trial([0.9, 0.95, 0.97], lr=0.02)
     record = search.history.trials[0]
-    write(search.folder.tensorboard, record)
+    show(search.history, lambda: EventFiles(search.folder.tensorboard))
     folder = search.folder.tensorboard / "0"
     assert shown(folder) == pytest.approx({1: 0.9, 2: 0.95, 3: 0.97})
     assert shown(folder, "val_loss") == pytest.approx({1: 0.1, 2: 0.05, 3: 0.03})
@@ -185,7 +182,7 @@ def test_tensorboard_lacks_what_is_not_finite(tmp_path: Path) -> None:
     number = search.start()
     search.epoch(number, 0.9, val_accuracy=math.nan)
     search.diverged_epoch(number)
-    write(search.folder.tensorboard, search.history.trials[number])
+    show(search.history, lambda: EventFiles(search.folder.tensorboard))
     folder = search.folder.tensorboard / "0"
     assert shown(folder) == {}
     assert set(shown(folder, "test_accuracy")) == {1}
@@ -196,11 +193,11 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     search = RecordedSearch(tmp_path)
     number = search.start()
     search.epoch(number, 0.9)
-    write(search.folder.tensorboard, search.history.trials[number])
+    show(search.history, lambda: EventFiles(search.folder.tensorboard))
     (file,) = (search.folder.tensorboard / "0").iterdir()
     before = file.read_bytes()
     search.epoch(number, 0.95)
-    write(search.folder.tensorboard, History.load(search.folder).trials[number])
+    show(History.load(search.folder), lambda: EventFiles(search.folder.tensorboard))
     assert file.read_bytes().startswith(before)
     assert steps(search.folder.tensorboard / "0") == [1, 2]
 
@@ -259,14 +256,6 @@ def runs_in(uri: str, experiment: str) -> dict[str, Any]:
     return found
 
 
-def log(tracker: MlflowRuns, *records: TrialRecord) -> None:
-    for record in records:
-        for row in record.rows[tracker.begin(record) :]:
-            tracker.add_epoch(record, row)
-        if record.state != "running":
-            tracker.end(record)
-
-
 def logged(uri: str, run: Any, metric: str = "val_accuracy") -> dict[int, float]:
     points = MlflowClient(uri).get_metric_history(run.info.run_id, metric)
     assert len({each.step for each in points}) == len(points)
@@ -284,9 +273,7 @@ def test_a_trial_is_an_mlflow_run_with_parameters_metrics_by_epoch_and_its_state
     search.end(diverging, "diverged")
     search.trial([], state="failed", reason="the worker died")
     records = search.history.trials
-    tracker = MlflowRuns(uri, "states")
-    log(tracker, *records.values())
-    tracker.close()
+    show(search.history, lambda: MlflowRuns(uri, "states"))
     stopped, diverged, failed = (runs_in(uri, "states")[f"trial {n}"] for n in records)
     asked = {**records[0].config.as_dict(), "seed": records[0].seed}
     assert stopped.data.params == {name: str(value) for name, value in asked.items()}
@@ -303,17 +290,15 @@ def test_a_resumed_search_continues_in_the_same_mlflow_runs(uri: str, tmp_path: 
     search.trial([0.9, 0.95])
     search.epoch(search.start(), 0.8)
     records = search.history.trials
-    first = MlflowRuns(uri, "resumed")
-    log(first, *records.values())
-    first.close()
+    start = partial(MlflowRuns, uri, "resumed")
+    show(search.history, start)
     assert runs_in(uri, "resumed")["trial 1"].info.status == "KILLED"
     for accuracy in (0.85, 0.88):
         search.epoch(1, accuracy)
-    second = MlflowRuns(uri, "resumed")
-    log(second, *records.values())
+    assert start().begin(records[1]) == 1
     assert runs_in(uri, "resumed")["trial 1"].info.status == "RUNNING"
     search.end(1, "complete")
-    second.end(records[1])
+    show(search.history, start)
     runs = runs_in(uri, "resumed")
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert logged(uri, runs["trial 0"]) == {1: 0.9, 2: 0.95}

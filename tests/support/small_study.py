@@ -1,6 +1,7 @@
 """A study with made-up trials, several at once, and the file that it is copied to."""
 
 import contextlib
+import copy
 import random
 import sqlite3
 import sys
@@ -64,23 +65,11 @@ class SmallStudy:
 
     def recorded(self) -> list[FrozenTrial]:
         """Return the trials as a run's history would know them."""
-        return [
-            FrozenTrial(
-                number=trial.number,
-                state=TrialState.RUNNING if trial.state == TrialState.WAITING else trial.state,
-                value=None,
-                values=trial.values,
-                datetime_start=trial.datetime_start,
-                datetime_complete=trial.datetime_complete,
-                params=dict(trial.params),
-                distributions=dict(trial.distributions),
-                user_attrs=dict(trial.user_attrs),
-                system_attrs={},
-                intermediate_values=dict(trial.intermediate_values),
-                trial_id=0,
-            )
-            for trial in self.study.trials()
-        ]
+        trials = copy.deepcopy(self.study.trials())
+        for trial in trials:
+            if trial.state == TrialState.WAITING:
+                trial.state = TrialState.RUNNING
+        return trials
 
     def wait_until_written(self) -> None:
         """Wait until the file has all trials."""
