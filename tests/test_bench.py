@@ -283,7 +283,7 @@ def test_pack_names_the_options_to_use(
             pass
 
     def pretend(node: Node, packing: Packing, *_: object) -> Probe:
-        return Probe(packing, 100.0 * packing.share.cpus + 90 * packing.at_once, 800.0)
+        return Probe(packing, 100.0 * packing.resources.cpus + 90 * packing.at_once, 800.0)
 
     monkeypatch.setattr(pack_module, "connected", Connected)
     monkeypatch.setattr(pack_module, "largest_node", lambda: Node("node", 4, 0, 8000.0))

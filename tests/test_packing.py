@@ -23,7 +23,7 @@ def probe(at_once: int, epochs_per_hour: float, megabytes: float = 500) -> Probe
 
 
 def shares(node: Node) -> list[tuple[int, float, float]]:
-    return [(each.at_once, each.share.cpus, each.share.gpus) for each in packings(node)]
+    return [(each.at_once, each.resources.cpus, each.resources.gpus) for each in packings(node)]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_trials_at_once_double_until_the_machine_is_full(
 def test_every_packing_fits_its_node() -> None:
     for machine in (node(3), node(7), node(96), node(5, gpus=2), node(64, gpus=4)):
         for packing in packings(machine):
-            assert packing.share.slots_on(machine) >= packing.at_once
+            assert packing.resources.slots_on(machine) >= packing.at_once
 
 
 def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials() -> None:

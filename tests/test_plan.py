@@ -18,7 +18,6 @@ from tune_mnist.runs.space import available_spaces
 from tune_mnist.tuning.plan import DEFAULT_TRIALS, Plan, compare, machine, versions
 from tune_mnist.tuning.settings import SearchSettings
 
-
 RESULTS = Path(tune_mnist.__file__).parents[1] / "results"
 
 

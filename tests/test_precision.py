@@ -15,7 +15,7 @@ from tune_mnist.mnist.config import (
 from tune_mnist.mnist.data import Mnist, split
 from tune_mnist.mnist.training import train
 from tune_mnist.tuning import packing as sharing
-from tune_mnist.tuning.packing import settle_share
+from tune_mnist.tuning.packing import settle_resources
 from tune_mnist.tuning.resources import TrialResources
 from tune_mnist.tuning.settings import SearchSettings
 
@@ -54,8 +54,8 @@ def test_a_cpu_computes_in_float32_only(
     with pytest.raises(ConfigError, match=f"{precision} is for GPUs"):
         next(train(TrainConfig(), data, epochs=1, seed=0, precision=precision))
     # A search says so before it starts.
-    monkeypatch.setattr(sharing, "_asked_share", lambda _: TrialResources(cpus=1, gpus=0))
+    monkeypatch.setattr(sharing, "_asked", lambda _: TrialResources(cpus=1, gpus=0))
     with pytest.raises(ConfigError, match=f"--precision {precision}"):
-        settle_share(SearchSettings(), data, precision)
-    monkeypatch.setattr(sharing, "_asked_share", lambda _: TrialResources(cpus=1, gpus=0.25))
-    assert settle_share(SearchSettings(), data, precision).gpus == 0.25
+        settle_resources(SearchSettings(), data, precision)
+    monkeypatch.setattr(sharing, "_asked", lambda _: TrialResources(cpus=1, gpus=0.25))
+    assert settle_resources(SearchSettings(), data, precision).gpus == 0.25

@@ -57,3 +57,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'momentum'?)"` for a near miss, else an empty string."""
     matches = get_close_matches(word, list(known), n=1)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the first of the errors that led to one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, or its type where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

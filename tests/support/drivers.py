@@ -222,7 +222,7 @@ def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
 
 
 def _accuracies(rows: list[Any]) -> list[float]:
-    return [row["val_accuracy"] for row in rows]
+    return [row.val_accuracy for row in rows]
 
 
 def _search(

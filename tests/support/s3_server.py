@@ -39,12 +39,12 @@ class S3(ThreadingHTTPServer):
 
     def contents(self, folder: str) -> dict[str, bytes]:
         """Return the files in a folder, but for those that begin with a dot."""
-        found = {
-            key.removeprefix(f"{folder}/"): content
-            for key, (content, _) in list(self.objects.items())
-            if key.startswith(f"{folder}/") and not key.endswith("/")
+        start = f"{folder}/"
+        return {
+            key.removeprefix(start): content
+            for key, (content, _) in [*self.objects.items()]
+            if key.startswith(start) and not key.startswith(f"{start}.") and key[-1] != "/"
         }
-        return {name: content for name, content in found.items() if not name.startswith(".")}
 
     def lines(self, key: str) -> int:
         """Count an object's lines."""
@@ -70,54 +70,45 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.objects.pop(self._key or "", None)
         self._answer(204)
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
         if self._key is None:
             self._fail(404, "NoSuchBucket")
         elif "list-type" in query:
-            self._list(query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
+            self._list(query.get("prefix", [""])[0])
         elif self._key == "":
             self._answer(200)
         elif self._key not in self.server.objects:
             self._fail(404, "NoSuchKey")
         else:
-            content, when = self.server.objects[self._key]
-            modified = formatdate(when, usegmt=True)
-            total = len(content)
-            if unit := self.headers.get("Range"):
-                first, _, last = unit.removeprefix("bytes=").partition("-")
-                content = content[int(first) : int(last or total) + 1]
-                where = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
-                self._answer(206, content, {"Content-Range": where, "Last-Modified": modified})
-            else:
-                self._answer(200, content, {"Last-Modified": modified})
+            self._send(*self.server.objects[self._key])
 
-    def _list(self, prefix: str, delimiter: str) -> None:
-        parts, folders = [], set()
-        for key, (content, when) in sorted(self.server.objects.items()):
-            rest = key.removeprefix(prefix)
-            if not key.startswith(prefix):
-                continue
-            if delimiter and delimiter in rest:
-                folders.add(prefix + rest.partition(delimiter)[0] + delimiter)
-                continue
-            modified = strftime("%Y-%m-%dT%H:%M:%S.000Z", gmtime(when))
-            parts.append(
-                f"<Contents><Key>{escape(key)}</Key><LastModified>{modified}</LastModified>"
-                f"<Size>{len(content)}</Size></Contents>"
-            )
-        parts += [
-            f"<CommonPrefixes><Prefix>{escape(each)}</Prefix></CommonPrefixes>"
-            for each in sorted(folders)
+    do_HEAD = do_GET  # noqa: N815
+
+    def _send(self, content: bytes, when: float) -> None:
+        headers = {"Last-Modified": formatdate(when, usegmt=True)}
+        unit = self.headers.get("Range")
+        if not unit:
+            self._answer(200, content, headers)
+            return
+        total = len(content)
+        first, _, last = unit.removeprefix("bytes=").partition("-")
+        content = content[int(first) : int(last or total) + 1]
+        headers["Content-Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
+        self._answer(206, content, headers)
+
+    def _list(self, prefix: str) -> None:
+        found = [
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(content)}</Size><LastModified>"
+            f"{strftime('%Y-%m-%dT%H:%M:%S.000Z', gmtime(when))}</LastModified></Contents>"
+            for key, (content, when) in sorted(self.server.objects.items())
+            if key.startswith(prefix)
         ]
-        self._answer(
-            200,
-            f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(parts)}</KeyCount>"
-            f"{''.join(parts)}</ListBucketResult>".encode(),
+        text = (
+            f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(found)}</KeyCount>"
+            f"{''.join(found)}</ListBucketResult>"
         )
+        self._answer(200, text.encode())
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -148,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _chunks(file: BufferedIOBase) -> Iterator[bytes]:

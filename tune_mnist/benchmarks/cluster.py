@@ -23,6 +23,7 @@ from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.tuning.launch import search
+from tune_mnist.tuning.ray_patches import NO_WORKERS_AHEAD
 from tune_mnist.tuning.settings import SearchSettings
 
 NODES = 3
@@ -118,8 +119,7 @@ def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
             "object_store_memory": store,
             "include_dashboard": False,
             "temp_dir": name,
-            # Ray would start a worker for each of a node's CPUs as soon as a driver comes.
-            "_system_config": {"prestart_worker_first_driver": False},
+            **NO_WORKERS_AHEAD,
         }
         nodes = Cluster(initialize_head=True, head_node_args=head)
         try:

@@ -112,8 +112,8 @@ def finish(
     tell(f"best: {best.packing}: {daemon}python -m tune_mnist.search {best.packing.options()}")
     keys: dict[str, Any] = {
         "at_once": best.packing.at_once,
-        "cpus_per_trial": best.packing.share.cpus,
-        "gpus_per_trial": best.packing.share.gpus,
+        "cpus_per_trial": best.packing.resources.cpus,
+        "gpus_per_trial": best.packing.resources.gpus,
         "mps": bool(way),
         "epochs_per_hour": _by_count(found[""], "epochs_per_hour"),
         "mb_per_trial": _by_count(found[""], "megabytes"),

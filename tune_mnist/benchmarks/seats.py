@@ -15,12 +15,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ray
-from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_mnist.benchmarks.sources import Trivial
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.history import Assignment
+from tune_mnist.tuning.ray_patches import actors_replaced
 from tune_mnist.tuning.worker import TrialEpoch, report_of
 
 
@@ -119,10 +119,5 @@ class Seats:
 def seated(at_once: int, split: Split) -> Iterator[Seats]:
     """Have Tune's trials take seats, which all begin to train once `at_once` are taken."""
     seats = Seats(at_once, split)
-    name = "_annotate_remote_entity"  # where Tune settles on which node a trial's actor starts
-    original = getattr(PlacementGroupAcquiredResources, name)
-    setattr(PlacementGroupAcquiredResources, name, lambda *_, **__: seats)
-    try:
+    with actors_replaced(seats):
         yield seats
-    finally:
-        setattr(PlacementGroupAcquiredResources, name, original)

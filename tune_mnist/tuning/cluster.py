@@ -1,7 +1,6 @@
-"""Ray: start one on this machine, or join a running one, for as long as it is needed."""
+"""Start a Ray on this machine, or join a running one from one of its nodes or from outside."""
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -12,17 +11,18 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import ray
-from ray._private.authentication.authentication_token_setup import (
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import AuthenticationError
 
 import tune_mnist
-from tune_mnist.errors import ClusterError
+from tune_mnist.errors import ClusterError, root_cause
+from tune_mnist.tuning import ray_patches
+
+CONNECT_PATIENCE = 5.0  # seconds for a cluster's port to answer
+ANSWER_PATIENCE = 10.0  # seconds for what is behind the port to answer as a Ray cluster does
+CLIENT = "ray://"
+_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 @contextlib.contextmanager
@@ -30,14 +30,12 @@ def connected(address: str | None) -> Iterator[None]:
     """Start Ray on this machine, or join the cluster at `address`, for as long as it is needed.
 
     Raises:
-        ClusterError: nothing answers at the address, or it is not a cluster one can join.
+        ClusterError: nothing answers at the address, or that cluster cannot be joined.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray prints 900 characters about every worker that dies, with log_to_driver or without: right
-    # into a live view. What befell a trial is in its reason.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    ray_patches.silence_dying_workers()
     if address is None:
-        _start()
+        with ray_patches.without_dashboard():
+            _init(address="local", include_dashboard=False)
     else:
         join(address)
     try:
@@ -46,73 +44,50 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start() -> None:
-    # Nobody looks at this Ray's dashboard. Where it is not installed, a node starts no web server
-    # for it, and does not wait a second for that; or five, for its one port, beside another Ray.
-    with mock.patch(
-        "ray._private.utils.get_dashboard_dependency_error", return_value=ImportError()
-    ):
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-
-
-# MERGED-DOC tuning.joining: Joining a Ray cluster that is already there, from one of its nodes or
-# from outside.
-
-CONNECT_PATIENCE = 5.0  # seconds for a cluster's port to answer
-ANSWER_PATIENCE = 10.0  # seconds for what is behind the port to answer as a Ray cluster does
-CLIENT = "ray://"
-_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
-
-
 def join(address: str) -> None:
-    """Connect this process to the cluster at an address, and have the package travel along.
+    """Connect this process to a cluster; its workers are given this package.
 
     Args:
         address: `auto` or HOST:PORT on one of the cluster's nodes, ray://HOST:PORT from outside.
 
     Raises:
-        ClusterError: nothing answers there, or it is not a cluster one can join.
+        ClusterError: nothing answers there, or that cluster cannot be joined.
     """
     with _quiet():
         try:
             if address == "auto":
-                address = canonicalize_bootstrap_address_or_die("auto")
+                address = ray_patches.address_of_this_node()
             _check_port(address)
             if address.startswith(CLIENT):
-                _use_token()
+                ray_patches.use_token()
             else:
                 _check_this_is_a_node(address)
-            _init(address)
+            _join(address)
         except ClusterError:
             raise
         except Exception as error:
             raise ClusterError(_why_not(address, error)) from error
 
 
-def _init(address: str) -> None:
+def _join(address: str) -> None:
+    runtime_env = ray_patches.runtime_env_with(Path(tune_mnist.__file__).parent)
     for last in (False, True):
         try:
-            ray.init(
-                address=address,
-                runtime_env=_runtime_env(),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _init(address=address, runtime_env=runtime_env)
             return
         except ConnectionAbortedError as error:
-            # A head that is busy may take longer over a client's own server than Ray waits.
+            # A busy head may take longer to start a client's own server than Ray waits.
             if last or "Starting Ray client server failed" not in str(error):
                 raise
 
 
+def _init(**options: Any) -> None:
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's warnings off the terminal; what they lead to is said in one line."""
+    """Keep Ray's warnings off the terminal; the error that follows says it in one line."""
     stderr = os.dup(2)  # some come from C++
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 2)
@@ -128,7 +103,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_port(address: str) -> None:
-    """Fail within seconds where nothing answers; Ray itself would try for minutes."""
+    """Fail within seconds if nothing answers; Ray itself tries for minutes."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(
@@ -144,8 +119,16 @@ def _check_port(address: str) -> None:
 
 
 def _check_this_is_a_node(address: str) -> None:
-    """See that Ray answers and runs on this machine as well; without, ray.init would abort."""
-    if not any(os.path.exists(path) for path in _sockets(address)):  # noqa: PTH110
+    """Check that Ray answers and runs on this machine as well; else `ray.init` would abort."""
+    try:
+        client = _head_client(address)
+    except AuthenticationError:
+        ray_patches.use_token()
+        client = _head_client(address)
+    nodes = client.get_all_node_info(timeout=ANSWER_PATIENCE).values()
+    # Each node's Ray listens at a path on that node's own disk.
+    sockets = [node.raylet_socket_name for node in nodes if node.state == node.ALIVE]
+    if not any(map(os.path.exists, sockets)):
         host = address.rpartition(":")[0]
         raise ClusterError(
             f"this machine is no node of the Ray cluster at {address}: search on one of its nodes "
@@ -154,30 +137,13 @@ def _check_this_is_a_node(address: str) -> None:
         )
 
 
-def _sockets(address: str) -> list[str]:
-    """Return where each living node's Ray listens, on that node's own disk."""
-    try:
-        client = _gcs_client(address)
-    except AuthenticationError:
-        # Ray looks for a token by itself only where the address is not given.
-        _use_token()
-        client = _gcs_client(address)
-    nodes = client.get_all_node_info(timeout=ANSWER_PATIENCE).values()
-    return [node.raylet_socket_name for node in nodes if node.state == node.ALIVE]
-
-
-def _use_token() -> None:
-    """Show the token that this machine has, if any, to the cluster."""
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-
-
-def _gcs_client(address: str) -> Any:
-    """Connect to a head; by itself Ray waits 40 s for a port that answers in another language."""
+def _head_client(address: str) -> Any:
+    """Connect to a head; Ray itself waits 40 s for a port that answers in another language."""
     answer: queue.Queue[Any] = queue.Queue()
 
     def connect() -> None:
         try:
-            answer.put(ray._raylet.GcsClient(address=address))  # type: ignore[attr-defined]
+            answer.put(ray_patches.head_client(address))
         except Exception as error:
             answer.put(error)
 
@@ -194,20 +160,9 @@ def _gcs_client(address: str) -> Any:
     return found
 
 
-def _runtime_env() -> dict[str, Any]:
-    """Return what workers are given: this package, beside what a submitted job has already."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    given = (job.get("runtime_env") or {}).get("py_modules", [])
-    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-    package = Path(tune_mnist.__file__).parent
-    return {"py_modules": [*given, str(package)], "excludes": ["**/__pycache__"]}
-
-
 def _why_not(address: str, error: Exception) -> str:
-    """Say why a cluster cannot be joined and what to do."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    """Return why a cluster cannot be joined and what to do."""
+    cause = root_cause(error)
     reason = " ".join(str(cause).split())
     if "Version mismatch" in reason:
         (its_ray, its_python), (our_ray, our_python) = _VERSIONS.findall(reason)

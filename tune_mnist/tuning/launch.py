@@ -30,7 +30,7 @@ from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirmation import Confirmation
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.live_view import Progress, announce, start_line
-from tune_mnist.tuning.packing import settle_share
+from tune_mnist.tuning.packing import settle_resources
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.remote import RemoteRun
 from tune_mnist.tuning.resources import living_nodes
@@ -242,7 +242,7 @@ def _runtime(
     with connected(settings.address):
         yield Runtime(
             settings=settings,
-            share=settle_share(settings, data, precision),
+            share=settle_resources(settings, data, precision),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
             trackers=mlflow_trackers(settings.mlflow, name),

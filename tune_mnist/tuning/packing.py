@@ -1,7 +1,7 @@
-"""How many trials at once serve a machine best: tried on it, for seconds, before a search.
+"""How many trials at once, and so what each of them takes: as asked, or as tried for seconds.
 
-One trial on all cores, two on half of them each, four ...: small nets leave more of a processor
-idle the more threads one of them is given, and one of them fills no GPU.
+`--pack auto` tries one trial on all cores, two on half of them each, four ...: small nets leave
+more of a processor idle the more threads one of them is given, and one of them fills no GPU.
 """
 
 import time
@@ -19,39 +19,77 @@ from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.formatting import count
-from tune_mnist.tuning.resources import Node, TrialResources, in_words, living_nodes
+from tune_mnist.tuning.resources import Node, TrialResources, living_nodes
 from tune_mnist.tuning.settings import RunOn
 
+DEFAULT_GPU_SHARE = 0.25
+PACK_SECONDS = 5.0  # that each packing is tried
 PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is tried
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
 AS_GOOD = 0.97  # of two packings this close, the one with fewer trials at once is taken
-MEMORY_SHARE = 0.9  # of what there is, at most
+MEMORY_SHARE = 0.9  # of a node's memory, at most
 _EPOCHS = 1000  # more than any probe trains
+
+
+def settle_resources(settings: RunOn, data: Split, precision: Precision) -> TrialResources:
+    """Return what one trial takes, and check that at least one fits.
+
+    Raises:
+        ClusterError: no node has that much.
+        ConfigError: the precision asked for is a GPU's, and a trial takes none.
+    """
+    resources = _tried(data) if settings.pack == "auto" else _asked(settings)
+    if not resources.gpus:
+        check_precision(precision, "cpu")
+    return resources
+
+
+def _asked(settings: RunOn) -> TrialResources:
+    nodes = living_nodes()
+    gpus = settings.gpus_per_trial
+    if gpus is None:
+        gpus = DEFAULT_GPU_SHARE if any(node.gpus for node in nodes) else 0.0
+    resources = TrialResources(cpus=settings.cpus_per_trial, gpus=gpus)
+    if resources.slots(nodes) == 0:
+        alike = Counter(map(str, nodes)).most_common()
+        offers = ", ".join(f"{count(number, 'node')} of {each}" for each, number in alike)
+        raise ClusterError(
+            f"no node can run a trial of {resources}: there is {offers}; "
+            "ask for less with --cpus-per-trial or --gpus-per-trial"
+        )
+    return resources
+
+
+def _tried(data: Split) -> TrialResources:
+    def say(probe: "Probe") -> None:
+        tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
+
+    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say)).packing
+    tell(f"pack: {best} it is; without trying: {best.options()}")
+    return best.resources
 
 
 @dataclass(frozen=True)
 class Packing:
-    """So many trials at once on a node, each with its share."""
+    """So many trials at once on a node, and what each takes."""
 
     at_once: int
-    share: TrialResources
+    resources: TrialResources
 
     def __str__(self) -> str:
-        trials = "1 trial" if self.at_once == 1 else f"{self.at_once} trials"
-        parts = in_words(self.share.cpus, self.share.gpus)
-        return f"{trials} on {parts}{' each' * (self.at_once > 1)}"
+        return f"{count(self.at_once, 'trial')} on {self.resources}{' each' * (self.at_once > 1)}"
 
     def options(self) -> str:
-        """Return what to give the search command for it."""
-        options = f"--cpus-per-trial {self.share.cpus:g}"
-        if self.share.gpus:
-            options += f" --gpus-per-trial {self.share.gpus:g}"
+        """Return the search command's options for it."""
+        options = f"--cpus-per-trial {self.resources.cpus:g}"
+        if self.resources.gpus:
+            options += f" --gpus-per-trial {self.resources.gpus:g}"
         return options
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a packing came to."""
+    """What a packing achieved."""
 
     packing: Packing
     epochs_per_hour: float  # full-size epochs with their evaluation, of all trials at once
@@ -64,40 +102,33 @@ def largest_node() -> Node:
     Raises:
         ClusterError: no node has a CPU.
     """
-    nodes = living_nodes()
-    node = max(nodes, key=lambda each: (each.gpus, each.cpus), default=None)
+    node = max(living_nodes(), key=lambda each: (each.gpus, each.cpus), default=None)
     if node is None or node.cpus < 1:
         raise ClusterError("no machine of the cluster has a whole CPU: there is nothing to try")
     return node
 
 
 def packings(node: Node) -> list[Packing]:
-    """Return what there is to try on a node: 1, 2, 4 ... trials at once.
+    """Return the packings to try on a node: 1, 2, 4 ... trials at once.
 
-    On a GPU they share that one; where there are more, each is used alike.
+    With several GPUs, these are for one of them; each is used alike.
     """
     cpus = int(node.cpus)
     if node.gpus:
         cores = cpus / node.gpus  # for the trials of one GPU
-        counts = [2**power for power in range(6) if 2**power <= 2 * cores]
+        counts = [2**power for power in range(6) if 2**power <= 2 * cores] or [1]
         return [
             Packing(count, TrialResources(cpus=round(min(1.0, cores / count), 4), gpus=1 / count))
-            for count in counts or [1]
+            for count in counts
         ]
-    counts = [2**power for power in range(cpus.bit_length()) if 2**power <= cpus]
-    if counts[-1] != cpus:
-        counts.append(cpus)
+    counts = sorted({2**power for power in range(cpus.bit_length())} | {cpus})
     return [
         Packing(count, TrialResources(cpus=float(cpus // count), gpus=0.0)) for count in counts
     ]
 
 
 def probe_all(
-    node: Node,
-    split: Split,
-    seconds: float,
-    say: Callable[[Probe], None] = lambda probe: None,
-    environment: dict[str, str] | None = None,
+    node: Node, split: Split, seconds: float, say: Callable[[Probe], None] = lambda _: None
 ) -> list[Probe]:
     """Try a node's packings from few trials to many, as long as more may still be better.
 
@@ -106,15 +137,23 @@ def probe_all(
         split: what is trained on; only a part of it on a CPU.
         seconds: how long each is tried.
         say: is told of each at once.
-        environment: variables for the processes.
     """
     probes: list[Probe] = []
     for packing in packings(node):
         if probes and not _may_be_better(packing, probes, node):
             break
-        probes.append(probe_packing(node, packing, split, seconds, environment))
+        probes.append(probe_packing(node, packing, split, seconds))
         say(probes[-1])
     return probes
+
+
+def _may_be_better(packing: Packing, probes: Sequence[Probe], node: Node) -> bool:
+    """Return True if a tighter packing is worth a try after those before it."""
+    best = max(probe.epochs_per_hour for probe in probes)
+    fits = packing.resources.gpus > 0 or (
+        packing.at_once * probes[-1].megabytes < MEMORY_SHARE * node.megabytes
+    )
+    return fits and probes[-1].epochs_per_hour >= WORSE * best
 
 
 def best_of(probes: Sequence[Probe]) -> Probe:
@@ -131,44 +170,41 @@ def probe_packing(
     seconds: float,
     environment: dict[str, str] | None = None,
 ) -> Probe:
-    """Train so many trials at once for a while, in processes that end with it."""
-    share = packing.share
+    """Train so many trials at once for a while, in processes with these variables of their own."""
+    resources = packing.resources
     worker: Any = ray.remote(_Trial).options(
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
         runtime_env={"env_vars": environment} if environment else None,
     )
-    data = ray.put(part_of(split, 1 if share.gpus else PART_ON_CPU))
-    trials = [worker.remote(data, max(1, int(share.cpus))) for _ in range(packing.at_once)]
+    part = part_of(split, 1 if resources.gpus else PART_ON_CPU)
+    data = ray.put(part)
+    trials = [worker.remote(data, max(1, int(resources.cpus))) for _ in range(packing.at_once)]
     try:
         ray.get([trial.train_for.remote(0.0) for trial in trials])  # what only a first epoch takes
         found = ray.get([trial.train_for.remote(seconds) for trial in trials])
     finally:
         for trial in trials:
             ray.kill(trial)
-    part = len(split.train_labels) / len(ray.get(data).train_labels)
-    rate = sum(epochs / took for epochs, took, _ in found) / part
-    held = [megabytes for _, _, megabytes in found]
+    rate = sum(epochs / took for epochs, took, _ in found)
+    most = max(megabytes for _, _, megabytes in found)
     return Probe(
         packing=packing,
-        epochs_per_hour=3600 * rate,
+        epochs_per_hour=3600 * rate * len(part.train_labels) / len(split.train_labels),
         # On a GPU each sees what all of them hold there.
-        megabytes=max(held) / packing.at_once if share.gpus else max(held),
+        megabytes=most / packing.at_once if resources.gpus else most,
     )
 
 
 def part_of(split: Split, part: int) -> Split:
     """Return one of so many parts of each of a split's sets; two batches at least to train on."""
 
-    def first(array: Any, least: int) -> Any:
-        return array[: max(len(array) // part, min(least, len(array)))]
+    def first(name: str, array: Any) -> Any:
+        least = 256 if name.startswith("train") else 1
+        return array[: max(len(array) // part, least)]
 
-    changed = {
-        name: first(array, 256 if name.startswith("train") else 1)
-        for name, array in vars(split).items()
-    }
-    return replace(split, **changed)
+    return replace(split, **{name: first(name, array) for name, array in vars(split).items()})
 
 
 class _Trial:
@@ -187,7 +223,7 @@ class _Trial:
         self._results = train(TrainConfig(), split, epochs=_EPOCHS, seed=0, device=device)
 
     def train_for(self, seconds: float) -> tuple[int, float, float]:
-        """Train whole epochs, one at least; returns how many, their seconds and megabytes held."""
+        """Train whole epochs, one at least; return how many, their seconds and megabytes held."""
         began, epochs = time.perf_counter(), 0
         while epochs == 0 or time.perf_counter() - began < seconds:
             next(self._results)
@@ -207,61 +243,3 @@ class _Trial:
         except OSError:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return pages * resource.getpagesize() / 1e6
-
-
-def _may_be_better(packing: Packing, probes: Sequence[Probe], node: Node) -> bool:
-    """Say whether a tighter packing is worth a try after those before it."""
-    best = max(probe.epochs_per_hour for probe in probes)
-    fits = packing.share.gpus > 0 or (
-        packing.at_once * probes[-1].megabytes < MEMORY_SHARE * node.megabytes
-    )
-    return fits and probes[-1].epochs_per_hour >= WORSE * best
-
-
-# MERGED-DOC tuning.sharing: What one trial takes of the machines: as asked, or as tried.
-
-DEFAULT_GPU_SHARE = 0.25
-PACK_SECONDS = 5.0  # that each packing is tried
-
-
-def settle_share(settings: RunOn, data: Split, precision: Precision) -> TrialResources:
-    """Settle what one trial takes, and see that at least one fits.
-
-    Raises:
-        ClusterError: no node has that much.
-        ConfigError: the precision asked for is a GPU's, and a trial takes none.
-    """
-    share = _tried_share(data) if settings.pack == "auto" else _asked_share(settings)
-    if not share.gpus:
-        check_precision(precision, "cpu")
-    return share
-
-
-def _asked_share(settings: RunOn) -> TrialResources:
-    nodes = living_nodes()
-    gpus = settings.gpus_per_trial
-    if gpus is None:
-        gpus = DEFAULT_GPU_SHARE if any(node.gpus for node in nodes) else 0.0
-    share = TrialResources(cpus=settings.cpus_per_trial, gpus=gpus)
-    if share.slots(nodes) == 0:
-        raise ClusterError(
-            f"no node can run a trial of {in_words(share.cpus, share.gpus)}: there is "
-            f"{_offers(nodes)}; ask for less with --cpus-per-trial or --gpus-per-trial"
-        )
-    return share
-
-
-def _offers(nodes: Sequence[Node]) -> str:
-    alike = Counter(in_words(node.cpus, node.gpus) for node in nodes)
-    return ", ".join(f"{count(number, 'node')} of {each}" for each, number in alike.most_common())
-
-
-def _tried_share(data: Split) -> TrialResources:
-    """Try what serves the machine best, and say so."""
-
-    def say(probe: Probe) -> None:
-        tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
-
-    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say))
-    tell(f"pack: {best.packing} it is; without trying: {best.packing.options()}")
-    return best.packing.share

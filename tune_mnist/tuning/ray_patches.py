@@ -1,53 +1,149 @@
-"""What Ray does where memory runs out, in a form that Tune survives."""
+"""Every private name of Ray that this package uses, and every variable that steers Ray's inside.
+
+All were read and tried in the versions in `CHECKED`. A test insists on one of these versions, and
+that no other file mentions such a name.
+
+    here                   in Ray                                without it
+    DRIVER_ENVIRONMENT     7 variables                           see each
+    WORKER_ENVIRONMENT     a variable                            a busy machine loses workers
+    IN_THIS_PROCESS        tune.run(_remote=False)               Ray Client: results on the head
+    NO_WORKERS_AHEAD       Cluster(_system_config=…)             a process for each CPU in a bench
+    without_dashboard      get_dashboard_dependency_error        a start takes 1 to 5 s more
+    silence_dying_workers  print_to_stdstream                    900 characters in the live view
+    address_of_this_node   canonicalize_bootstrap_address_or…    `--address auto` is not checked
+    use_token              maybe_enable_token_auth_if_token_…    a cluster with a token refuses us
+    head_client            _raylet.GcsClient                     `ray.init` may abort the process
+    runtime_env_with       2 variables of the job manager        a submitted job loses its modules
+    staging_in             _get_ray_train_session_dir            Ray Client: Tune fails
+    memory_kills_survived  RayActorManager._actor_task_failed    one trial ends the whole search
+    actor_of               Trial.temporary_state                 hung workers are never ended
+    actors_replaced        PlacementGroupAcquiredResources       `bench cluster` has no seats
+"""
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train._internal import storage
+from ray.tune.experiment import Trial
+
+CHECKED = ("2.60.0",)
+
+DRIVER_ENVIRONMENT = {
+    # Tune's own bookkeeping would write every result a second time, and take snapshots of what
+    # the run's folder holds already.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # else 1; the searcher knows when there is room
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the session has its own
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's display
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune retries by itself
+}
+# A worker that takes longer to let go of one trial is lost to the next, and Tune tells nobody: its
+# own 2 s are little on a crowded machine.
+WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "120"}
+# For `tune.run`, which otherwise moves the search to the cluster's head if Ray Client is used.
+IN_THIS_PROCESS: dict[str, Any] = {"_remote": False}
+# For a `Cluster`'s head, which otherwise starts a worker for each CPU as soon as a driver joins.
+NO_WORKERS_AHEAD = {"_system_config": {"prestart_worker_first_driver": False}}
 
 OUT_OF_MEMORY = "out of memory: Ray ended the worker; fewer trials at a time need less"
 
 
+def without_dashboard() -> contextlib.AbstractContextManager[Any]:
+    """Have a Ray that is started meanwhile start no web server on its nodes, as if it lacked one.
+
+    It would wait 1 s for it, or 5 s for its one port if another Ray runs on the machine.
+    """
+    name = "ray._private.utils.get_dashboard_dependency_error"
+    return mock.patch(name, return_value=ImportError())
+
+
+def silence_dying_workers() -> None:
+    """Keep Ray from printing about every worker that dies, as it does with any `log_to_driver`."""
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def address_of_this_node() -> str:
+    """Return the HOST:PORT of the head that `auto` means.
+
+    Raises:
+        ConnectionError: this machine is a node of no cluster, or of several.
+    """
+    address: str = canonicalize_bootstrap_address_or_die("auto")
+    return address
+
+
+def use_token() -> None:
+    """Show this machine's token, if any, to the cluster; without an address Ray does it itself."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def head_client(address: str) -> Any:
+    """Connect to the head of a cluster; `get_all_node_info` of the result returns the nodes.
+
+    They are asked for first: where this machine is none of them, `ray.init` aborts the process.
+    """
+    return ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
+
+
+def runtime_env_with(package: Path) -> dict[str, Any]:
+    """Return a runtime environment with a package, beside the modules of a submitted job."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (job.get("runtime_env") or {}).get("py_modules", [])
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # else Ray refuses to have both
+    return {"py_modules": [*given, str(package)], "excludes": ["**/__pycache__"]}
+
+
+def staging_in(folder: str) -> contextlib.AbstractContextManager[Any]:
+    """Have Tune keep its own files of this process in a folder.
+
+    By default it keeps them in Ray's session folder, which a process with Ray Client lacks.
+    """
+    return mock.patch.object(storage, "_get_ray_train_session_dir", lambda: folder)
+
+
 @contextlib.contextmanager
 def memory_kills_survived() -> Iterator[None]:
-    """Have Tune take a worker that Ray ended to save the machine for one that died.
+    """Have Tune treat a worker that Ray ended to save the machine's memory as one that died.
 
-    Tune 2.60 knows the errors of actors and of tasks only: one trial out of memory would end the
-    whole search with `RuntimeError: Caught unexpected exception`.
+    Tune expects errors of actors and of tasks only; at any other it ends the whole search with
+    `RuntimeError: Caught unexpected exception`.
     """
-    manager: Any = RayActorManager
-    original = manager._actor_task_failed
+    original = RayActorManager._actor_task_failed
 
     def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
             exception = RayActorError(error_msg=OUT_OF_MEMORY)
         original(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    manager._actor_task_failed = failed
-    try:
+    with mock.patch.object(RayActorManager, "_actor_task_failed", failed):
         yield
-    finally:
-        manager._actor_task_failed = original
 
 
-# MERGED-DOC tuning.client: Tune through Ray Client: the search in this process, its trials on a
-# cluster elsewhere.
+def actor_of(trial: Trial) -> Any:
+    """Return the handle of a trial's worker, for `ray.kill`; None if it has none."""
+    return trial.temporary_state.ray_actor
 
 
-@contextlib.contextmanager
-def staging_in(folder: str) -> Iterator[None]:
-    """Have Tune keep its own files of this process in a folder.
+def actors_replaced(stand_in: Any) -> contextlib.AbstractContextManager[Any]:
+    """Have Tune start its trials' actors by `stand_in.remote(…)`.
 
-    It would keep them with Ray's on this machine, where Ray Client has none; to get around that
-    Tune would run the search on the cluster's head, and what it finds would end up there.
+    The method is where Tune settles on which node an actor starts.
     """
-    module: Any = storage
-    original = module._get_ray_train_session_dir
-    module._get_ray_train_session_dir = lambda: folder
-    try:
-        yield
-    finally:
-        module._get_ray_train_session_dir = original
+    return mock.patch.object(
+        PlacementGroupAcquiredResources, "_annotate_remote_entity", lambda *_, **__: stand_in
+    )

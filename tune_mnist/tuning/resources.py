@@ -12,6 +12,15 @@ from tune_mnist.errors import ClusterError
 COUNT_EVERY = 1.0  # seconds between two looks at which nodes there are
 
 
+def in_words(cpus: float, gpus: float) -> str:
+    """Return `1 CPU`, `4 CPUs and 1 GPU`, `0.5 CPU and 0.25 GPU`."""
+
+    def words(number: float, noun: str) -> str:
+        return f"{number:g} {noun}{'' if 0 < number <= 1 else 's'}"
+
+    return f"{words(cpus, 'CPU')} and {words(gpus, 'GPU')}" if gpus else words(cpus, "CPU")
+
+
 @dataclass(frozen=True)
 class Node:
     """A living machine of the cluster and what it offers."""
@@ -21,6 +30,9 @@ class Node:
     gpus: float
     megabytes: float  # of memory for workers, by Ray's count
     address: str = ""
+
+    def __str__(self) -> str:
+        return in_words(self.cpus, self.gpus)
 
 
 def living_nodes() -> list[Node]:
@@ -39,18 +51,9 @@ def living_nodes() -> list[Node]:
     return sorted(nodes, key=lambda node: node.address)
 
 
-def in_words(cpus: float, gpus: float) -> str:
-    """Return `1 CPU`, `4 CPUs and 1 GPU`, `0.5 CPU and 0.25 GPU`."""
-
-    def words(number: float, noun: str) -> str:
-        return f"{number:g} {noun}{'' if 0 < number <= 1 else 's'}"
-
-    return f"{words(cpus, 'CPU')} and {words(gpus, 'GPU')}" if gpus else words(cpus, "CPU")
-
-
 @dataclass(frozen=True)
 class TrialResources:
-    """What one trial takes of the machines."""
+    """The part of a machine that one trial takes."""
 
     cpus: float
     gpus: float
@@ -59,14 +62,8 @@ class TrialResources:
         if self.cpus <= 0 and self.gpus <= 0:
             raise ClusterError("--cpus-per-trial must be above 0 where no GPU is used")
 
-    def slots(self, nodes: Sequence[Node]) -> int:
-        """Return how many trials fit on all of the nodes."""
-        return sum(map(self.slots_on, nodes))
-
-    def at_once(self, nodes: Sequence[Node], most: int | None) -> int:
-        """Return how many trials run at a time on the nodes, `most` at most."""
-        slots = self.slots(nodes)
-        return min(slots, most or slots)
+    def __str__(self) -> str:
+        return in_words(self.cpus, self.gpus)
 
     def slots_on(self, node: Node) -> int:
         """Return how many trials fit on one node; a trial uses a part of one GPU or whole ones."""
@@ -78,26 +75,34 @@ class TrialResources:
             fits = min(fits, by_gpu)
         return int(fits)
 
+    def slots(self, nodes: Sequence[Node]) -> int:
+        """Return how many trials fit on all of the nodes."""
+        return sum(map(self.slots_on, nodes))
+
+    def at_once(self, nodes: Sequence[Node], most: int | None) -> int:
+        """Return how many trials run at a time on the nodes, `most` at most."""
+        slots = self.slots(nodes)
+        return min(slots, most or slots)
+
 
 class Room:
-    """How many trials may be under way at once, on the cluster as it was a moment ago.
+    """How many trials may run at once, on the cluster as it was a moment ago.
 
-    Tune asks after every report, and an answer from Ray takes 2 ms.
+    Tune asks after every report, and Ray takes 2 ms to answer.
     """
 
     def __init__(
         self,
-        share: TrialResources,
+        resources: TrialResources,
         max_concurrent: int | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._share, self._max_concurrent, self._clock = share, max_concurrent, clock
+        self._resources, self._max_concurrent, self._clock = resources, max_concurrent, clock
         self._count, self._due = 0, -math.inf
 
     def __call__(self) -> int:
-        """Return the number of trials."""
         now = self._clock()
         if now >= self._due:
-            self._count = self._share.at_once(living_nodes(), self._max_concurrent)
+            self._count = self._resources.at_once(living_nodes(), self._max_concurrent)
             self._due = now + COUNT_EVERY
         return self._count

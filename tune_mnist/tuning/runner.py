@@ -22,7 +22,12 @@ from tune_mnist.runs.history import History
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.live_view import Progress
-from tune_mnist.tuning.ray_patches import memory_kills_survived, staging_in
+from tune_mnist.tuning.ray_patches import (
+    DRIVER_ENVIRONMENT,
+    IN_THIS_PROCESS,
+    memory_kills_survived,
+    staging_in,
+)
 from tune_mnist.tuning.resources import Room, TrialResources
 from tune_mnist.tuning.settings import RunOn
 from tune_mnist.tuning.study import SamplerSettings, Study
@@ -35,18 +40,6 @@ from tune_mnist.tuning.tune_adapters import (
     Supervisor,
 )
 from tune_mnist.tuning.worker import EpochSource, run_trial
-
-# Tune's own bookkeeping would write every result a second time, and take snapshots of what the
-# run's folder already holds.
-_TUNE_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
-    "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the searcher knows when there is no room
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune would retry by itself
-}
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ def _fit(
             trial_name_creator=_ray_id,
             trial_dirname_creator=_ray_id,
             verbose=0,
-            _remote=False,  # in this process, with Ray Client as well
+            **IN_THIS_PROCESS,
         )
 
 
@@ -197,7 +190,7 @@ def _heeding_signals(supervisor: Supervisor) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Tune's log and its warnings off the terminal; the search has its own display."""
-    os.environ.update(_TUNE_ENVIRONMENT)
+    os.environ.update(DRIVER_ENVIRONMENT)
     logger = logging.getLogger("ray")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

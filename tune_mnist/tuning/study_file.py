@@ -1,13 +1,12 @@
-"""`study.db`: the study as a SQLite file, kept in line with the study in memory.
+"""`study.db`: the study as a SQLite file, kept equal to the study in memory.
 
-A thread of its own writes, so that a reader who locks the file, or a slow disk, holds up nothing.
-The file is a copy and never a source: where it is damaged, or says otherwise than the study, it is
-put aside (`study.db.damaged`, `study.db.outdated`) and made anew.
+A background thread writes it, so a reader who locks the file, or a slow disk, delays nothing. The
+file is a copy and never a source: one that is damaged, or that contradicts the study, is put aside
+(`study.db.damaged`, `study.db.outdated`) and written anew.
 """
 
 import sqlite3
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,31 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
+from tune_mnist.errors import one_line, root_cause
+from tune_mnist.tuning.background import BackgroundThread, Pace
+
 STUDY_NAME = "tune_mnist"
-CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end, as for a reader's lock
 WRITE_EVERY = 2.0  # seconds between two rounds: many changes of a trial cost one write
-RETRY_AFTER = 0.5  # seconds until a file that is locked or full is tried again; then longer
-RETRY_AFTER_AT_MOST = 8.0
+RETRY_AFTER = 0.5  # seconds more until a file that is locked or full is tried again
+PAUSE_AT_MOST = 8.0
+CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end, as for a reader's lock
 LOCK_TIMEOUT = 1.0  # seconds that SQLite itself waits for a lock
 
 
 class StudyFile:
-    """Writes trials to a SQLite file, in a thread, each as it was last put."""
+    """Writes trials to a SQLite file in the background, each as it was last put."""
 
     def __init__(self, path: Path, metric: str) -> None:
         self._path, self._metric = path, metric
         self._lock = threading.Lock()
         self._latest: dict[int, FrozenTrial] = {}  # all trials as they were last put
-        self._changed: set[int] = set()  # of those, what is perhaps not in the file
+        self._changed: set[int] = set()  # of those, the ones that the file may lack
         self._written: dict[int, FrozenTrial] = {}  # all trials as they are in the file
-        self._steps = 0  # trials written, for a sign of life
-        self._work_to_do, self._closing = threading.Event(), threading.Event()
-        self._given_up = False
-        self._failure: str | None = None
         self._storage: RDBStorage | None = None
         self._inode = 0
         self._study_id = 0
-        # A daemon: what hangs on a dead disk must not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name="study.db", daemon=True)
+        pace = Pace(WRITE_EVERY, RETRY_AFTER, PAUSE_AT_MOST, CLOSING_PATIENCE)
+        self._thread = BackgroundThread("study.db", pace, self._work, self._failed)
         self._thread.start()
 
     def put(self, trial: FrozenTrial) -> None:
@@ -49,89 +47,62 @@ class StudyFile:
         with self._lock:
             self._latest[trial.number] = trial
             self._changed.add(trial.number)
-        self._work_to_do.set()
 
     def close(self) -> str | None:
-        """Write what is left.
+        """Write what is left; return why that failed, or None."""
+        return self._thread.close()
 
-        Returns:
-            Why that could not be done, or None.
-        """
-        self._closing.set()
-        self._work_to_do.set()
-        while self._thread.is_alive() and not self._given_up:
-            before = self._steps
-            self._thread.join(CLOSING_PATIENCE)
-            if self._thread.is_alive() and self._steps == before:
-                self._given_up = True
-                self._failure = self._failure or f"no progress for {CLOSING_PATIENCE:g} s"
-        return self._failure
+    def _work(self, closing: bool) -> None:
+        if self._changed or closing:
+            self._write_changes()
+        if closing:
+            self._check_file()
+            self._close_file()
 
-    def _work(self) -> None:
-        pause = RETRY_AFTER
-        while not self._given_up:
-            self._work_to_do.wait()
-            self._closing.wait(WRITE_EVERY)
-            self._work_to_do.clear()
-            closing = self._closing.is_set()  # after clear(): a close() in between is not missed
-            try:
-                self._write_changes()
-                if closing:
-                    self._check_file()
-            except Exception as error:  # whatever it is: the search goes on, and hears of it
-                self._failure = _in_words(error)
-                if not _is_lock(error):
-                    self._close_file()
-                self._work_to_do.set()
-                if self._closing.wait(pause):
-                    time.sleep(RETRY_AFTER)
-                pause = min(2 * pause, RETRY_AFTER_AT_MOST)
-                continue
-            self._failure, pause = None, RETRY_AFTER
-            if closing and not self._changed:
-                break
-        self._close_file()
+    def _failed(self, error: Exception) -> str:
+        cause = root_cause(error)
+        if not _is_lock(cause):
+            self._close_file()
+        return one_line(cause)
 
     def _write_changes(self) -> None:
-        self._see_to_the_file()
-        while self._changed and not self._given_up:
+        self._ensure_open()
+        while self._changed and not self._thread.given_up:
             with self._lock:
                 trial = self._latest[min(self._changed)]
             # Before each: Optuna tries for many seconds to write a file that has been deleted.
-            self._see_to_the_file()
+            self._ensure_open()
             try:
                 self._write(trial)
-            except _DisagreementError:
-                self._start_anew("outdated")
+            except _ContradictionError:
+                self._put_aside("outdated")
                 continue
             with self._lock:
                 if self._latest[trial.number] is trial:
                     self._changed.discard(trial.number)
-            self._steps += 1
-
-    def _see_to_the_file(self) -> None:
-        if self._storage is None or _inode(self._path) != self._inode:
-            self._close_file()
-            self._open_file()
+            self._thread.made_progress()
 
     def _check_file(self) -> None:
-        """See, at the end, that nobody has spoilt the file or added to it."""
+        """At the end, replace a file that somebody has damaged or added trials to."""
         if not is_sound(self._path):
-            self._start_anew("damaged")
+            self._put_aside("damaged")
         elif self._written.keys() - self._latest.keys():
-            self._start_anew("outdated")
+            self._put_aside("outdated")
         self._write_changes()
 
-    def _open_file(self) -> None:
+    def _ensure_open(self) -> None:
+        if self._storage is not None and _inode(self._path) == self._inode:
+            return
+        self._close_file()
         if self._path.exists() and not is_sound(self._path):
             self._put_aside("damaged")
         try:
-            self._load_file()
+            self._open_file()
         except RuntimeError:  # Optuna's word for tables of another version's
             self._put_aside("outdated")
-            self._load_file()
+            self._open_file()
 
-    def _load_file(self) -> None:
+    def _open_file(self) -> None:
         # By a connection of our own making: in a URL, a path with a ? or a % means another file.
         storage = RDBStorage("sqlite:///study.db", engine_kwargs={"creator": self._connect})
         study = optuna.create_study(
@@ -148,7 +119,7 @@ class StudyFile:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT)
-        connection.execute("PRAGMA synchronous = OFF")  # after a power cut it is made anew
+        connection.execute("PRAGMA synchronous = OFF")  # after a power cut it is written anew
         return connection
 
     def _close_file(self) -> None:
@@ -156,11 +127,8 @@ class StudyFile:
             self._storage.engine.dispose()
             self._storage = None
 
-    def _start_anew(self, why: str) -> None:
-        self._close_file()
-        self._put_aside(why)
-
     def _put_aside(self, why: str) -> None:
+        self._close_file()
         # With its journal, which SQLite would otherwise play back into the file's successor.
         for suffix in ("-journal", "-wal", "-shm", ""):
             path = self._path.with_name(f"{self._path.name}{suffix}")
@@ -168,23 +136,27 @@ class StudyFile:
                 path.replace(self._path.with_name(f"{self._path.name}.{why}{suffix}"))
 
     def _write(self, trial: FrozenTrial) -> None:
-        """Bring the file's version of one trial in line with `trial`."""
+        """Make the file's version of a trial equal to `trial`.
+
+        Raises:
+            _ContradictionError: the file's version is of another trial.
+        """
         storage = self._storage
         if storage is None:
-            raise RuntimeError("the mirror is not open")
+            raise RuntimeError("study.db is not open")
         old = self._written.get(trial.number)
         if old is None:
             key = storage.create_new_trial(self._study_id, template_trial=trial)
             if storage.get_trial_number_from_id(key) != trial.number:
-                raise _DisagreementError
+                raise _ContradictionError
         elif not _extends(trial, old):
-            raise _DisagreementError
+            raise _ContradictionError
         elif not old.state.is_finished():
             self._update(storage, old, trial)
         self._written[trial.number] = trial
 
     def _update(self, storage: RDBStorage, old: FrozenTrial, trial: FrozenTrial) -> None:
-        """Add to an unfinished trial what has come since it was written, its state last."""
+        """Add to an unfinished trial what it lacks, its state last."""
         key = storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
         for name, value in _new(trial.params, old.params).items():
             distribution = trial.distributions[name]
@@ -198,12 +170,12 @@ class StudyFile:
             storage.set_trial_state_values(key, trial.state, trial.values)
 
 
-class _DisagreementError(Exception):
-    """The file says of a trial what the study does not."""
+class _ContradictionError(Exception):
+    """The file contradicts the study."""
 
 
 def is_sound(path: Path) -> bool:
-    """Say whether a file is an intact SQLite database (a locked one is taken to be)."""
+    """Return True if a file is an intact SQLite database; a locked one is taken for intact."""
     try:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1)
         try:
@@ -217,7 +189,7 @@ def is_sound(path: Path) -> bool:
 
 
 def facts(trial: FrozenTrial) -> tuple[object, ...]:
-    """Return what a trial says, without the times and ids that differ between copies."""
+    """Return a trial's content, without the times and ids that differ between copies."""
     return (
         trial.state,
         trial.values,
@@ -229,9 +201,9 @@ def facts(trial: FrozenTrial) -> tuple[object, ...]:
 
 
 def _extends(trial: FrozenTrial, old: FrozenTrial) -> bool:
-    """Say whether `old` can have been an earlier version of `trial`, or is the same.
+    """Return True if `old` is `trial`, or can have been an earlier version of it.
 
-    A finished one may have more attributes: users note things there.
+    A finished one may have more attributes: users write notes there.
     """
     if old.state.is_finished():
         same = facts(old)[:-1] == facts(trial)[:-1]
@@ -255,15 +227,7 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def _is_lock(error: BaseException | None) -> bool:
-    """Say whether an error comes from a lock; then the connection is as good as before."""
-    while error is not None and not isinstance(error, sqlite3.Error):
-        error = error.__cause__
+def _is_lock(error: BaseException) -> bool:
+    """Return True if an error comes from a lock, which leaves the connection usable."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the detail in its upper bits
     return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-def _in_words(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,103 +1,120 @@
-"""RunSync a run's folder as it grows, in a thread: a slow or absent storage holds up nothing.
+"""A run's copy elsewhere, from which a search is resumed when its driver's machine is lost.
 
-Whatever instant the machine is lost at, the copy is a run that can be gone on with. Each round
-reads the states before the events and these before the epochs, and writes them the other way
-round: the copied epochs are never older than the events or the states, nor the best model than the
-epochs. What is newer than the rest is dropped when the copy is fetched, or run again.
+The driver works on the run's folder. As a session begins, folder and copy are compared, and the
+one that is behind is brought up to date; from then on a background thread copies what changes.
+
+At every instant the copy is a run that can be resumed. Each round reads the states before the
+events and these before the epochs, and writes them in the opposite order: the copied epochs are
+never older than the events or the states, nor the best model than the epochs. A fetch drops what
+is newer than the rest, or the search runs it again.
 """
 
 import contextlib
-import threading
+import json
+import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tune_mnist.cli import tell
-from tune_mnist.errors import RunFolderError
+from tune_mnist.errors import RunFolderError, one_line
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import short_path
-from tune_mnist.tuning.remote import Lease, RemoteRun, TakenOverError, in_words, reaching
+from tune_mnist.tuning.background import BackgroundThread, Pace
+from tune_mnist.tuning.remote import RemoteRun, reaching
 from tune_mnist.tuning.runner import writing
 
 COPY_EVERY = 2.0  # seconds between two rounds
-COPY_SHARE = 0.2  # of the time, at most, once there is much to copy
+COPY_LOAD = 0.2  # of the time, at most, once there is much to copy
 PAUSE_AT_MOST = 15.0  # seconds: every round gives a sign of life
 CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end
 AT_ONCE = 8  # files under way to the storage: each waits for an answer for most of its time
 
 _READ_FIRST = ("*.state", "events.jsonl", "epochs.csv", "best.pt")
-_LOGS = ("events.jsonl", "epochs.csv")
 _WRITTEN_FIRST = ("search.yaml", "best.pt", "epochs.csv", "events.jsonl", "*.state")
+_LOGS = ("events.jsonl", "epochs.csv")
 _Version = tuple[int, int, int]
 
 
-class RunSync:
-    """Copies a run's folder, in a thread, for as long as a driver works on it."""
+@contextlib.contextmanager
+def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
+    """Bring folder or copy up to date, whichever is behind, then copy all changes of the folder.
 
-    def __init__(self, folder: RunFolder, remote: RemoteRun, claim: Lease) -> None:
-        self._folder, self._remote, self._claim = folder, remote, claim
+    Only for the one process that writes to the folder.
+
+    Raises:
+        RunFolderError: the copy cannot be reached, is in use or is another run's.
+    """
+    lease = Lease(remote, folder.path)
+    lease.take()
+    fetch_newer(folder, remote)
+    with reaching(remote):
+        sync = RunSync(folder, remote, lease)
+    tell(f"{short_path(folder.path)} is copied to {remote.uri} as it grows")
+    try:
+        yield
+    finally:
+        if failure := sync.close():
+            tell(f"warning: {failure}")
+
+
+class RunSync:
+    """Copies a run's folder in the background, for as long as a driver works on it."""
+
+    def __init__(self, folder: RunFolder, remote: RemoteRun, lease: "Lease") -> None:
+        self._folder, self._remote, self._lease = folder, remote, lease
         self._copied: dict[str, _Version | None] = dict.fromkeys(remote.names())
         self._gone: set[str] = set()  # copied, and missing in the folder when last looked at
-        self._steps = 0  # files written, for a sign of life
-        self._failure: str | None = None
-        self._warned = self._given_up = False
-        self._closing = threading.Event()
-        # A daemon: what hangs on a dead storage must not keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name="storage", daemon=True)
+        self._taken_over = ""  # what to say of it
+        self._quiet = False
+        pace = Pace(COPY_EVERY, COPY_EVERY, PAUSE_AT_MOST, CLOSING_PATIENCE, load=COPY_LOAD)
+        self._thread = BackgroundThread("storage", pace, self._work, self._failed)
         self._thread.start()
 
     def close(self) -> str | None:
-        """Copy what is left.
+        """Copy what is left; return a warning if that failed, else None."""
+        self._quiet = True  # what still holds is the returned warning
+        failure = self._thread.close()
+        if failure:
+            failure = (
+                f"{self._remote.uri} is behind ({failure}); nothing is lost: "
+                f"--resume {self._folder.path} brings it up to date"
+            )
+        return self._taken_over or failure
 
-        Returns:
-            What there is to say where that could not be done, or None.
-        """
-        self._closing.set()
-        while self._thread.is_alive() and not self._given_up:
-            before = self._steps
-            self._thread.join(CLOSING_PATIENCE)
-            if self._thread.is_alive() and self._steps == before:
-                self._given_up = True
-                self._failure = self._failure or self._behind(
-                    f"no answer for {CLOSING_PATIENCE:g} s"
-                )
-        return self._failure
-
-    def _work(self) -> None:
-        pause = COPY_EVERY
-        while not self._given_up:
-            closing, began = self._closing.wait(pause), time.monotonic()
-            try:
-                self._copy_changes(at_end=closing)
-                if closing:
-                    self._claim.release()
-            except TakenOverError:
-                self._failure = (
-                    f"{self._remote.uri} is left to another driver, which took this one for dead; "
-                    f"what this one finds is in {self._folder.path}"
-                )
-                self._warn(self._failure)
-                return
-            except Exception as error:  # whatever it is: the search goes on, and hears of it
-                self._failure = self._behind(in_words(error))
-                self._warn(
-                    f"cannot copy to {self._remote.uri} ({in_words(error)}); the search goes on, "
-                    "and copying is tried again"
-                )
-                if closing:
-                    time.sleep(COPY_EVERY)
-                pause = min(2 * pause, PAUSE_AT_MOST)
-                continue
-            self._failure = None
+    def _work(self, closing: bool) -> None:
+        if self._taken_over:
+            return
+        try:
+            self._copy_changes(at_end=closing)
             if closing:
-                return
-            took = time.monotonic() - began
-            pause = min(max(COPY_EVERY, took * (1 / COPY_SHARE - 1)), PAUSE_AT_MOST)
+                self._lease.release()
+        except TakenOverError:
+            self._taken_over = (
+                f"{self._remote.uri} is left to another driver, which took this one for dead; "
+                f"what this one finds is in {self._folder.path}"
+            )
+            self._warn_once(self._taken_over)
+
+    def _failed(self, error: Exception) -> str:
+        reason = one_line(error)
+        self._warn_once(
+            f"cannot copy to {self._remote.uri} ({reason}); the search continues, "
+            "and copying is tried again"
+        )
+        return reason
+
+    def _warn_once(self, text: str) -> None:
+        if not self._quiet:
+            self._quiet = True
+            tell(f"warning: {text}")
 
     def _copy_changes(self, *, at_end: bool) -> None:
-        self._claim.keep()
+        self._lease.keep()
         present = self._present()
         changed = [
             name
@@ -105,7 +122,7 @@ class RunSync:
             if self._copied.get(name) != version and (at_end or not _is_database(name))
         ]
         if any(name.endswith(".state") for name in changed):
-            # They may have grown since they were looked at, and must not stay behind the states.
+            # They may have grown since they were looked at, and must not be behind the states.
             changed += [name for name in _LOGS if name in present and name not in changed]
         contents = self._read(sorted(changed, key=lambda name: _place(name, _READ_FIRST)))
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -121,13 +138,13 @@ class RunSync:
         self._gone = gone
 
     def _write(self, name: str, content: bytes) -> str:
-        self._claim.keep()
+        self._lease.keep()
         self._remote.write(name, content)
-        self._steps += 1
+        self._thread.made_progress()
         return name
 
     def _present(self) -> dict[str, _Version]:
-        """Return the files of the folder that are copied, each as it is now."""
+        """Return the files of the folder that are copied, with their present versions."""
         found = {}
         for path in self._folder.path.rglob("*"):
             name = path.relative_to(self._folder.path)
@@ -147,62 +164,112 @@ class RunSync:
                 contents[name] = (self._folder.path / name).read_bytes()
         return contents
 
-    def _behind(self, why: str) -> str:
-        return (
-            f"{self._remote.uri} is behind ({why}); nothing is lost: "
-            f"--resume {self._folder.path} brings it up to date"
-        )
-
-    def _warn(self, text: str) -> None:
-        """Say so once; what still holds at the end is said there, as the last word."""
-        if not self._warned and not self._closing.is_set():
-            self._warned = True
-            tell(f"warning: {text}")
-
 
 def _place(name: str, order: Sequence[str]) -> int:
-    """Return a file's place in an order of patterns; the others come last."""
+    """Return a file's place in an order of patterns; files that match none come last."""
     path = PurePosixPath(name)
     return next((i for i, pattern in enumerate(order) if path.match(pattern)), len(order))
 
 
 def _is_database(name: str) -> bool:
-    """Say whether a file can be copied only once nobody writes to it; a resume makes it anew."""
+    """Return True if a file can be copied only once nobody writes to it; a resume rewrites it."""
     return PurePosixPath(name).match("study.db*")
 
 
-# MERGED-DOC tuning.storage: A run's copy elsewhere, so that a search whose driver's machine is
-# lost is gone on with there. The run's folder stays what the driver works on; it and its copy are
-# compared as a session begins, and the one that is behind is caught up.
+LEASE = 60.0  # seconds without a sign of life after which a driver is taken for dead
+SIGN_EVERY = 15.0  # seconds between two signs of life
+LOOK_EVERY = 1.0  # seconds between two looks at whether another driver gives one
+_DRIVER = ".driver"
 
 
-@contextlib.contextmanager
-def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
-    """Keep a run's copy in line with its folder, after the one that is behind was caught up.
+class TakenOverError(Exception):
+    """Another driver took this one for dead and writes to the copy."""
 
-    Only for who alone writes to the folder.
 
-    Raises:
-        RunFolderError: the copy cannot be reached, is in use or is another run's.
+class Lease:
+    """The right of one driver to write to a run's copy, as long as it gives signs of life.
+
+    A bucket knows no lock that ends with a process. So a driver keeps a file there that names it,
+    and rewrites it every `SIGN_EVERY` seconds. One that has not for `LEASE` seconds is taken for
+    dead; if it lives after all, it sees that it was taken over and no longer writes there.
+
+    Two things are not ruled out. Two drivers may begin within the same fraction of a second; the
+    first to give its next sign of life then sees the other's and leaves the copy to it. And files
+    that were under way when a machine was suspended arrive when it wakes up.
     """
-    claim = Lease(remote, folder.path)
-    claim.take(tell)
-    fetch_newer(folder, remote)
-    with reaching(remote):
-        copying = RunSync(folder, remote, claim)
-    tell(f"{short_path(folder.path)} is copied to {remote.uri} as it grows")
-    try:
-        yield
-    finally:
-        if failure := copying.close():
-            tell(f"warning: {failure}")
+
+    def __init__(self, remote: RemoteRun, folder: Path) -> None:
+        self._remote = remote
+        self._place = {"host": platform.node(), "folder": str(folder.resolve())}
+        self._me = {**self._place, "lease": uuid.uuid4().hex}
+        self._next_sign = 0.0
+
+    def take(self) -> None:
+        """Become the only writer; first wait until another driver's lease has run out.
+
+        Only for the one process that writes to the local folder: a lease that was taken for the
+        same folder is a dead driver's.
+
+        Raises:
+            RunFolderError: another driver writes to the copy, or the copy cannot be written.
+        """
+        with reaching(self._remote):
+            self._wait_for_other()
+            self._sign()
+
+    def keep(self) -> None:
+        """Give a sign of life, if it is time to.
+
+        Raises:
+            TakenOverError: another driver has taken over.
+            OSError, ArrowException: the storage did not answer.
+        """
+        if time.time() >= self._next_sign:  # a clock that runs on while a machine is suspended
+            if self._driver() != self._me:  # or there is none: the other driver may have ended
+                raise TakenOverError
+            self._sign()
+
+    def release(self) -> None:
+        """Let other drivers write there at once."""
+        if self._driver() == self._me:
+            self._remote.delete(_DRIVER)
+
+    def _wait_for_other(self) -> None:
+        now, last, other = self._remote.now(), self._remote.time_of(_DRIVER), self._driver()
+        if last is None or self._place.items() <= other.items():
+            return
+        left = LEASE - (now - last).total_seconds()
+        if left <= 0:
+            return
+        host = other.get("host", "another machine")
+        tell(f"{self._remote.uri}: seeing for {left:.0f} s whether its driver on {host} is alive")
+        deadline = time.monotonic() + left
+        while time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY)
+            sign = self._remote.time_of(_DRIVER)
+            if sign is None:
+                return
+            if sign != last:
+                raise RunFolderError(
+                    f"{self._remote.uri} is in use: a search on {host} is writing to it; wait "
+                    "for it or stop it"
+                )
+
+    def _sign(self) -> None:
+        self._remote.write(_DRIVER, json.dumps(self._me).encode())
+        self._next_sign = time.time() + SIGN_EVERY
+
+    def _driver(self) -> dict[str, Any]:
+        content = self._remote.read(_DRIVER)
+        driver: dict[str, Any] = json.loads(content) if content else {}
+        return driver
 
 
 def check_new_copy(remote: RemoteRun) -> None:
-    """Refuse early, before anything is started, a copy that exists or cannot be made.
+    """Refuse, before anything is started, a copy that exists or cannot be written.
 
     Raises:
-        RunFolderError: it is so.
+        RunFolderError: it exists, or cannot be written.
     """
     with reaching(remote):
         remote.now()
@@ -210,15 +277,15 @@ def check_new_copy(remote: RemoteRun) -> None:
     if exists:
         raise RunFolderError(
             f"the run {remote.uri} exists and is never overwritten: "
-            f"choose another name with --run, or go on with it: --resume '{remote.uri}'"
+            f"choose another name with --run, or resume it: --resume '{remote.uri}'"
         )
 
 
 def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
-    """Make the folder in which a run is gone on with that may be known by its copy only.
+    """Make the local folder in which a run is resumed that may exist only as a copy.
 
     Raises:
-        RunFolderError: there is no such run, or no room for it.
+        RunFolderError: there is no such copy, or the folder cannot be written.
     """
     with reaching(remote):
         exists = bool(remote.read("search.yaml"))
@@ -235,7 +302,7 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
 
 
 def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
-    """Fetch a copy that is further along than the folder, as when another machine went on.
+    """Fetch the copy if it is ahead of the folder, as after a resume on another machine.
 
     Raises:
         RunFolderError: the copy cannot be reached, or is another run's.
@@ -247,8 +314,8 @@ def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
         return
     if not _continues(theirs, ours):
         raise RunFolderError(
-            f"{folder.path} and {remote.uri} are two runs, or one that was gone on with in both "
-            "places: choose another --storage, or move the folder away to go on with the copy"
+            f"{folder.path} and {remote.uri} are two runs, or one that was resumed in both "
+            "places: choose another --storage, or move the folder away to resume the copy"
         )
     tell(f"fetching {remote.uri}")
     with reaching(remote):
@@ -265,7 +332,7 @@ def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
 def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
     """Return the events and epochs of a run and of its confirmation, as far as they agree.
 
-    Epochs that are newer than the events may be of trials of which these do not tell.
+    Epochs that are newer than the events may be of trials that these do not have.
     """
     found: dict[str, bytes] = {}
     for run in ("", "confirm/"):
@@ -280,7 +347,7 @@ def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
 
 
 def _rows_of(trials: int, epochs: bytes) -> Iterator[bytes]:
-    """Return the lines of epochs.csv before the first of a trial beyond so many."""
+    """Yield the lines of epochs.csv up to the first one of a trial beyond the first `trials`."""
     for line in epochs.splitlines(keepends=True):
         number, _, _ = line.partition(b",")
         if number.isdigit() and int(number) >= trials:
@@ -293,7 +360,4 @@ def _continues(logs: Mapping[str, bytes], others: Mapping[str, bytes]) -> bool:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+    return path.read_bytes() if path.exists() else b""

@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.tuning.experiment import Experiment
-from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
+from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY, actor_of
 
 NODE_LOST = "its node was lost"
 MAX_LOSSES = 20  # of a trial's nodes in a row; it may be the trial that takes them down
@@ -172,7 +172,7 @@ class Supervisor(Callback, Stopper):
             if now - last > self._hang_timeout:
                 self._hung.add(trial.trial_id)
                 del self._last_sign[trial]
-                actor = trial.temporary_state.ray_actor
+                actor = actor_of(trial)
                 if actor is not None:
                     ray.kill(actor)
 

@@ -14,6 +14,7 @@ from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.history import Assignment
 from tune_mnist.runs.ranking import score
+from tune_mnist.tuning.ray_patches import WORKER_ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -
     Raises:
         Whatever training raises; Tune hands it to the driver.
     """
-    # If a worker takes longer to let go of one trial, the next trial loses it and Tune tells
-    # nobody. Tune's own 2 s are little on a crowded machine.
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "120"
+    os.environ.update(WORKER_ENVIRONMENT)
     assignment: Assignment = config["assignment"]
     best = (-math.inf, -math.inf)
     for epoch in epochs_of(assignment, split):

@@ -3,7 +3,7 @@
 import pytest
 
 from tune_mnist.errors import ClusterError
-from tune_mnist.tuning import resources as nodes
+from tune_mnist.tuning import resources
 from tune_mnist.tuning.resources import COUNT_EVERY, Node, Room, TrialResources, in_words
 
 
@@ -52,7 +52,7 @@ def test_room_follows_the_cluster_without_asking_each_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, now = Growing(), [0.0]
-    monkeypatch.setattr(nodes, "living_nodes", cluster)
+    monkeypatch.setattr(resources, "living_nodes", cluster)
     room = Room(TrialResources(cpus=1, gpus=0), None, clock=lambda: now[0])
     assert [room() for _ in range(5)] == [4] * 5
     assert cluster.looks == 1
@@ -62,7 +62,7 @@ def test_room_follows_the_cluster_without_asking_each_time(
 
 
 def test_room_is_at_most_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "living_nodes", Growing())
+    monkeypatch.setattr(resources, "living_nodes", Growing())
     assert Room(TrialResources(cpus=1, gpus=0), 3)() == 3
     assert Room(TrialResources(cpus=1, gpus=0), 9)() == 4
 

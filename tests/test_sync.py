@@ -1,4 +1,4 @@
-"""A run is copied to a bucket or a shared folder, and gone on with from there."""
+"""A run is copied to a bucket or a shared folder, and resumed from there."""
 
 import dataclasses
 import json
@@ -28,18 +28,19 @@ from support.epochs import epoch_metrics
 from support.s3_server import CREDENTIALS, S3, s3_server
 from support.scripted import Script
 
-from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.errors import RunFolderError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning import remote, sync
-from tune_mnist.tuning.remote import RemoteRun, storage_uri
+from tune_mnist.tuning.remote import RemoteRun
 
 pytest_plugins = ["support.ray_fixtures"]
 
 TRIALS = 5
 ONE = ("--max-concurrent", 1)
+STATE = "runs/run/checkpoints/00000.state"
 SHORT = ("--trials", TRIALS, "--epochs", 10, *ONE)
 
 
@@ -53,7 +54,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A search without a copy that nothing befell."""
+    """A search without a copy that nothing happened to."""
     with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
         driver = searches.start("run", *SHORT)
         assert driver.wait() == 0, driver.output
@@ -65,9 +66,9 @@ def hurry() -> None:
     replace(sync, "COPY_EVERY", 0.1)
     replace(sync, "CLOSING_PATIENCE", 1.0)
     replace(remote, "PATIENCE", 1)
-    replace(remote, "LEASE", 2.0)
-    replace(remote, "SIGN_EVERY", 0.2)
-    replace(remote, "LOOK_EVERY", 0.1)
+    replace(sync, "LEASE", 2.0)
+    replace(sync, "SIGN_EVERY", 0.2)
+    replace(sync, "LOOK_EVERY", 0.1)
 
 
 def hurry_now_and_then() -> None:
@@ -86,26 +87,35 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_whose_machine_is_lost_goes_on_from_its_bucket(
+def begin(
+    searches: Searches, s3: S3, seconds: float, prepare: Callable[[], None] = hurry, **script: Any
+) -> Driver:
+    """Begin a search whose copy has its first epochs and a state."""
+    driver = searches.start(
+        *("run", *SHORT, "--storage", s3.uri("runs")),
+        script=Script(seconds=seconds, **script),
+        prepare=prepare,
+    )
+    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3 and STATE in s3.objects)
+    return driver
+
+
+def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     searches: Searches, s3: S3, uninterrupted: Path
 ) -> None:
     notes = searches.path / "notes"
     notes.mkdir()
-    settings: dict[str, Any] = {
-        "script": Script(seconds=0.05, notes=notes, state_size=300_000),
-        "prepare": hurry,
-    }
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start("run", *SHORT, *place, **settings)
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 6)
-    driver.kill()
+    script: dict[str, Any] = {"seconds": 0.05, "notes": notes, "state_size": 300_000}
+    begin(searches, s3, **script).kill()
     folder, lost = searches.folder("run"), epochs_in(searches.folder("run"))
-    header, _, _ = s3.objects["runs/run/checkpoints/00000.state"][0].partition(b"\n")
+    header, _, _ = s3.objects[STATE][0].partition(b"\n")
     kept = int(json.loads(header)["row"]["epoch"])
     assert "runs/run/study.db" not in s3.objects
     shutil.rmtree(folder)
 
-    driver = searches.resume_at(s3.uri("runs/run"), "elsewhere", *ONE, **settings)
+    driver = searches.resume_at(
+        *(s3.uri("runs/run"), "elsewhere", *ONE), script=Script(**script), prepare=hurry
+    )
     assert driver.wait() == 0, driver.output
     folder = searches.path / "elsewhere" / "run"
     assert outcome_of(folder) == outcome_of(uninterrupted)
@@ -116,14 +126,8 @@ def test_a_run_whose_machine_is_lost_goes_on_from_its_bucket(
     assert len(study_of(folder)) == TRIALS
 
 
-def test_a_bucket_that_fails_holds_up_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start(
-        *("run", *SHORT, *place),
-        script=Script(seconds=0.05),
-        prepare=hurry,
-    )
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
+    driver = begin(searches, s3, 0.05)
     s3.refuses = True
     assert driver.wait() == 0, driver.output
     assert driver.output.count("warning: cannot copy to s3://bucket/runs/run") == 1
@@ -143,9 +147,7 @@ def test_a_bucket_that_fails_holds_up_nothing_and_is_caught_up(searches: Searche
 def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
     searches: Searches, s3: S3
 ) -> None:
-    place = ("--storage", s3.uri("runs"))
-    driver = searches.start("run", *SHORT, *place, prepare=hurry)
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
+    driver = begin(searches, s3, 0.05)
     s3.answers.clear()
     assert driver.wait(60) == 0, driver.output
     assert "is behind" in driver.output.splitlines()[-1]
@@ -175,7 +177,7 @@ def test_a_name_that_the_bucket_has_is_refused(searches: Searches, s3: S3) -> No
 
 
 def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3: S3) -> None:
-    driver = begin(searches, s3)
+    driver = begin(searches, s3, 0.3)
     other = searches.resume_at(s3.uri("runs/run"), "elsewhere", prepare=hurry)
     assert other.wait() == 2, other.output
     assert "is in use: a search on" in other.output
@@ -187,7 +189,7 @@ def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3
 def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     searches: Searches, s3: S3
 ) -> None:
-    driver = begin(searches, s3, prepare=hurry_now_and_then)
+    driver = begin(searches, s3, 0.3, hurry_now_and_then)
     rounds = s3.puts.count("runs/run/epochs.csv")
     driver.wait_until(lambda: s3.puts.count("runs/run/epochs.csv") > rounds)
     time.sleep(0.4)  # nothing of the round is under way any more
@@ -199,17 +201,6 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     assert driver.wait() == 128 + signal.SIGTERM, driver.output
     assert "is left to another driver" in driver.output.splitlines()[-1]
     assert contents_of(searches.path / "elsewhere" / "run") == s3.contents("runs/run")
-
-
-def begin(searches: Searches, s3: S3, prepare: Callable[[], None] = hurry) -> Driver:
-    """Begin a search of some seconds whose copy has its first epochs."""
-    driver = searches.start(
-        *("run", *SHORT, "--storage", s3.uri("runs")),
-        script=Script(seconds=0.3),
-        prepare=prepare,
-    )
-    driver.wait_until(lambda: s3.lines("runs/run/epochs.csv") > 3)
-    return driver
 
 
 class Instants:
@@ -251,12 +242,12 @@ def search_alone(folder: RunFolder) -> None:
         history.add_epoch(dataclasses.replace(row, trial=3 + number, epoch=1))
 
 
-def test_a_copy_can_be_gone_on_with_at_every_instant(
+def test_a_copy_can_be_resumed_at_every_instant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
-    monkeypatch.setattr(sync, "COPY_SHARE", 1.0)
-    folder = make_run(tmp_path / "run", b"", b"")
+    monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
+    folder = make_run(tmp_path / "run")
     copy = RemoteRun((tmp_path / "there" / "run").as_uri())
     instants = Instants(tmp_path / "there" / "run", tmp_path / "instants", monkeypatch)
     with sync.kept_in_line(folder, copy):
@@ -265,7 +256,7 @@ def test_a_copy_can_be_gone_on_with_at_every_instant(
     seen = Counter[int]()
     for number, instant in enumerate(instants.folders()):
         if not (instant / "search.yaml").exists():
-            continue  # as good as none
+            continue  # no run yet
         remote = RemoteRun(instant.as_uri())
         fetched = sync.folder_for(remote, tmp_path / "fetched" / str(number))
         sync.fetch_newer(fetched, remote)
@@ -284,7 +275,7 @@ START = b'{"event": "start", "trial": %d}\n'
 ROWS = b"trial,epoch\n0,1\n", b"0,2\n", b"1,1\n"
 
 
-def make_run(folder: Path, events: bytes, epochs: bytes) -> RunFolder:
+def make_run(folder: Path, events: bytes = b"", epochs: bytes = b"") -> RunFolder:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "search.yaml").write_text("asked: {}\n")
     (folder / "events.jsonl").write_bytes(events)
@@ -317,12 +308,12 @@ def test_epochs_of_trials_whose_start_was_not_copied_are_run_again(tmp_path: Pat
         assert folder.epochs.read_bytes() == b"".join(ROWS[:2])
 
 
-def test_a_run_that_went_on_in_both_places_is_refused(tmp_path: Path) -> None:
+def test_a_run_that_was_resumed_in_both_places_is_refused(tmp_path: Path) -> None:
     there = make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
     folder = make_run(tmp_path / "run", START % 0, b"".join(ROWS[:2]) + b"0,3\n")
     before = contents_of(there.path)
     with (
-        pytest.raises(RunFolderError, match="gone on with in both places"),
+        pytest.raises(RunFolderError, match="resumed in both places"),
         sync.kept_in_line(folder, RemoteRun(there.path.as_uri())),
     ):
         pass
@@ -332,26 +323,3 @@ def test_a_run_that_went_on_in_both_places_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_copy_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no run's copy: it has no search\.yaml"):
         sync.folder_for(RemoteRun((tmp_path / "nothing").as_uri()), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("s3a://bucket/runs", r"s3a:// is not known \(did you mean 's3'\?\): use s3://, gs://"),
-        ("s3:///runs", "names no bucket: s3://BUCKET/FOLDER"),
-        ("s3://key:secret@bucket/runs", "must not hold a secret"),
-    ],
-)
-def test_storage_that_cannot_be_meant_is_refused(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        storage_uri(text)
-
-
-def test_a_folder_may_be_named_by_its_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert storage_uri("my runs") == f"file://{tmp_path}/my%20runs"
-    assert RemoteRun.within(storage_uri("my runs"), "a?").name == "a?"
-    assert RemoteRun.within("s3://b/runs?region=x", "a").uri == "s3://b/runs/a?region=x"
-    assert RemoteRun.within("s3://b/runs?region=x", "a").storage == "s3://b/runs?region=x"

@@ -1,0 +1,345 @@
+"""`study.db` equals the study in memory, whatever happens to the file."""
+
+import contextlib
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from support.small_study import SmallStudy, count_trials, wait_for
+
+from tune_mnist.tuning import study_file
+from tune_mnist.tuning.study_file import facts, is_sound
+
+TESTS = Path(__file__).parent
+HOLD = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute(sys.argv[2])
+connection.execute("SELECT count(*) FROM trials").fetchall()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_file, "WRITE_EVERY", 0.02)
+    monkeypatch.setattr(study_file, "RETRY_AFTER", 0.1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "study.db"
+
+
+def in_file(path: Path) -> list[FrozenTrial]:
+    """The trials of the file, read as a user would."""
+    with tempfile.TemporaryDirectory() as folder:  # one whose name any URL can hold
+        copied = Path(shutil.copy(path, folder))
+        study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{copied}")
+        assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+        assert study.metric_names == ["val_accuracy"]
+        return study.get_trials()
+
+
+def close_and_compare(search: SmallStudy) -> None:
+    """End a search and see that its file says what the study says."""
+    assert search.study.close() is None
+    found, expected = in_file(search.path), search.study.trials()
+    assert [facts(trial) for trial in found] == [facts(trial) for trial in expected]
+    assert [trial.number for trial in found] == [trial.number for trial in expected]
+    assert TrialState.RUNNING not in {trial.state for trial in found}
+
+
+def aside(path: Path, why: str) -> Path:
+    return path.with_name(f"study.db.{why}")
+
+
+def alter(path: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+
+
+@contextlib.contextmanager
+def held(path: Path, how: str) -> Iterator[None]:
+    """Have another process lock a SQLite file."""
+    command = [sys.executable, "-c", HOLD, str(path), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.kill()
+
+
+def spoil(path: Path, how: str) -> None:
+    size = path.stat().st_size
+    noise = random.Random(0).randbytes(size)
+    if how == "middle":
+        with path.open("r+b") as file:
+            file.seek(4096)
+            file.write(noise[: size - 8192])
+    else:
+        cut = path.read_bytes()[: size // 2]
+        spoilt = {"random": noise, "cut": cut, "empty": b"", "text": b"a text\n" * 1000}
+        path.write_bytes(spoilt[how])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_file_says_what_the_study_in_memory_says(path: Path, seed: int) -> None:
+    search = SmallStudy(path, seed)
+    for _ in range(6):
+        search.steps(20)
+        search.wait_until_written()
+    close_and_compare(search)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["study.db"]
+
+
+def test_a_resumed_search_continues_in_the_same_file(path: Path) -> None:
+    earlier: list[FrozenTrial] = []
+    inodes = set()
+    for session in range(3):
+        search = SmallStudy(path, session, earlier)
+        search.steps(30)
+        close_and_compare(search)
+        inodes.add(path.stat().st_ino)
+        earlier = search.recorded()
+    assert len(inodes) == 1
+
+
+@pytest.mark.parametrize("name", ["größe, with space", "a?b=c#d%20{x}", "it's\"so\\"])
+def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "study.db"
+    path.parent.mkdir()
+    search = SmallStudy(path)
+    search.steps(15)
+    close_and_compare(search)
+    assert is_sound(path)
+    spoil(path, "random")
+    assert not is_sound(path)
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "study.db"]
+
+
+def test_a_search_without_trials_leaves_an_empty_study(path: Path) -> None:
+    close_and_compare(SmallStudy(path))
+    assert in_file(path) == []
+
+
+def test_a_user_can_load_the_study_in_mid_search(path: Path) -> None:
+    search = SmallStudy(path)
+    search.steps(40)
+    search.wait_until_written()
+    study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}")
+    assert len(study.trials) == len(search.study.trials())
+    assert study.best_value > 0
+    assert set(study.trials_dataframe()["state"]) >= {"RUNNING", "COMPLETE"}
+    search.steps(40)
+    close_and_compare(search)
+
+
+@pytest.mark.parametrize("how", ["BEGIN EXCLUSIVE", "BEGIN"])
+def test_a_reader_who_locks_the_file_delays_nothing_and_loses_nothing(
+    path: Path, how: str
+) -> None:
+    search = SmallStudy(path)
+    search.steps(10)
+    search.wait_until_written()
+    with held(path, how):
+        slowest = 0.0
+        for _ in range(50):
+            start = time.perf_counter()
+            search.steps(1)
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.01)
+        assert slowest < 0.5
+        if how == "BEGIN":
+            assert count_trials(path) < len(search.study.trials())
+    close_and_compare(search)
+
+
+def test_a_file_that_stays_locked_ends_in_a_reason_within_bounds(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_file, "CLOSING_PATIENCE", 0.5)
+    monkeypatch.setattr(study_file, "LOCK_TIMEOUT", 0.1)
+    search = SmallStudy(path)
+    search.steps(30)
+    search.wait_until_written()
+    with held(path, "BEGIN EXCLUSIVE"):
+        search.report(search.live[0])
+        start = time.monotonic()
+        for _ in range(2):
+            assert search.study.close() == "database is locked"
+        assert time.monotonic() - start < 2.5
+    close_and_compare(SmallStudy(path, earlier=search.recorded()))
+
+
+def test_a_file_deleted_in_mid_search_is_written_anew(path: Path) -> None:
+    search = SmallStudy(path)
+    search.steps(30)
+    search.wait_until_written()
+    path.unlink()
+    search.steps(5)
+    search.wait_until_written()
+    path.unlink()  # and once more, with nothing left to write
+    close_and_compare(search)
+
+
+@pytest.mark.parametrize("how", ["random", "cut", "empty"])
+def test_a_file_spoilt_in_mid_search_is_put_aside_and_written_anew(path: Path, how: str) -> None:
+    search = SmallStudy(path)
+    search.steps(60)
+    search.wait_until_written()
+    spoil(path, how)
+    search.steps(10)
+    close_and_compare(search)
+
+
+@pytest.mark.parametrize("how", ["middle", "text"])
+def test_a_file_spoilt_before_a_resume_is_put_aside_and_written_anew(path: Path, how: str) -> None:
+    search = SmallStudy(path)
+    search.steps(60)
+    close_and_compare(search)
+    spoil(path, how)
+    spoilt = path.read_bytes()
+    close_and_compare(SmallStudy(path, 1, earlier=search.recorded()))
+    assert aside(path, "damaged").read_bytes() == spoilt
+
+
+def test_a_spoilt_files_journal_does_not_spoil_its_successor(path: Path) -> None:
+    path.write_bytes(b"no database" * 1000)
+    path.with_name("study.db-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + b"x" * 99)
+    search = SmallStudy(path)
+    search.steps(20)
+    close_and_compare(search)
+    assert aside(path, "damaged").exists()
+
+
+def test_a_file_that_says_otherwise_of_a_finished_trial_is_put_aside(path: Path) -> None:
+    kept = []
+    for seed in (1, 2):
+        search = SmallStudy(path, seed)
+        search.steps(40)
+        close_and_compare(search)
+        kept.append([facts(trial) for trial in search.study.trials()])
+    assert [facts(trial) for trial in in_file(aside(path, "outdated"))] == kept[0]
+
+
+@pytest.mark.parametrize("change", ["params", "intermediate_values"])
+def test_a_file_that_says_otherwise_of_a_running_trial_is_put_aside(
+    path: Path, change: str
+) -> None:
+    search = SmallStudy(path)
+    search.report(search.start())
+    close_and_compare(search)
+    (trial,) = search.recorded()
+    setattr(trial, change, {"params": {**trial.params, "lr": 0.123}}.get(change, {}))
+    close_and_compare(SmallStudy(path, earlier=[trial]))
+    assert aside(path, "outdated").exists()
+
+
+def test_a_trial_that_only_the_file_knows_does_not_stay(path: Path) -> None:
+    """As when the kill came before the trial's start was in the history."""
+    search = SmallStudy(path)
+    search.steps(30)
+    search.start()
+    close_and_compare(search)
+    close_and_compare(SmallStudy(path, earlier=search.recorded()[:-1]))
+
+
+def test_a_trial_that_a_user_adds_to_the_file_goes_aside(path: Path) -> None:
+    search = SmallStudy(path)
+    search.steps(20)
+    search.wait_until_written()
+    optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}").ask()
+    for _ in range(3):
+        search.start()
+    close_and_compare(search)
+    assert aside(path, "outdated").exists()
+
+
+def test_what_a_user_notes_on_a_trial_stays(path: Path) -> None:
+    search = SmallStudy(path)
+    search.end(search.start())
+    close_and_compare(search)
+    alter(
+        path,
+        "INSERT INTO trial_user_attributes (trial_id, key, value_json) "
+        "VALUES (1, 'note', '\"look at this\"')",
+    )
+    resumed = SmallStudy(path, earlier=search.recorded())
+    resumed.steps(5)
+    assert resumed.study.close() is None
+    assert in_file(path)[0].user_attrs["note"] == "look at this"
+
+
+def test_tables_of_another_optuna_are_put_aside(path: Path) -> None:
+    search = SmallStudy(path)
+    search.steps(20)
+    close_and_compare(search)
+    alter(path, "UPDATE alembic_version SET version_num = 'v2.4.0.a'")
+    close_and_compare(SmallStudy(path, earlier=search.recorded()))
+    assert aside(path, "outdated").exists()
+
+
+def test_a_full_disk_ends_in_a_reason_and_room_makes_it_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with monkeypatch.context() as hurry:
+            hurry.setattr(study_file, "CLOSING_PATIENCE", 1.0)
+            search = SmallStudy(disk / "study.db")
+            search.steps(20)
+            assert search.study.close() is not None
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        close_and_compare(SmallStudy(disk / "study.db", earlier=search.recorded()))
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_folder_that_is_gone_ends_in_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_file, "CLOSING_PATIENCE", 0.5)
+    search = SmallStudy(tmp_path / "gone" / "study.db")
+    search.steps(5)
+    assert search.study.close() == "unable to open database file"
+
+
+def test_two_searches_write_side_by_side(tmp_path: Path) -> None:
+    searches: list[SmallStudy] = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        searches.append(SmallStudy(tmp_path / name / "study.db", seed=len(searches)))
+    for search in searches * 3:
+        search.steps(15)
+    for search in searches:
+        close_and_compare(search)
+
+
+def test_killed_in_mid_write_the_file_is_brought_up_to_date(path: Path) -> None:
+    command = [sys.executable, "-m", "support.small_study", str(path)]
+    search_path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search_path}) as writer:
+        wait_for(path, 20)
+        writer.kill()
+    search = SmallStudy(path)  # the same steps, and more
+    while len(search.study.trials()) < 60:
+        search.steps(1)
+    close_and_compare(search)
