@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tune_mnist.benchmarks import cluster as cluster_module
-from tune_mnist.benchmarks.cluster import ClusterSettings, cluster, measure, steady
-from tune_mnist.benchmarks.measurements import Measurements
-from tune_mnist.benchmarks.seats import Mark
+from tune_mnist.benchmarks.cluster import Mark, cluster, measure, steady
+from tune_mnist.benchmarks.settings import ClusterSettings
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.tuning.settings import SearchSettings
@@ -47,4 +46,4 @@ def test_a_search_that_fails_is_one_clear_error(
         cluster_module, "three_nodes", lambda _: nullcontext(("nowhere", tmp_path))
     )
     with pytest.raises(TuneMnistError, match="ended with 1: no luck"):
-        measure(Measurements("cluster"), 3, 4)
+        measure(3, 4)

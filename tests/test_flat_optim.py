@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tune_mnist.benchmarks.peer_training import build_optimizer
+from tune_mnist.benchmarks.textbook import build_optimizer
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.optim import FLAT_OPTIMIZERS, FlatNet, flat

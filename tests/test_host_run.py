@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tune_mnist.benchmarks.peer_training import build_optimizer, build_schedule
+from tune_mnist.benchmarks.textbook import build_optimizer, build_schedule
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split

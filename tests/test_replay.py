@@ -13,12 +13,17 @@ import pandas as pd
 import pytest
 from support.epochs import epoch_metrics
 
-from tune_mnist.benchmarks.curves import CurvesSettings, Recording, curves, record
-from tune_mnist.benchmarks.rank_correlations import rank_correlations
-from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
-from tune_mnist.benchmarks.replay import ReplaySettings, epochs_of, picks, replay
-from tune_mnist.benchmarks.replay_line_up import line_up
-from tune_mnist.benchmarks.replay_systems import Ours, Random
+from tune_mnist.benchmarks.curves import Recording, curves, record
+from tune_mnist.benchmarks.replay import (
+    RecordedCurves,
+    epochs_of,
+    picks,
+    rank_correlations,
+    read_curves,
+    replay,
+)
+from tune_mnist.benchmarks.replay_systems import Ours, Random, line_up
+from tune_mnist.benchmarks.settings import CurvesSettings, ReplaySettings
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.checkpoints import Checkpoints
@@ -75,13 +80,9 @@ def recorded(rising: Rising = steady) -> RecordedCurves:
     return RecordedCurves.of(table(rising), space(), "averaged")
 
 
-def test_a_recorded_configuration_stands_in_for_itself() -> None:
+def test_a_recorded_configuration_stands_in_for_itself_and_for_its_kind() -> None:
     known = recorded()
     assert [known.nearest(config) for config in known.configs] == list(range(len(known.configs)))
-
-
-def test_the_stand_in_has_the_same_optimizer_and_schedule_where_any_has() -> None:
-    known = recorded()
     kinds = {(config.optimizer, config.schedule) for config in known.configs}
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2))
     for _ in range(50):
@@ -201,14 +202,10 @@ def test_a_replay_compares_with_ours_pair_by_pair(
 
 
 def test_rank_correlations_tell_steady_curves_from_turning_ones() -> None:
-    without = table(steady).query(f"config != {DIVERGING}")
-    assert rank_correlations(without).splitlines()[1].split() == [
-        *("all", "raw", "1.00", "1.00", "1.00", "23")
-    ]
-    turning = table(late).query(f"config != {DIVERGING}")
-    assert rank_correlations(turning).splitlines()[1].split() == [
-        *("all", "raw", "-1.00", "-1.00", "1.00", "23")
-    ]
+    for rising, early in ((steady, "1.00"), (late, "-1.00")):
+        curves = table(rising).query(f"config != {DIVERGING}")
+        first = rank_correlations(curves).splitlines()[1]
+        assert first.split() == ["all", "raw", early, early, "1.00", "23"]
 
 
 def test_a_file_that_holds_no_curves_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ python -m tune_mnist.bench step             the training step on one core
 python -m tune_mnist.bench turnaround       from trial to trial, and what a report costs
 python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
 python -m tune_mnist.bench pack             how many trials at once serve best
-python -m tune_mnist.bench cluster          how many reports a second one driver takes in
+python -m tune_mnist.bench cluster          how many reports a second one driver handles
 python -m tune_mnist.bench gpu              an epoch on a GPU, captured or not, by precision
 python -m tune_mnist.bench curves           record learning curves, an hour and more
 python -m tune_mnist.bench replay           searches on recorded curves, ours and others
@@ -12,31 +12,40 @@ python -m tune_mnist.bench replay           searches on recorded curves, ours an
 
 import signal
 import sys
+from importlib import import_module
+from typing import Any
 
-from tune_mnist.benchmarks.cluster import ClusterSettings, cluster
-from tune_mnist.benchmarks.curves import CurvesSettings, curves
-from tune_mnist.benchmarks.gpu import GpuSettings, gpu
-from tune_mnist.benchmarks.pack import PackSettings, pack
-from tune_mnist.benchmarks.peers import PeersSettings, peers
-from tune_mnist.benchmarks.replay import ReplaySettings, replay
-from tune_mnist.benchmarks.step import StepSettings, step
-from tune_mnist.benchmarks.turnaround import TurnaroundSettings, turnaround
+from tune_mnist.benchmarks import settings
 from tune_mnist.cli import Command, run_one_of
 
+PARTS: dict[str, type[Any]] = {
+    "step": settings.StepSettings,
+    "turnaround": settings.TurnaroundSettings,
+    "peers": settings.PeersSettings,
+    "pack": settings.PackSettings,
+    "cluster": settings.ClusterSettings,
+    "gpu": settings.GpuSettings,
+    "curves": settings.CurvesSettings,
+    "replay": settings.ReplaySettings,
+}
+
+
+def command(part: str) -> Command[Any]:
+    """Return the command that runs a part: the function of its name in the module of its name."""
+
+    def run(given: Any) -> None:
+        # Imported here: torch and Ray take seconds, which --help and a typo need not wait for.
+        module = import_module(f"tune_mnist.benchmarks.{part}")
+        getattr(module, part)(given)
+
+    return Command(PARTS[part], run)
+
+
 if __name__ == "__main__":
-    # What is being measured ends with us.
+    # Without this, SIGTERM would leave the processes that are being measured behind.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_one_of(
         "bench",
         "Measure what tune_mnist costs, part by part. A part takes minutes, --quick less.",
-        {
-            "step": Command(StepSettings, step),
-            "turnaround": Command(TurnaroundSettings, turnaround),
-            "peers": Command(PeersSettings, peers),
-            "pack": Command(PackSettings, pack),
-            "cluster": Command(ClusterSettings, cluster),
-            "gpu": Command(GpuSettings, gpu),
-            "curves": Command(CurvesSettings, curves),
-            "replay": Command(ReplaySettings, replay),
-        },
+        {part: command(part) for part in PARTS},
     )

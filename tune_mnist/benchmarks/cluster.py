@@ -1,73 +1,71 @@
-"""`bench cluster`: how many reports a second one driver takes in, from how many trials at once.
+"""`bench cluster`: how many reports a second one driver handles, from how many trials at once.
 
-Three nodes on this machine, each with as many CPUs as it is said to have, and trials that train
-nothing and report what real ones do: the most that they report is the most that the driver and
-all that is between can take. A search whose trials report more often than that waits for it.
+Three nodes run on this machine, each declared with as many CPUs as it needs. Their trials train
+nothing and report what real ones do: the measured rate is the most that the driver, Tune and Ray
+handle together. A search whose trials report more often waits for its driver.
+
+A worker is a process of 100 MB and more, too much for one per trial on one machine. One process on
+each node therefore stands in for the node's workers and seats a share of the trials. To Tune every
+seat is a trial's own actor, and calls travel as they do to a real one, from process to process and
+from one node's object store to another's.
 """
 
+import asyncio
 import contextlib
 import io
+import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
+import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_mnist.benchmarks.measurements import Measurements
-from tune_mnist.benchmarks.seats import Mark, seated
+from tune_mnist.benchmarks.settings import ClusterSettings
+from tune_mnist.benchmarks.watched import Trivial
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
-from tune_mnist.mnist.data import load_mnist, split
+from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.launch import search
-from tune_mnist.tuning.ray_patches import NO_WORKERS_AHEAD
+from tune_mnist.tuning.ray_patches import NO_WORKERS_AHEAD, actors_replaced
 from tune_mnist.tuning.settings import SearchSettings
+from tune_mnist.tuning.worker import TrialEpoch, report_of
 
 NODES = 3
 MIN_EPOCHS = 4  # of a trial
 EPOCH_SECONDS = (0.4, 24.0)  # of a full-size epoch: several trials on one GPU; one CPU core
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
-    """Measure how reports per second hold up with many trials at once on three nodes."""
-
-    at_once: tuple[Annotated[int, Parameter(validator=Number(gte=1))], ...] = (8, 64, 256)
-    """Trials at once, one search after another."""
-
-    reports: Annotated[int, Parameter(validator=Number(gte=40))] = 2000
-    """Reports of a search, about."""
-
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 3
-    """Times that each is measured."""
-
-    quick: Annotated[bool, Parameter(negative="")] = False
-    """One round of 400 reports."""
-
-    save: Path | None = None
-    """Write every number to this CSV file."""
+QUANTITIES = ("reports_per_second", "ms_per_report", "driver_ms_per_report")
 
 
 def cluster(settings: ClusterSettings) -> None:
-    """Measure and print."""
-    taken = Measurements("cluster")
+    measured = Measurements("cluster")
     reports, rounds = (400, 1) if settings.quick else (settings.reports, settings.rounds)
+    subjects = {size: f"{size} trials at once" for size in settings.at_once}
     for turn in range(rounds):
-        for at_once in settings.at_once:
-            tell(f"round {turn + 1} of {rounds}: {at_once} trials at once")
-            measure(taken, at_once, max(MIN_EPOCHS, reports // at_once))
-    for at_once in settings.at_once:
-        rate = taken.median(_subject(at_once), "reports_per_second")
+        for at_once, subject in subjects.items():
+            tell(f"round {turn + 1} of {rounds}: {subject}")
+            found = measure(at_once, max(MIN_EPOCHS, reports // at_once))
+            for quantity, value in zip(QUANTITIES, found, strict=True):
+                measured.add(subject, quantity, value)
+    keys: dict[str, Any] = {
+        quantity: {size: measured.median(subject, quantity) for size, subject in subjects.items()}
+        for quantity in QUANTITIES
+    }
+    for rate in keys["reports_per_second"].values():
         fed = ", ".join(f"{rate * seconds:,.0f} of {seconds:g} s" for seconds in EPOCH_SECONDS)
         tell(f"{rate:.0f} reports a second keep up with so many trials, by epoch: {fed}")
-    taken.finish(_keys(taken, settings.at_once), settings.save)
+    measured.finish(keys | {"nodes": NODES}, settings.save)
 
 
-def measure(taken: Measurements, at_once: int, epochs: int) -> None:
-    """Search with so many trials, all of which report that many epochs.
+def measure(at_once: int, epochs: int) -> tuple[float, float, float]:
+    """Run a search whose trials all report that many epochs; return the QUANTITIES.
 
     Raises:
         TuneMnistError: the search failed.
@@ -78,7 +76,7 @@ def measure(taken: Measurements, at_once: int, epochs: int) -> None:
             trials=at_once,
             epochs=epochs,
             grace_epochs=epochs,
-            startup_trials=at_once,  # what a proposal takes is another part's
+            startup_trials=at_once,  # `bench turnaround` measures what a proposal takes
             images=200,
             address=address,
             results_dir=folder,
@@ -92,13 +90,19 @@ def measure(taken: Measurements, at_once: int, epochs: int) -> None:
         if code != 0:
             raise TuneMnistError(f"the search ended with {code}: {said.getvalue()[-500:]}")
     wall, computing, reports = steady(seats.marks, at_once, epochs)
-    taken.add(_subject(at_once), "reports_per_second", reports / wall)
-    taken.add(_subject(at_once), "ms_per_report", 1e3 * wall / reports)
-    taken.add(_subject(at_once), "driver_ms_per_report", 1e3 * computing / reports)
+    return reports / wall, 1e3 * wall / reports, 1e3 * computing / reports
+
+
+class Mark(NamedTuple):
+    """When the driver told a trial to train another epoch."""
+
+    epoch: int
+    time: float  # s, of a clock of its own
+    processor_time: float  # of the driver's processor until then, s
 
 
 def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, int]:
-    """Return seconds, the driver's processor seconds and reports, while all trials were there.
+    """Return seconds, the driver's processor seconds and reports, while all trials ran.
 
     That is from when the last of them began until the first was told to train its last epoch.
     """
@@ -111,7 +115,7 @@ def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, 
 
 @contextlib.contextmanager
 def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
-    """Start a cluster with room for so many trials; yields its address and a folder."""
+    """Start a cluster with a CPU for each trial; yields its address and a folder."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-") as name:  # sockets need a short path
         cpus, store = -(-at_once // NODES), 300 << 20
         head = {
@@ -130,13 +134,88 @@ def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
             nodes.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _subject(at_once: int) -> str:
-    return f"{at_once} trials at once"
+class Host:
+    """The actor on a node: the trials of its seats."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._trials: dict[int, Iterator[TrialEpoch]] = {}
+        self._is_open = asyncio.Event()
+
+    async def begin(self, seat: int, assignment: Assignment) -> bool:
+        self._trials[seat] = Trivial()(assignment, self._split)
+        return True
+
+    async def open(self) -> None:
+        self._is_open.set()
+
+    async def train(self, seat: int) -> dict[str, Any]:
+        await self._is_open.wait()
+        epoch = next(self._trials[seat])
+        # What Tune itself adds to a report.
+        iteration = {"training_iteration": epoch.metrics.epoch, "time_total_s": 0.0}
+        return {**report_of(epoch, epoch.model(), "val_accuracy"), **iteration}
+
+    async def name(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "node_ip": ray.util.get_node_ip_address()}  # type: ignore[no-untyped-call]
+
+    async def end(self, seat: int) -> None:
+        self._trials.pop(seat, None)
 
 
-def _keys(taken: Measurements, sizes: tuple[int, ...]) -> dict[str, Any]:
-    quantities = ("reports_per_second", "ms_per_report", "driver_ms_per_report")
-    return {
-        quantity: {size: taken.median(_subject(size), quantity) for size in sizes}
-        for quantity in quantities
-    } | {"nodes": NODES}
+class Seats:
+    """Replaces the class of Tune's actors and records when the driver tells them to train."""
+
+    def __init__(self, at_once: int, split: Split) -> None:
+        self._at_once, self._split = at_once, split
+        self._hosts: list[Any] = []
+        self._taken = 0
+        self._epochs: Counter[int] = Counter()  # by seat, those it was told to train
+        self.marks: list[Mark] = []
+
+    def remote(self, **kwargs: Any) -> SimpleNamespace:
+        """Return what Tune uses as the handle of a trial's actor."""
+        seat, self._taken = self._taken, self._taken + 1
+        host = self._host(seat)
+
+        def begin(config: dict[str, Any], **_: Any) -> Any:
+            return host.begin.remote(seat, config["assignment"])
+
+        def train() -> Any:
+            future = host.train.remote(seat)
+            self._epochs[seat] += 1
+            self.marks.append(Mark(self._epochs[seat], time.perf_counter(), time.process_time()))
+            if len(self.marks) == self._at_once:  # all trials are seated: none starts early
+                ray.get([each.open.remote() for each in self._hosts])
+            return future
+
+        calls: dict[str, Callable[..., Any]] = {
+            "__ray_ready__": lambda: begin(kwargs["config"]),
+            "reset": begin,
+            "train": train,
+            "stop": lambda: host.end.remote(seat),
+            "get_auto_filled_metrics": lambda **_: host.name.remote(),
+            "__ray_terminate__": lambda: host.end.remote(seat),
+        }
+        return SimpleNamespace(
+            **{name: SimpleNamespace(remote=call) for name, call in calls.items()}
+        )
+
+    def _host(self, seat: int) -> Any:
+        if not self._hosts:
+            for node in ray.nodes():  # type: ignore[no-untyped-call]
+                actor = ray.remote(Host).options(
+                    num_cpus=0,
+                    max_concurrency=self._at_once + 1,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                )
+                self._hosts.append(actor.remote(self._split))
+        return self._hosts[seat % len(self._hosts)]
+
+
+@contextlib.contextmanager
+def seated(at_once: int, split: Split) -> Iterator[Seats]:
+    """Make Tune's trials take seats, which all begin to train once `at_once` are taken."""
+    seats = Seats(at_once, split)
+    with actors_replaced(seats):
+        yield seats

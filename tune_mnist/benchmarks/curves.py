@@ -1,8 +1,8 @@
 """`bench curves`: whole learning curves of random configurations, recorded once to be replayed.
 
 Every configuration trains its full budget; nothing is stopped. After each epoch both the weights
-as they are and their running average are scored, so that a replay can judge by either. Broken
-off, it goes on where it was.
+as they are and their running average are scored, so that a replay can judge by either. An
+interrupted recording resumes where it was.
 """
 
 import math
@@ -11,52 +11,23 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import optuna
 import pandas as pd
 import torch
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from torch import Tensor
 
 from tune_mnist.benchmarks.measurements import usable_cores, write_file
+from tune_mnist.benchmarks.settings import CurvesSettings
 from tune_mnist.cli import tell
 from tune_mnist.mnist.config import TrainConfig, Value
-from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.mnist.evaluation import Score, evaluate
 from tune_mnist.mnist.fused import keep_freed_memory
 from tune_mnist.mnist.images import SplitTensors
 from tune_mnist.mnist.training import EpochResult, load_weights, raw_weights, train
 from tune_mnist.runs.space import load_space
-
-AtLeast1 = Parameter(validator=Number(gte=1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvesSettings:
-    """Train random configurations of a space to their end and record every epoch."""
-
-    save: Path = Path("results/bench/curves.csv")
-    """The CSV file; configurations that it holds are not trained again."""
-
-    space: str = "default"
-    """Search space that they are drawn from."""
-
-    configs: Annotated[int, AtLeast1] = 64
-    """Configurations in all."""
-
-    epochs: Annotated[int | None, AtLeast1, Parameter(show_default=False)] = None
-    """Epochs of each; the space's own (20) unless given."""
-
-    images: Annotated[int, AtLeast1] = 6000
-    """Training images."""
-
-    at_once: Annotated[int | None, AtLeast1, Parameter(show_default=False)] = None
-    """Trainings at once, one core each; one for every core unless given."""
-
-    data_dir: Path | None = None
-    """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +42,6 @@ class Recording:
 
 
 def curves(settings: CurvesSettings) -> None:
-    """Record what is not recorded yet."""
     load_mnist(settings.data_dir)  # fetched once and not by each of the processes
     recorded = pd.read_csv(settings.save) if settings.save.exists() else pd.DataFrame()
     known = set() if recorded.empty else set(recorded["config"])
@@ -108,48 +78,42 @@ def record(recording: Recording) -> list[dict[str, Any]]:
     """Train one configuration and return its rows, one an epoch."""
     torch.set_num_threads(1)
     keep_freed_memory()
+    return list(_rows(recording))
+
+
+def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
     data = split(load_mnist(recording.data_dir), holdout=True, images=recording.images)
-    config = TrainConfig.from_mapping(
-        {**recording.config, "ema_decay": _one_epoch_decay(recording)}
-    )
-    return list(_rows(recording, config, data))
-
-
-def _one_epoch_decay(recording: Recording) -> float:
-    """Return the decay per step that looks back over one epoch, whatever an epoch's length."""
-    steps = math.ceil(recording.images / int(recording.config["batch_size"]))
-    return 1 - 1 / max(steps, 2)
-
-
-def _rows(recording: Recording, config: TrainConfig, data: Split) -> Iterator[dict[str, Any]]:
     tensors = SplitTensors.on(data, "cpu")
     # The test images are scored once, at the end: they take most of an evaluation's time.
-    none = {"test_images": data.test_images[:0], "test_labels": data.test_labels[:0]}
+    data = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
+    # The average looks back over one epoch, however many steps that has.
+    steps = math.ceil(recording.images / int(recording.config["batch_size"]))
+    decay = 1 - 1 / max(steps, 2)
+    config = TrainConfig.from_mapping({**recording.config, "ema_decay": decay})
     columns = {
         f"config_{name}": value
         for name, value in recording.config.items()
-        if name != "ema_decay"  # both are recorded
+        if name != "ema_decay"  # both kinds of weights are recorded
     }
-    for result in train(
-        config, replace(data, **none), epochs=recording.epochs, seed=recording.number
-    ):
+    for result in train(config, data, epochs=recording.epochs, seed=recording.number):
+        metrics = result.metrics
         raw = _score(raw_weights(result), result, tensors.val_images, tensors.val_labels)
         row = {
             "config": recording.number,
-            "epoch": result.metrics.epoch,
-            "train_loss": _rounded(result.metrics.train_loss),
+            "epoch": metrics.epoch,
+            "train_loss": _rounded(metrics.train_loss),
             "val_accuracy": raw.accuracy,
             "val_loss": _rounded(raw.loss),
-            "averaged_val_accuracy": result.metrics.val_accuracy,
-            "averaged_val_loss": _rounded(result.metrics.val_loss),
+            "averaged_val_accuracy": metrics.val_accuracy,
+            "averaged_val_loss": _rounded(metrics.val_loss),
             "test_accuracy": math.nan,
             "averaged_test_accuracy": math.nan,
         }
-        if result.metrics.epoch == recording.epochs:
+        if metrics.epoch == recording.epochs:
             test = tensors.test_images, tensors.test_labels
             row["test_accuracy"] = _score(raw_weights(result), result, *test).accuracy
             row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
-        yield {**row, "diverged_step": result.metrics.diverged_step, **columns}
+        yield {**row, "diverged_step": metrics.diverged_step, **columns}
 
 
 def _score(weights: bytes, result: EpochResult, images: Tensor, labels: Tensor) -> Score:

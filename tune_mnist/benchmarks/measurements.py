@@ -1,4 +1,4 @@
-"""Numbers that a benchmark has taken: a table for people, rows for a CSV, one line of JSON.
+"""Numbers that a benchmark has measured: a table for people, rows for a CSV, one line of JSON.
 
 A number is only ever shown as the median of n with the quartiles beside it.
 """
@@ -9,81 +9,74 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
 from tune_mnist.runs.files import replace_file
 
-COLUMNS = ("part", "subject", "quantity", "round", "value")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measured number."""
-
-    subject: str  # what was measured: a variant, a system, a packing
-    quantity: str  # with its unit, such as step_ms
-    round: int  # 0-based turn of the subject
-    value: float
-
 
 @dataclass
 class Measurements:
-    """All numbers of one part of the benchmark."""
+    """All numbers of one part of the benchmark, in the order they were measured.
+
+    Each is of a subject (a variant, a system, a packing) and of a quantity, whose name holds the
+    unit, such as step_ms.
+    """
 
     part: str
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[tuple[str, str, float]] = field(default_factory=list)
 
     def add(self, subject: str, quantity: str, *values: float) -> None:
-        """Take in one or more numbers, each a turn of its own."""
-        first = len(self.values(subject, quantity))
-        for turn, value in enumerate(values, start=first):
-            self.samples.append(Sample(subject, quantity, turn, float(value)))
+        """Add one or more numbers, each a round of its own."""
+        self.samples += [(subject, quantity, float(value)) for value in values]
 
     def values(self, subject: str, quantity: str) -> list[float]:
-        """Return what was measured, in order."""
-        return [
-            sample.value
-            for sample in self.samples
-            if (sample.subject, sample.quantity) == (subject, quantity)
-        ]
+        return [value for *key, value in self.samples if key == [subject, quantity]]
 
     def median(self, subject: str, quantity: str) -> float:
-        """Return the middle value, NaN where nothing was measured."""
+        """Return the median, NaN where nothing was measured."""
         values = self.values(subject, quantity)
         return statistics.median(values) if values else math.nan
 
     def table(self) -> str:
-        """Draw one line for each subject and quantity: median, quartiles, n."""
+        """Return a line for each subject and quantity: median, quartiles, n."""
         lines = [f"{'':<34} {'':<24} {'median':>10} {'quartiles':>21} {'n':>6}"]
-        keys = dict.fromkeys((sample.subject, sample.quantity) for sample in self.samples)
-        for subject, quantity in keys:
+        for subject, quantity in dict.fromkeys((each[0], each[1]) for each in self.samples):
             values = self.values(subject, quantity)
-            low, high = quartiles(values)
+            low, middle, high = (_short(each) for each in np.quantile(values, [0.25, 0.5, 0.75]))
             lines.append(
-                f"{subject:<34} {quantity:<24} {_short(statistics.median(values)):>10} "
-                f"{_short(low):>10} {_short(high):>10} {len(values):>6}"
+                f"{subject:<34} {quantity:<24} {middle:>10} {low:>10} {high:>10} {len(values):>6}"
             )
         return "\n".join(lines)
 
     def csv(self) -> str:
-        """Return all numbers, one a row."""
+        """Return all numbers, one a row, counted within their subject and quantity."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for each in self.samples:
-            writer.writerow(
-                (self.part, each.subject, each.quantity, each.round, f"{each.value:.6g}")
-            )
+        writer.writerow(("part", "subject", "quantity", "round", "value"))
+        rounds: Counter[tuple[str, str]] = Counter()
+        for subject, quantity, value in self.samples:
+            turn = rounds[subject, quantity]
+            writer.writerow((self.part, subject, quantity, turn, f"{value:.6g}"))
+            rounds[subject, quantity] += 1
         return file.getvalue()
 
     def finish(self, keys: Mapping[str, Any], save: Path | None) -> None:
-        """Print the table and, last, the line of JSON; keep the numbers where that was asked."""
+        """Print the table, write the CSV where one is asked for, print the line of JSON last.
+
+        Raises:
+            ConfigError: the CSV cannot be written.
+        """
         tell(self.table())
         if save is not None:
             write_file(save, self.csv())
@@ -91,7 +84,7 @@ class Measurements:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write a file the user named.
+    """Write the file that --save names.
 
     Raises:
         ConfigError: it cannot be written.
@@ -103,38 +96,8 @@ def write_file(path: Path, content: str) -> None:
 
 
 def json_line(keys: Mapping[str, Any]) -> str:
-    """Write values on one line of JSON, four significant digits each, null for NaN."""
-    return json.dumps({key: _plain(value) for key, value in keys.items()}, allow_nan=False)
-
-
-def quartiles(values: Iterable[float]) -> tuple[float, float]:
-    """Return the first and the third quartile; of a single value, that value twice."""
-    known = sorted(values)
-    if len(known) < 2:
-        return known[0], known[0]
-    low, _, high = statistics.quantiles(known, n=4, method="inclusive")
-    return low, high
-
-
-def describe_machine() -> str:
-    """Name the processor and its cores."""
-    model = platform.processor() or platform.machine()
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{model}, {usable_cores()} cores"
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    # Not everywhere known: macOS has no affinity.
-    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    return len(affinity) or os.cpu_count() or 1
+    """Return values on one line of JSON, four significant digits each, null for NaN."""
+    return json.dumps(_plain(keys), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -145,6 +108,23 @@ def _plain(value: Any) -> Any:
             return {str(key): _plain(entry) for key, entry in value.items()}
         case _:
             return value
+
+
+def describe_machine() -> str:
+    """Return the processor's model and the number of usable cores."""
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):  # only Linux has this file
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+            model = found[1].strip()
+    return f"{model}, {usable_cores()} cores"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    # macOS has no affinity.
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return len(affinity) or os.cpu_count() or 1
 
 
 def _short(value: float) -> str:

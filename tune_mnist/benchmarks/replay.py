@@ -2,120 +2,92 @@
 
 A search's regret is what the configuration that it would hand over loses, in test accuracy at the
 end of its training, on the best recorded one. It picks as a real search does: the highest
-validation accuracy seen so far, of equals the lower loss.
+validation accuracy seen so far, of equals the lower loss. A proposal is replaced by the nearest
+recorded configuration.
+
+First comes how well a young trial's rank predicts its end: Spearman's rank correlation between the
+validation accuracy after a few epochs and the test accuracy after the last one, over the
+configurations of one schedule and over all.
 """
 
-import itertools
 import logging
 import math
 import multiprocessing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Self
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from tune_mnist.benchmarks.measurements import Measurements, json_line, usable_cores, write_file
-from tune_mnist.benchmarks.rank_correlations import rank_correlations
-from tune_mnist.benchmarks.recorded_curves import RecordedCurves, read_curves
-from tune_mnist.benchmarks.replay_line_up import OURS, LineUp, line_up
-from tune_mnist.benchmarks.replay_systems import Search
+from tune_mnist.benchmarks.replay_systems import OURS, Search, Weights, line_up
+from tune_mnist.benchmarks.settings import ReplaySettings
 from tune_mnist.cli import tell
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
 from tune_mnist.runs.confirmed import interval
-from tune_mnist.runs.space import load_space
+from tune_mnist.runs.space import SearchSpace, load_space
 
-CHUNK = 25  # searches that a process runs in one go
-AtLeast1 = Parameter(validator=Number(gte=1))
+CHUNK = 25  # searches that a process is given at a time
+PREFIX: dict[Weights, str] = {"raw": "", "averaged": "averaged_"}
+SCORES = ("val_accuracy", "val_loss", "test_accuracy")
+YOUNG = (1, 3, 9)  # epochs: the rungs of ASHA with a factor of 3
+CHANCE = 0.1  # accuracy of a guess among ten digits
+OTHER_KIND = 1000.0  # more than any distance between two configurations of one kind
 
-
-@dataclass(frozen=True, kw_only=True)
-class ReplaySettings:
-    """Replay searches over recorded curves: the regret of their pick against epochs spent."""
-
-    curves: Path = Path("results/bench/curves.csv")
-    """What `bench curves` has recorded."""
-
-    compare: LineUp = "systems"
-    """systems: ours and what others do. stopping, sampling: ours with other settings."""
-
-    repetitions: Annotated[int, AtLeast1] = 300
-    """Searches of each kind, from different seeds."""
-
-    budgets: tuple[Annotated[int, AtLeast1], ...] = (40, 60, 100, 150)
-    """Epochs spent, in all trials together, at which a search is asked for its pick."""
-
-    at_once: Annotated[int, AtLeast1] = 4
-    """Trials at once."""
-
-    space: str = "default"
-    """The space that the curves were drawn from."""
-
-    save: Path | None = None
-    """Write every number to this CSV file."""
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A number of searches of one kind."""
-
-    settings: ReplaySettings
-    name: str
-    seeds: Sequence[int]
+Floats = npt.NDArray[np.float64]
 
 
 def replay(settings: ReplaySettings) -> None:
-    """Replay and print."""
     tell(rank_correlations(read_curves(settings.curves)))
-    entries = line_up(settings.compare)
-    seeds = range(settings.repetitions)
-    work = [
-        Replay(settings, name, seeds[first : first + CHUNK])
-        for name in entries
-        for first in range(0, len(seeds), CHUNK)
-    ]
-    taken = Measurements("replay")
+    names = list(line_up(settings.compare))
+    searches = [(name, seed) for name in names for seed in range(settings.repetitions)]
+    measured = Measurements("replay")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
-        for each, regrets in zip(work, pool.map(regrets_of, work), strict=True):
-            for regret in regrets:
-                for budget, value in zip(settings.budgets, regret, strict=True):
-                    taken.add(each.name, f"regret_at_{budget}", value)
-    tell(_table(taken, settings, list(entries)))
+        found = pool.map(partial(regrets, settings), searches, chunksize=CHUNK)
+        for (name, _), values in zip(searches, found, strict=True):
+            for budget, regret in zip(settings.budgets, values, strict=True):
+                measured.add(name, f"regret_at_{budget}", regret)
+    tell(_table(measured, settings, names))
     if settings.save is not None:
-        write_file(settings.save, taken.csv())
-    tell(json_line({"part": "replay", **_keys(taken, settings, list(entries))}))
+        write_file(settings.save, measured.csv())
+    tell(json_line({"part": "replay", **_keys(measured, settings, names)}))
 
 
-def regrets_of(work: Replay) -> list[list[float]]:
-    """Run the searches and return each one's regret at the budgets."""
+def regrets(settings: ReplaySettings, search: tuple[str, int]) -> list[float]:
+    """Run one search, given by its name and seed, and return its regret at the budgets."""
     # Ray warns of each loss that is NaN, and NumPy of ASHA's rungs that hold nothing else.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "All-NaN slice encountered")
-    settings, entry = work.settings, line_up(work.settings.compare)[work.name]
-    space = load_space(settings.space)
-    table = read_curves(settings.curves)
-    raw = RecordedCurves.of(table, space, "raw")
-    averaged = RecordedCurves.of(table, space, "averaged")
-    best = max(raw.test_accuracy.max(), averaged.test_accuracy.max())
-    curves = averaged if entry.weights == "averaged" else raw
-    return [
-        [
-            float(best - curves.test_accuracy[pick])
-            for pick in picks(
-                entry.build(space, curves.epochs, seed), curves, settings.budgets, settings.at_once
-            )
-        ]
-        for seed in work.seeds
-    ]
+    name, seed = search
+    entry = line_up(settings.compare)[name]
+    space, known = _load(settings.space, settings.curves)
+    curves = known[entry.weights]
+    best = max(each.test_accuracy.max() for each in known.values())
+    running = entry.build(space, curves.epochs, seed)
+    found = picks(running, curves, settings.budgets, settings.at_once)
+    return [float(best - curves.test_accuracy[pick]) for pick in found]
+
+
+@cache
+def _load(space: str, path: Path) -> "tuple[SearchSpace, dict[Weights, RecordedCurves]]":
+    """Load, once in each process, what all searches replay on."""
+    loaded, table = load_space(space), read_curves(path)
+    return loaded, {weights: RecordedCurves.of(table, loaded, weights) for weights in PREFIX}
 
 
 def picks(
-    search: Search, curves: RecordedCurves, budgets: Sequence[int], at_once: int
+    search: Search, curves: "RecordedCurves", budgets: Sequence[int], at_once: int
 ) -> list[int]:
     """Run one search and return what it would hand over at each budget, a row of the curves."""
     pick, best = 0, (-math.inf, -math.inf)
@@ -125,53 +97,175 @@ def picks(
         if score > best:  # false where the epoch diverged
             pick, best = row, score
         found.append(pick)
-    # A search that has run through all that is recorded stays with its pick.
+    # A search that has used up all recorded curves keeps its pick.
     return [found[min(budget, len(found)) - 1] for budget in budgets]
 
 
-def epochs_of(search: Search, curves: RecordedCurves, at_once: int) -> Iterator[tuple[int, int]]:
+def epochs_of(search: Search, curves: "RecordedCurves", at_once: int) -> Iterator[tuple[int, int]]:
     """Yield every epoch that a search spends: the row of the curves and the epoch, from 1.
 
     `at_once` trials take turns, an epoch each; one that ends makes room for the next. A recorded
-    configuration is trained once: what is proposed next to it is then the next nearest.
+    configuration is trained once: the next proposal near it gets the next nearest.
     """
-    running: list[Trial] = []
+    running: dict[int, int] = {}  # a trial's number: its row of the curves
+    epochs: Counter[int] = Counter()  # finished, by the trial's number
     taken: set[int] = set()
-    started = itertools.count()
     while True:
         while len(running) < at_once and len(taken) < len(curves.configs):
-            number = next(started)
-            row = curves.nearest(search.propose(number), taken)
-            taken.add(row)
-            running.append(Trial(number, row))
+            number = len(taken)
+            running[number] = curves.nearest(search.propose(number), taken)
+            taken.add(running[number])
         if not running:
             return
-        for trial in list(running):
-            trial.epoch += 1
-            value = float(curves.val_accuracy[trial.row, trial.epoch - 1])
-            stop = search.report(trial.number, trial.epoch, value)
-            yield trial.row, trial.epoch
-            complete = trial.epoch >= curves.epochs
+        for number, row in list(running.items()):
+            epochs[number] += 1
+            epoch = epochs[number]
+            value = float(curves.val_accuracy[row, epoch - 1])
+            stop = search.report(number, epoch, value)
+            yield row, epoch
+            complete = epoch >= curves.epochs
             if stop or complete:
-                search.end(trial.number, value, complete=complete)
-                running.remove(trial)
+                search.end(number, value, complete=complete)
+                del running[number]
 
 
-@dataclass
-class Trial:
-    """A replayed trial on its way."""
+def read_curves(path: Path) -> pd.DataFrame:
+    """Read the rows that `bench curves` has recorded: one a configuration and epoch.
 
-    number: int
-    row: int  # of the curves
-    epoch: int = 0  # finished
+    Raises:
+        ConfigError: there is no such file, or it is another kind of file.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--curves: cannot read {path} ({error}): python -m tune_mnist.bench curves makes it"
+        ) from error
+    needed = {"config", "epoch", "config_schedule"} | {
+        f"{prefix}{column}" for prefix in PREFIX.values() for column in SCORES
+    }
+    if missing := needed - set(table.columns):
+        raise ConfigError(f"--curves: {path} has no column {min(missing)}: not recorded curves")
+    return table
 
 
-def _table(taken: Measurements, settings: ReplaySettings, names: Sequence[str]) -> str:
-    """Draw each search's mean regret at the budgets, in points, with its 95% interval."""
+@dataclass(frozen=True)
+class RecordedCurves:
+    """Whole curves of N configurations over E epochs, scored with one kind of weights.
+
+    A configuration that diverged has NaN from there on.
+    """
+
+    space: SearchSpace
+    configs: list[TrainConfig]
+    val_accuracy: Floats  # [N, E]
+    val_loss: Floats  # [N, E]
+    test_accuracy: Floats  # [N], after the last epoch; that of a guess if it diverged
+    _places: Floats  # [N, D]: each configuration in a unit cube, NaN where inactive
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, space: SearchSpace, weights: Weights) -> Self:
+        """Take the curves of one kind of weights out of the recorded rows."""
+        prefix = PREFIX[weights]
+        test = _by_epoch(table, f"{prefix}test_accuracy").to_numpy()[:, -1]
+        firsts = table.sort_values(["config", "epoch"]).drop_duplicates("config")
+        configs = [
+            TrainConfig.from_mapping(
+                {name: row[key] for name in CONFIG_FIELDS if (key := f"config_{name}") in row}
+            )
+            for row in firsts.to_dict("records")  # with Python's own types
+        ]
+        return cls(
+            space,
+            configs,
+            _by_epoch(table, f"{prefix}val_accuracy").to_numpy(),
+            _by_epoch(table, f"{prefix}val_loss").to_numpy(),
+            np.where(np.isnan(test), CHANCE, test),
+            np.array([_place(space, config) for config in configs]),
+        )
+
+    @property
+    def epochs(self) -> int:
+        return int(self.val_accuracy.shape[1])
+
+    def nearest(self, config: TrainConfig, taken: Collection[int] = ()) -> int:
+        """Return the recorded configuration that stands in for `config`.
+
+        It has the same values of the parameters on which conditions depend (optimizer and
+        schedule), where any has, and is the nearest in the numbers, each scaled to its range.
+
+        Args:
+            config: what a search proposes.
+            taken: the ones that it has had, not all there are.
+        """
+        # NaN where it is inactive in the one or the other, as with another optimizer or schedule.
+        distances = np.nan_to_num(self._places - _place(self.space, config))
+        parameters = self.space.parameters
+        parents = {name for parameter in parameters.values() for name in parameter.when}
+        columns = [column for column, name in enumerate(parameters) if name in parents]
+        other = (distances[:, columns] != 0).any(axis=1)
+        cost = (distances**2).sum(axis=1) + OTHER_KIND * other
+        cost[list(taken)] = np.inf
+        return int(np.argmin(cost))
+
+
+def _by_epoch(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column as [N, E], NaN after a curve's last row."""
+    return table.pivot(index="config", columns="epoch", values=column)
+
+
+def _place(space: SearchSpace, config: TrainConfig) -> Floats:
+    """Return where a configuration lies, each searched parameter on a scale from 0 to 1, [D]."""
+    values = config.as_dict()
+    return np.array(
+        [
+            _scaled(parameter.distribution, values[name]) if parameter.active(values) else np.nan
+            for name, parameter in space.parameters.items()
+        ]
+    )
+
+
+def _scaled(distribution: BaseDistribution, value: object) -> float:
+    internal = distribution.to_internal_repr(value)
+    if isinstance(distribution, CategoricalDistribution):
+        return internal  # equal or a whole step apart
+    low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
+    if distribution.log:  # type: ignore[attr-defined]
+        internal, low, high = np.log(internal), np.log(low), np.log(high)
+    return float((internal - low) / (high - low)) if high > low else 0.0
+
+
+def rank_correlations(curves: pd.DataFrame) -> str:
+    """Return a line for each schedule and each kind of weights that `bench curves` recorded."""
+    heads = "".join(f"{f'epoch {epoch}':>10}" for epoch in YOUNG)
+    lines = [f"{'rank correlation with the end':<32}{'weights':<10}{heads}{'n':>6}"]
+    for schedule in ("all", *sorted(curves["config_schedule"].unique())):
+        rows = curves if schedule == "all" else curves[curves["config_schedule"] == schedule]
+        for weights, prefix in PREFIX.items():
+            values = _by_epoch(rows, f"{prefix}val_accuracy")
+            final = _by_epoch(rows, f"{prefix}test_accuracy").iloc[:, -1]
+            found = values.reindex(columns=YOUNG).corrwith(final, method="spearman")
+            cells = "".join(f"{each:>10.2f}" for each in found)
+            lines.append(f"{schedule:<32}{weights:<10}{cells}{len(values):>6}")
+    return "\n".join([*lines, _gain(curves)])
+
+
+def _gain(curves: pd.DataFrame) -> str:
+    end = curves.dropna(subset=["test_accuracy", "averaged_test_accuracy"])
+    gains = 100 * (end["averaged_test_accuracy"] - end["test_accuracy"])
+    mean, low, high = interval(gains.tolist())
+    return (
+        f"averaged weights end {mean:.2f} points above the raw (95% interval {low:.2f} to "
+        f"{high:.2f}, n = {len(gains)}); median {gains.median():.2f}"
+    )
+
+
+def _table(measured: Measurements, settings: ReplaySettings, names: Sequence[str]) -> str:
+    """Return each search's mean regret at the budgets, in points, with its 95% interval."""
     header = "".join(f"{f'{budget} epochs':>24}" for budget in settings.budgets)
     lines = [f"{'regret, percentage points':<32}{header}"]
     for name in names:
-        cells = [_cell(taken.values(name, f"regret_at_{budget}")) for budget in settings.budgets]
+        cells = [_cell(measured.values(name, f"regret_at_{each}")) for each in settings.budgets]
         lines.append(f"{name:<32}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)
 
@@ -182,19 +276,18 @@ def _cell(regrets: Sequence[float]) -> str:
 
 
 def _keys(
-    taken: Measurements, settings: ReplaySettings, names: Sequence[str]
+    measured: Measurements, settings: ReplaySettings, names: Sequence[str]
 ) -> dict[str, object]:
     """Return mean regrets, and by how much others' exceed ours, paired by seed."""
     budget = f"regret_at_{max(settings.budgets)}"
-    ours = taken.values(OURS, budget)
+    ours = measured.values(OURS, budget)
     behind = {}
     for name in names:
-        pairs = zip(taken.values(name, budget), ours, strict=True)
-        behind[name] = dict(
-            zip(("mean", "low", "high"), interval([a - b for a, b in pairs]), strict=True)
-        )
+        pairs = zip(measured.values(name, budget), ours, strict=True)
+        intervals = interval([theirs - our for theirs, our in pairs])
+        behind[name] = dict(zip(("mean", "low", "high"), intervals, strict=True))
     return {
-        "regret": {name: interval(taken.values(name, budget))[0] for name in names},
+        "regret": {name: interval(measured.values(name, budget))[0] for name in names},
         "behind_ours": behind,
         "epochs": max(settings.budgets),
         "n": settings.repetitions,

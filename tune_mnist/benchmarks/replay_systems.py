@@ -1,28 +1,36 @@
 """The searches that `bench replay` compares: who proposes, who stops, each from its own library.
 
 What is compared is the real thing: Ray's own OptunaSearch and ASHAScheduler, Optuna's own pruners,
-and this package's own study and rungs. Only the training is a lookup.
+and this package's own study and rungs. Only the training is a lookup. `line_up` names the searches
+of each comparison and builds them from their seeds.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import optuna
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.pruners import BasePruner, HyperbandPruner, SuccessiveHalvingPruner
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState, create_trial
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.schedulers.trial_scheduler import TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from tune_mnist.benchmarks.settings import LineUp
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.asha import Rungs
+from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.study import SamplerSettings, Study
 
 METRIC = "val_accuracy"
+OURS = "ours"
+
+Weights = Literal["raw", "averaged"]
 
 
 class Search(Protocol):
@@ -32,10 +40,10 @@ class Search(Protocol):
         """Return the configuration of trial `number`."""
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Take in an epoch's value and return whether the trial is to stop there."""
+        """Record an epoch's value and return True if the trial is to stop there."""
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        """Learn that a trial has ended: at its budget, or else where `report` stopped it."""
+        """Record that a trial has ended: at its budget, or else where `report` stopped it."""
 
 
 @dataclass
@@ -50,15 +58,13 @@ class Random:
         self._study = optuna.create_study(sampler=RandomSampler(seed=self.seed))
 
     def propose(self, number: int) -> TrainConfig:
-        """Draw one."""
         return self.space.config(self.space.sample(self._study.ask()))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Stop at the given epoch."""
         return epoch >= self.epochs
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        """Learn nothing."""
+        pass  # it learns nothing
 
 
 class RayAsha(Random):
@@ -69,10 +75,9 @@ class RayAsha(Random):
         # It draws a trial's bracket from NumPy's global numbers; there is one bracket.
         self._asha = ASHAScheduler("training_iteration", METRIC, "max", max_t=self.epochs)
         self._trials: dict[int, Any] = {}
-        self._controller: Any = None  # which the scheduler is handed and never looks at
+        self._controller: Any = None  # an argument that the scheduler never looks at
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Ask Ray."""
         if number not in self._trials:
             self._trials[number] = SimpleNamespace(trial_id=str(number))
             self._asha.on_trial_add(self._controller, self._trials[number])
@@ -89,61 +94,54 @@ class Ray(RayAsha):
         super().__post_init__()
 
         def define(trial: optuna.Trial) -> dict[str, Any]:
-            self.space.sample(trial)  # Ray notes what is drawn; constants are returned
+            self.space.sample(trial)  # Ray records what is drawn; constants are returned
             return dict(self.space.constants)
 
         self._searcher = OptunaSearch(define, metric=METRIC, mode="max", seed=self.seed)
 
     def propose(self, number: int) -> TrainConfig:
-        """Ask Ray's searcher."""
         return self.space.config(self._searcher.suggest(str(number)) or {})
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Ask Ray's scheduler; its searcher hears, as in Tune, of all but the last report."""
         stop = super().report(number, epoch, value)
-        if not stop:
+        if not stop:  # in Tune, too, the searcher is told of all but the last report
             result = {"training_iteration": epoch, METRIC: value}
             self._searcher.on_trial_result(str(number), result)
         return stop
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        """Tell Ray's searcher, which makes every trial a complete one."""
+        # A stopped trial counts as a complete one: OptunaSearch knows no pruned ones.
         self._searcher.on_trial_complete(str(number), {METRIC: value})
 
 
 @dataclass
 class Optuna:
-    """Optuna alone: one of its samplers, one of its pruners."""
+    """Optuna alone: its TPE and one of its pruners."""
 
     space: SearchSpace
-    epochs: int
-    sampler: BaseSampler
-    pruner: BasePruner
     seed: int
+    pruner: BasePruner
 
     def __post_init__(self) -> None:
         self._study = optuna.create_study(
             study_name=str(self.seed),  # Hyperband draws a trial's bracket from it
             direction="maximize",
-            sampler=self.sampler,
+            sampler=TPESampler(seed=self.seed),
             pruner=self.pruner,
         )
         self._trials: dict[int, optuna.Trial] = {}
 
     def propose(self, number: int) -> TrainConfig:
-        """Ask the study."""
         self._trials[number] = trial = self._study.ask()
         return self.space.config(self.space.sample(trial))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Ask the pruner, but of a loss that is not finite."""
         if math.isnan(value):
             return True
         self._trials[number].report(value, epoch)
         return self._trials[number].should_prune()
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        """Tell the study."""
         if complete:
             self._study.tell(self._trials[number], value)
         else:
@@ -168,7 +166,6 @@ class Ours:
         self._reported: set[int] = set()
 
     def propose(self, number: int) -> TrainConfig:
-        """Begin with the baseline, then ask the study."""
         if self.baseline and number == 0:
             config = self.space.baseline()
             params, distributions = self.space.frozen_params(config) or ({}, {})
@@ -181,7 +178,6 @@ class Ours:
         return self.space.config(self._study.ask(number, self.space.sample, {}, {}))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Ask the rungs, but of a loss that is not finite."""
         if math.isnan(value):
             return True
         self._reported.add(number)
@@ -190,6 +186,59 @@ class Ours:
         return stop and not (self.baseline and number == 0)
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        """Tell the study."""
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
         self._study.tell(number, state if number in self._reported else TrialState.FAIL, {})
+
+
+Build = Callable[[SearchSpace, int, int], Search]  # space, epochs of a trial, seed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One search of a line-up."""
+
+    build: Build
+    weights: Weights = "averaged"  # that it judges by and hands over
+
+
+def line_up(name: LineUp) -> Mapping[str, Entry]:
+    """Return the searches of a comparison by name; our defaults are in each, as `ours`."""
+    ours = Entry(_ours())
+    match name:
+        case "systems":
+            others = {
+                "random": Entry(Random),
+                "random, one epoch each": Entry(lambda space, _, seed: Random(space, 1, seed)),
+                "random + Ray's ASHA": Entry(RayAsha),
+                "Ray's OptunaSearch + ASHA": Entry(Ray),
+                "Optuna TPE + SuccessiveHalving": Entry(
+                    lambda space, _, seed: Optuna(space, seed, SuccessiveHalvingPruner())
+                ),
+                "Optuna TPE + Hyperband": Entry(
+                    lambda space, epochs, seed: Optuna(
+                        space, seed, HyperbandPruner(max_resource=epochs)
+                    )
+                ),
+                "ours, raw weights": replace(ours, weights="raw"),
+                "ours, no baseline": Entry(_ours(baseline=False)),
+            }
+        case "stopping":
+            others = {
+                f"grace {grace}, factor {factor}": Entry(
+                    _ours(grace_epochs=grace, reduction_factor=factor)
+                )
+                for grace in (1, 2, 3, 5)
+                for factor in (2, 3, 4)
+            }
+        case "sampling":
+            others = {
+                f"{count} random first": Entry(_ours(startup_trials=count))
+                for count in (5, 10, 20, 1000)
+            }
+    return {OURS: ours} | others
+
+
+def _ours(**changed: Any) -> Build:
+    defaults = SearchSettings()
+    names = ("grace_epochs", "reduction_factor", "startup_trials")
+    return partial(Ours, **{name: getattr(defaults, name) for name in names} | changed)

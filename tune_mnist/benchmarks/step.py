@@ -1,25 +1,41 @@
 """`bench step`: what one training step costs on one core, against the textbook recipe.
 
-Every variant is a process of its own, as allocator and threads belong to a process. They are
-asked in turns for a few steps each, so that whatever else the machine does meets all of them.
+Every variant is a process of its own, as allocator and threads belong to a process. The processes
+take turns of a few steps each, so that whatever else the machine does meets all of them.
+
+    python -m tune_mnist.benchmarks.step VARIANT DATA_DIR
+
+is one such process: it reads a number of steps from each line of stdin, and writes the mean time
+and page faults of one as JSON.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
-from contextlib import ExitStack
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Any, cast
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
+import torch
+from torch import nn
 
 from tune_mnist.benchmarks.measurements import Measurements
+from tune_mnist.benchmarks.settings import StepSettings
+from tune_mnist.benchmarks.textbook import evaluate_textbook, textbook_loader, textbook_step
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
-from tune_mnist.mnist.data import load_mnist
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.cpu import loops as kernels
+from tune_mnist.mnist.data import Split, default_data_dir, load_mnist, split
+from tune_mnist.mnist.evaluation import evaluate
+from tune_mnist.mnist.fused import keep_freed_memory
+from tune_mnist.mnist.images import SplitTensors, normalised, scaled
+from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.training import train
 from tune_mnist.runs.formatting import count
 
 VARIANTS = {
@@ -35,31 +51,15 @@ VARIANTS = {
 EVALUATIONS = ("evaluation", "textbook_evaluation")  # one pass over 15,000 images
 NEEDED = ("textbook", "ours", "conv_only")
 STEPS_PER_EPOCH = 430  # 55,000 images by 128
+WARM_UP = 5  # steps; one pass of an evaluation
+BATCH = 128
 
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """Time the training step on one core, against the textbook recipe and the convolutions."""
-
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 21
-    """Turns of each variant; medians are over these."""
-
-    steps: Annotated[int, Parameter(validator=Number(gte=1))] = 6
-    """Steps in a turn."""
-
-    quick: Annotated[bool, Parameter(negative="")] = False
-    """Only the three variants that the ratios need, and fewer turns."""
-
-    save: Path | None = None
-    """Write every number to this CSV file."""
-
-    data_dir: Path | None = None
-    """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
+Listener = Callable[[], None]
 
 
 def step(settings: StepSettings) -> None:
-    """Measure and print."""
-    load_mnist(settings.data_dir)  # fetched once and not by each of the processes
+    data_dir = settings.data_dir or default_data_dir()
+    load_mnist(data_dir)  # fetched once and not by each of the processes
     variants = NEEDED if settings.quick else tuple(VARIANTS)
     evaluations = EVALUATIONS[:1] if settings.quick else EVALUATIONS
     rounds = min(settings.rounds, 7) if settings.quick else settings.rounds
@@ -67,29 +67,29 @@ def step(settings: StepSettings) -> None:
         f"one thread, batches of 128, {count(rounds, 'turn')} of {count(settings.steps, 'step')} "
         "for each variant, one after the other"
     )
-    taken = Measurements("step")
+    measured = Measurements("step")
     with ExitStack() as stack:
-        workers = {
-            variant: stack.enter_context(Worker(variant, settings.data_dir))
+        measure = {
+            variant: stack.enter_context(worker(variant, data_dir))
             for variant in (*variants, *evaluations)
         }
         for turn in range(rounds):
             for variant in variants:
-                found = workers[variant].measure(settings.steps)
-                taken.add(variant, "step_ms", found["ms"])
-                taken.add(variant, "page_faults", found["faults"])
+                found = measure[variant](settings.steps)
+                measured.add(variant, "step_ms", found["ms"])
+                measured.add(variant, "page_faults", found["faults"])
             if turn < max(1, rounds // 4):
                 for variant in evaluations:
-                    found = workers[variant].measure(1)
-                    taken.add(variant, "evaluation_s", found["ms"] / 1e3)
+                    found = measure[variant](1)
+                    measured.add(variant, "evaluation_s", found["ms"] / 1e3)
     for variant in variants:
         tell(f"{variant:<16} {VARIANTS[variant]}")
-    taken.finish(_keys(taken), settings.save)
+    measured.finish(_keys(measured), settings.save)
 
 
-def _keys(taken: Measurements) -> dict[str, Any]:
-    textbook, ours, conv_only = (taken.median(name, "step_ms") for name in NEEDED)
-    evaluation = taken.median("evaluation", "evaluation_s")
+def _keys(measured: Measurements) -> dict[str, Any]:
+    textbook, ours, conv_only = (measured.median(name, "step_ms") for name in NEEDED)
+    evaluation = measured.median("evaluation", "evaluation_s")
     return {
         "textbook_ms": textbook,
         "ours_ms": ours,
@@ -97,43 +97,167 @@ def _keys(taken: Measurements) -> dict[str, Any]:
         "speedup": textbook / ours,
         "over_conv": ours / conv_only,
         "evaluation_s": evaluation,  # 15,000 images
-        "textbook_evaluation_s": taken.median("textbook_evaluation", "evaluation_s"),
+        "textbook_evaluation_s": measured.median("textbook_evaluation", "evaluation_s"),
         "evaluation_share": evaluation / (evaluation + STEPS_PER_EPOCH * ours / 1e3),
-        "n": len(taken.values("ours", "step_ms")),
+        "n": len(measured.values("ours", "step_ms")),
     }
 
 
-class Worker:
-    """A process that takes steps of one variant when asked to."""
+@contextmanager
+def worker(variant: str, data_dir: Path) -> Iterator[Callable[[int], dict[str, float]]]:
+    """Start a process of one variant; yields a function that takes steps and returns the mean.
 
-    def __init__(self, variant: str, data_dir: Path | None) -> None:
-        arguments = [variant] if data_dir is None else [variant, str(data_dir)]
-        self._variant = variant
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tune_mnist.benchmarks.step_variants", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            text=True,
-        )
+    Raises:
+        TuneMnistError: by that function, if the process has ended.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, variant, str(data_dir)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    requests, answers = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def measure(self, steps: int) -> dict[str, float]:
-        """Return what a step took, on average, of so many."""
-        if self._process.stdin is None or self._process.stdout is None:
-            raise RuntimeError("the process was started without pipes")
+    def measure(steps: int) -> dict[str, float]:
         try:
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-            found: dict[str, float] = json.loads(self._process.stdout.readline())
+            requests.write(f"{steps}\n")
+            requests.flush()
+            found: dict[str, float] = json.loads(answers.readline())
         except (BrokenPipeError, ValueError) as error:
-            raise TuneMnistError(
-                f"the process of {self._variant} ended; its message is above"
-            ) from error
+            message = f"the process of {variant} ended; its message is above"
+            raise TuneMnistError(message) from error
         return found
+
+    try:
+        yield measure
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Turns:
+    """Counts steps: waits for a request, lets as many steps pass, writes the mean of one."""
+
+    def __init__(self, warm_up: int) -> None:
+        self._left, self._steps = warm_up, 0
+        self._began, self._faults = 0.0, 0  # when and after how many the turn began
+
+    def __call__(self) -> None:
+        """Count a step; after a turn's last one wait for the next request, or exit without one."""
+        self._left -= 1
+        if self._left > 0:
+            return
+        if self._steps:
+            seconds = time.perf_counter() - self._began
+            found = {
+                "ms": seconds * 1e3 / self._steps,
+                "faults": (_page_faults() - self._faults) / self._steps,
+            }
+            tell(json.dumps(found))
+        line = sys.stdin.readline()
+        if not line:
+            sys.exit(0)
+        self._left = self._steps = int(line)
+        self._faults = _page_faults()
+        self._began = time.perf_counter()
+
+
+def step_forever(variant: str, data_dir: Path) -> None:
+    """Take steps of a variant (or passes over 15,000 images) until nobody asks for more."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    on_step = Turns(1 if variant.endswith("evaluation") else WARM_UP)
+    if variant == "textbook":
+        return _textbook(data_dir, on_step)
+    if variant == "textbook_evaluation":
+        return _textbook_evaluation(data_dir, on_step)
+    data = split(load_mnist(data_dir), holdout=True)
+    if variant not in ("tensors", "channels_last", "default_malloc"):
+        keep_freed_memory()
+    kernels.COMPILED &= variant != "no_numba"
+    match variant:
+        case "tensors":
+            return _modules(data, torch.contiguous_format, on_step)
+        case "channels_last" | "kept_memory":
+            return _modules(data, torch.channels_last, on_step)
+        case "ours" | "no_numba" | "default_malloc":
+            return _ours(data, on_step)
+        case "conv_only":
+            return _convolutions(data, on_step)
+        case "evaluation":
+            return _evaluation(data, on_step)
+    raise ValueError(f"no variant {variant!r}")
+
+
+def _textbook(data_dir: Path, on_step: Listener) -> None:
+    """As in torch's own MNIST example."""
+    net = Net(0.1).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    loader = textbook_loader(data_dir, train=True, batch_size=BATCH, shuffle=True)
+    while True:
+        for images, labels in loader:
+            textbook_step(net, optimizer, images, labels)
+            on_step()
+
+
+def _textbook_evaluation(data_dir: Path, on_step: Listener) -> None:
+    """One and a half times torch's test set, as ours has 5,000 images more; batches as there."""
+    chosen = [image % 10_000 for image in range(15_000)]
+    loader = textbook_loader(data_dir, train=False, batch_size=1000, chosen=chosen)
+    net = Net(0.1)
+    while True:
+        evaluate_textbook(net, loader)
+        on_step()
+
+
+def _modules(data: Split, layout: torch.memory_format, on_step: Listener) -> None:
+    """Torch's modules on a batch that is ready in memory."""
+    net = Net(0.1).train().to(memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    images = normalised(scaled(torch.from_numpy(data.train_images[:BATCH])))
+    images = images.contiguous(memory_format=layout)
+    labels = torch.from_numpy(data.train_labels[:BATCH]).long()
+    while True:
+        textbook_step(net, optimizer, images, labels)
+        on_step()
+
+
+def _ours(data: Split, on_step: Listener) -> None:
+    """What every trial runs."""
+    for _ in train(
+        TrainConfig(), data, epochs=1_000, seed=0, on_step=lambda number, loss: on_step()
+    ):
+        pass
+
+
+def _convolutions(data: Split, on_step: Listener) -> None:
+    """Torch's own convolutions and pool, forward and backward."""
+    net = Net().to(memory_format=torch.channels_last)
+    layers = [layer for layer in net.features if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    images = normalised(scaled(torch.from_numpy(data.train_images[:BATCH])))
+    top = torch.randn(BATCH, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+    while True:
+        h = images
+        for layer in layers:
+            h = layer(h)
+        torch.autograd.grad(h, parameters, top)
+        on_step()
+
+
+def _evaluation(data: Split, on_step: Listener) -> None:
+    tensors = SplitTensors.on(data, "cpu")
+    net = Net().to(memory_format=torch.channels_last)
+    while True:
+        evaluate(net, tensors.val_images, tensors.val_labels)
+        evaluate(net, tensors.test_images, tensors.test_labels)
+        on_step()
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+if __name__ == "__main__":
+    step_forever(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,219 @@
+"""Searches whose time and memory are measured: trials leave notes, the driver is watched.
+
+    python -m tune_mnist.benchmarks.watched trivial NOTES --trials 100 ...
+
+runs the search command with such trials: `trivial` ones report at once, `real` ones train. NOTES
+is the folder for their notes; the other options are the search's own.
+
+Workers import this module, so what only the driver needs is imported where it is used.
+"""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tune_mnist.errors import TuneMnistError
+from tune_mnist.mnist.data import Split
+from tune_mnist.mnist.metrics import EpochMetrics
+from tune_mnist.runs.history import Assignment
+from tune_mnist.tuning.worker import EpochSource, TrialEpoch
+
+LOOK_EVERY = 0.005  # seconds
+LOOK_AT_MEMORY_EVERY = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Trivial:
+    """Trials that train nothing and report what a real one would, in size and in order."""
+
+    state_size: int = 300_000  # bytes, about those of a real state
+    model_size: int = 120_000
+    # The first trials last until every worker has started. Tune gives a free worker to a trial
+    # whose own worker is still starting, and ends that one: trials shorter than a start would
+    # all run on the first worker.
+    first: int = 0  # trials that wait
+    wait: float = 8.0  # seconds
+
+    def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
+        """Report every epoch at once; accuracies rise, and differ between trials."""
+        done = int(assignment.state.split()[0]) if assignment.state else 0
+        if assignment.number < self.first:
+            time.sleep(self.wait)
+        skill = (assignment.number * 0.6180339887) % 1  # evenly spread and in no order
+        for epoch in range(done + 1, assignment.epochs + 1):
+            accuracy = 0.9 + 0.05 * skill + 0.04 * epoch / assignment.epochs
+            yield TrialEpoch(
+                metrics=EpochMetrics(
+                    epoch=epoch,
+                    train_loss=1 - accuracy,
+                    val_loss=1 - accuracy,
+                    val_accuracy=accuracy,
+                    test_loss=1 - accuracy,
+                    test_accuracy=accuracy,
+                    test_correct=round(10_000 * accuracy),
+                    seconds=0.0,
+                    evaluation_seconds=0.0,
+                ),
+                state=f"{epoch} ".encode().ljust(self.state_size, b"."),
+                model=partial(bytes, self.model_size),
+            )
+
+
+@dataclass(frozen=True)
+class Note:
+    """An epoch's times in its worker, in seconds since 1970, and the worker's memory."""
+
+    trial: int
+    began: float  # the first step
+    ended: float  # right before the report
+    training: float  # seconds of it, without the evaluation
+    resident: float  # MB, at the report
+    idle: float  # MB, before the worker's first trial
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Trials of another source; each of their epochs leaves a note in a folder."""
+
+    source: EpochSource
+    folder: Path  # that workers and driver share
+    loads_torch: bool = False  # before the first note: a trial's memory excludes the imports
+
+    def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
+        """Report what the source reports."""
+        if self.loads_torch:
+            import tune_mnist.mnist.training  # noqa: F401
+        idle = resident_megabytes()
+        for epoch in self.source(assignment, split):
+            ended = time.time()
+            training = epoch.metrics.seconds
+            note = Note(
+                trial=assignment.number,
+                began=ended - training - epoch.metrics.evaluation_seconds,
+                ended=ended,
+                training=training,
+                resident=resident_megabytes(),
+                idle=idle,
+            )
+            with (self.folder / str(os.getpid())).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(vars(note)) + "\n")
+            yield epoch
+
+
+def read_notes(folder: Path) -> list[list[Note]]:
+    """Return the notes of each worker, in the order they were written."""
+    return [
+        [Note(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        for path in sorted(folder.iterdir())
+    ]
+
+
+def resident_megabytes(process: int | str = "self") -> float:
+    """Return a process's resident memory, or our own peak where there is no /proc."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return pages * resource.getpagesize() / 1e6
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of a search."""
+
+    workers: list[list[Note]]  # by worker, in order
+    driver_megabytes: list[float]  # resident, every half second
+
+
+def watch_search(source: str, arguments: Sequence[str]) -> Observation:
+    """Run a search whose trials are `trivial` or `real` to its end.
+
+    Raises:
+        TuneMnistError: it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
+        notes = Path(name) / "notes"
+        notes.mkdir()
+        module = ["tune_mnist.benchmarks.watched", source, str(notes)]
+        megabytes: list[float] = []
+        with started([*module, *arguments], Path(name)) as process:
+            while process.poll() is None:
+                megabytes.append(resident_megabytes(process.pid))
+                time.sleep(LOOK_AT_MEMORY_EVERY)
+        return Observation(read_notes(notes), megabytes)
+
+
+def time_to_first_step(arguments: Sequence[str]) -> float:
+    """Run the real search command and return the seconds until its first training step.
+
+    The first line of epochs.csv holds the seconds of its epoch, and the file's time is when that
+    epoch was recorded; the report's way to the driver counts as well.
+
+    Raises:
+        TuneMnistError: it failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
+        epochs = Path(name) / "run" / "epochs.csv"
+        written = 0.0
+        began = time.time()
+        with started(["tune_mnist.search", *arguments], Path(name)) as process:
+            while not written and process.poll() is None:
+                time.sleep(LOOK_EVERY)
+                if epochs.exists() and epochs.read_bytes().count(b"\n") > 1:  # after the header
+                    written = epochs.stat().st_mtime
+        row = next(csv.DictReader(epochs.read_text("utf-8").splitlines()))
+        return written - float(row["seconds"]) - float(row["evaluation_seconds"]) - began
+
+
+@contextmanager
+def started(module: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module that searches, its run in the folder `run`, and wait for its end.
+
+    Raises:
+        TuneMnistError: it failed.
+    """
+    output = folder / "output"
+    where = ["--results-dir", str(folder), "--run", "run", "--no-report"]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module, *where], stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+            code = process.wait()
+        finally:
+            process.terminate()  # does nothing to one that has ended
+            process.wait()
+    if code != 0:
+        said = " ".join(output.read_text("utf-8", errors="replace").split())[-500:]
+        raise TuneMnistError(f"a search that was to be measured failed with {code}: {said}")
+
+
+def main(source: str, notes: str, arguments: Sequence[str]) -> int:
+    """Search as the search command would and return its exit code."""
+    from tune_mnist.cli import exit_code
+    from tune_mnist.tuning.launch import search
+    from tune_mnist.tuning.settings import SearchSettings
+    from tune_mnist.tuning.worker import train_assignment
+
+    real = source == "real"
+    trial: EpochSource = train_assignment if real else Trivial(first=os.cpu_count() or 1)
+    watched = Watched(trial, Path(notes), loads_torch=real)
+    return exit_code("search", SearchSettings, partial(search, epochs_of=watched), arguments)
+
+
+if __name__ == "__main__":
+    # Under its real name: Ray's workers cannot import what a module defines as __main__.
+    from tune_mnist.benchmarks import watched
+
+    sys.exit(watched.main(sys.argv[1], sys.argv[2], sys.argv[3:]))
