@@ -122,8 +122,6 @@ def _start(settings: SearchSettings, epochs_of: EpochSource | None, copies: Exit
     with _runtime(plan.rules, settings, plan.precision, name, epochs_of) as runtime:
         folder = RunFolder.create(path)
         with folder.only_writer():
-            with writing(folder):
-                plan.save(folder)
             if copy:
                 copies.enter_context(kept_in_line(folder, copy))
             return _run(folder, plan, History(folder), runtime)
@@ -144,8 +142,6 @@ def _resume(
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         with _runtime(plan.rules, settings, plan.precision, folder.name, epochs_of) as runtime:
-            with writing(folder):
-                plan.save(folder)
             return _run(folder, plan, history, runtime)
 
 
@@ -179,6 +175,8 @@ def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
 
 
 def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _Search:
+    with writing(folder):
+        plan.save(folder)
     rules = plan.search_rules
     line = partial(start_line, folder, rules, history, runtime.share, data=runtime.split)
     ending = _session(folder, history, rules, runtime, line)
@@ -194,7 +192,7 @@ def _confirm(
     precision: Precision,
     epochs_of: EpochSource | None,
 ) -> int:
-    rules, name = confirmation.rules(run), f"{run.folder.name} confirmed"
+    rules, name = confirmation.rules, f"{run.folder.name} confirmed"
     with _runtime(rules, settings, precision, name, epochs_of) as runtime:
         path = run.folder.path / "confirm"
         folder = RunFolder(path) if path.is_dir() else RunFolder.create(path)
@@ -272,7 +270,7 @@ def _exit_code(ending: Ending, again: str) -> int:
         tell(f"warning: {warning}: {again} brings it up to date")
     if ending.signal is None:
         return 0
-    tell(f"interrupted: {again} resumes it")
+    tell(f"interrupted; resume it with {again}")
     return 128 + ending.signal
 
 
