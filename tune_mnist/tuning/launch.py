@@ -178,7 +178,7 @@ def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _
     with writing(folder):
         plan.save(folder)
     rules = plan.search_rules
-    line = partial(start_line, folder, rules, history, runtime.share, data=runtime.split)
+    line = partial(start_line, folder, rules, history, runtime.resources, data=runtime.split)
     ending = _session(folder, history, rules, runtime, line)
     Console().print(summary(folder, history, rules.metric, epochs=rules.epochs))
     again = f"python -m tune_mnist.search --resume {folder.path}"
@@ -240,7 +240,7 @@ def _runtime(
     with connected(settings.address):
         yield Runtime(
             settings=settings,
-            share=settle_resources(settings, data, precision),
+            resources=settle_resources(settings, data, precision),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
             trackers=mlflow_trackers(settings.mlflow, name),
@@ -258,8 +258,8 @@ def _session(
     with writing(folder):
         history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
     console, nodes = Console(), living_nodes()
-    at_once = runtime.share.at_once(nodes, runtime.settings.max_concurrent)
-    announce(console, line(at_once), nodes, runtime.share)
+    at_once = runtime.resources.at_once(nodes, runtime.settings.max_concurrent)
+    announce(console, line(at_once), nodes, runtime.resources)
     with closing(Progress(console)) as progress:
         return run_session(folder, history, rules, runtime, progress)
 
