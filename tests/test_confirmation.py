@@ -103,7 +103,7 @@ def test_an_interrupted_one_is_resumed_and_more_seeds_add_to_it(
 ) -> None:
     with _interrupted_after(20, settings):
         assert confirm(settings, Script(seconds=0.1)) == 130
-    assert "the same command resumes it" in capsys.readouterr().out
+    assert "resume it with the same command" in capsys.readouterr().out
     first = _history(settings)
     assert first.closed_as == "SIGINT"
     assert 20 <= len(first.rows) < 3 * 3 * 9

@@ -17,52 +17,50 @@ from tune_mnist.tuning.study_file import facts
 EPOCHS = 9
 
 
+def good(offset: float = 0.0) -> list[float]:
+    return [0.9 + 0.01 * epoch + offset for epoch in range(EPOCHS)]
+
+
 @pytest.fixture
 def course(tmp_path: Path) -> Course:
     return Course(tmp_path / "run")
 
 
-def good(offset: float = 0.0) -> list[float]:
-    return [0.9 + 0.01 * epoch + offset for epoch in range(EPOCHS)]
+DIVERGED = "the loss was not finite at step 5 of epoch "
 
 
-def test_a_trial_that_used_its_budget_is_complete_with_its_last_value(course: Course) -> None:
-    course.trial(*good()[:-1], 0.5)
-    trial = course.optuna(0)
-    assert trial.state == TrialState.COMPLETE
-    assert trial.value == 0.5
-    assert len(trial.intermediate_values) == EPOCHS
-
-
-def test_a_stopped_trial_is_pruned_with_every_report(course: Course) -> None:
-    course.trial(*good())
-    course.trial(0.95, 0.96, 0.97, 0.7)
-    assert course.history.trials[1].state == "stopped"
-    trial = course.optuna(1)
-    assert trial.state == TrialState.PRUNED
-    assert trial.intermediate_values == {1: 0.95, 2: 0.96, 3: 0.97, 4: 0.7}
-    assert trial.value == 0.7
-
-
-def test_a_diverged_trial_is_pruned_with_its_last_finite_report(course: Course) -> None:
+@pytest.mark.parametrize(
+    ("accuracies", "state", "optuna_state", "reason", "best"),
+    [
+        ([*good()[:-1], 0.5], "complete", TrialState.COMPLETE, "", b"1 8"),
+        ([0.95, 0.96, 0.97, 0.7], "stopped", TrialState.PRUNED, "among the poorer ones", b"1 3"),
+        ([0.95, math.nan], "diverged", TrialState.PRUNED, f"{DIVERGED}2", b"1 1"),
+        ([math.nan], "diverged", TrialState.FAIL, f"{DIVERGED}1", b"0 9"),
+    ],
+    ids=["complete", "stopped", "diverged", "diverged at once"],
+)
+def test_a_trial_ends_with_every_finite_report_and_the_last_as_its_value(
+    course: Course,
+    accuracies: list[float],
+    state: str,
+    optuna_state: TrialState,
+    reason: str,
+    best: bytes,
+) -> None:
+    course.trial(*(value - 0.1 for value in good()))
     number = course.start()
-    assert not course.epoch(number, 0.9)
-    assert course.epoch(number, math.nan, diverged_step=5)
+    for accuracy in accuracies:
+        step = 5 if math.isnan(accuracy) else None
+        told_to_stop = course.epoch(number, accuracy, diverged_step=step)
+    assert told_to_stop
     course.experiment.finish(number)
-    trial = course.optuna(number)
-    assert trial.state == TrialState.PRUNED
-    assert (trial.value, trial.intermediate_values) == (0.9, {1: 0.9})
-    assert course.history.trials[number].reason == "the loss was not finite at step 5 of epoch 2"
-    assert course.folder.best_model.read_bytes() == b"0 1"
-
-
-def test_a_diverged_trial_without_a_finite_report_failed(course: Course) -> None:
-    number = course.start()
-    assert course.epoch(number, math.nan, diverged_step=5)
-    course.experiment.finish(number)
-    assert course.optuna(number).state == TrialState.FAIL
-    assert course.history.trials[number].state == "diverged"
-    assert not course.folder.best_model.exists()
+    record, trial = course.history.trials[number], course.optuna(number)
+    assert (record.state, trial.state) == (state, optuna_state)
+    assert record.reason.startswith(reason)
+    finite = {epoch: value for epoch, value in enumerate(accuracies, 1) if not math.isnan(value)}
+    assert trial.intermediate_values == finite
+    assert trial.value == (finite[max(finite)] if finite else None)
+    assert course.folder.best_model.read_bytes() == best
 
 
 def test_a_trial_that_crashed_for_good_failed(course: Course) -> None:

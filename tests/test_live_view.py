@@ -56,11 +56,16 @@ def _view(search: RecordedSearch, height: int = 30, **rules: Any) -> list[str]:
 
 
 def _start_line(
-    search: RecordedSearch, share: TrialResources, at_once: int, train: int, val: int, **rules: Any
+    search: RecordedSearch,
+    resources: TrialResources,
+    at_once: int,
+    train: int,
+    val: int,
+    **rules: Any,
 ) -> str:
     data: Any = SimpleNamespace(train_images=range(train), val_images=range(val))
     asked = new_rules(**{"trials": 50, "epochs": 20, **rules})
-    return start_line(search.folder, asked, search.history, share, at_once, data)
+    return start_line(search.folder, asked, search.history, resources, at_once, data)
 
 
 def _node(last: int, cpus: float, gpus: float = 0.0) -> Node:
@@ -68,7 +73,7 @@ def _node(last: int, cpus: float, gpus: float = 0.0) -> Node:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "share", "line"),
+    ("nodes", "resources", "line"),
     [
         (
             [_node(1, 4, 1), _node(2, 1, 1), _node(3, 8)],
@@ -84,9 +89,9 @@ def _node(last: int, cpus: float, gpus: float = 0.0) -> Node:
     ids=["few are named", "many are counted by kind"],
 )
 def test_the_nodes_line_says_how_many_trials_run_where(
-    nodes: list[Node], share: TrialResources, line: str
+    nodes: list[Node], resources: TrialResources, line: str
 ) -> None:
-    assert nodes_line(nodes, share) == line
+    assert nodes_line(nodes, resources) == line
 
 
 def test_a_log_has_whole_lines_and_a_terminal_lines_that_fit() -> None:

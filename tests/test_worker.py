@@ -1,75 +1,19 @@
-"""What a worker does: one assignment, epoch by epoch, scripted or for real."""
+"""What a worker reports of the epochs that it trains."""
 
 import math
-import signal
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ray import tune
-from support.drivers import Searches, die_at, history_of
 from support.epochs import epoch_metrics
-from support.scripted import train_little
 
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.runs.history import Assignment, History
+from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.worker import TrialEpoch, run_trial
-
-pytest_plugins = ["support.ray_fixtures"]
-
-SPACE = """
-epochs: 3
-parameters:
-  lr: {low: 0.001, high: 0.1, log: true}
-  momentum: {low: 0.5, high: 0.95}
-  schedule: {choices: [constant, onecycle]}
-  rotation: {low: 0.0, high: 15.0}
-  dropout: {low: 0.0, high: 0.3}
-  ema_decay: {choices: [0.0, 0.9]}
-start:
-  - {lr: 0.03, momentum: 0.9, schedule: onecycle, rotation: 10.0, dropout: 0.1, ema_decay: 0.9}
-"""
-
-
-def test_a_resumed_real_trial_ends_as_if_never_interrupted(searches: Searches) -> None:
-    space = searches.path / "space.yaml"
-    space.write_text(SPACE)
-    arguments = ("--trials", 2, "--max-concurrent", 1)
-    driver = searches.start("whole", *arguments, space=space, script=train_little)
-    assert driver.wait() == 0, driver.output
-    driver = searches.start(
-        *("broken", *arguments),
-        space=space,
-        script=train_little,
-        prepare=partial(die_at, History, "add_epoch", 5, after=True),  # in the second trial
-    )
-    assert driver.wait() == -signal.SIGKILL, driver.output
-    driver = searches.resume("broken", "--max-concurrent", 1, script=train_little)
-    assert driver.wait() == 0, driver.output
-    whole, broken = searches.folder("whole"), searches.folder("broken")
-    assert numbers_of(broken) == numbers_of(whole)
-    assert [len(numbers) for numbers in numbers_of(whole)] == [3, 3]
-    one, other = (weights_in(folder / "best.pt") for folder in (whole, broken))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def weights_in(path: Path) -> dict[str, torch.Tensor]:
-    content: dict[str, dict[str, torch.Tensor]] = torch.load(path, weights_only=True)
-    return content["weights"]
-
-
-def numbers_of(folder: Path) -> list[list[dict[str, Any]]]:
-    """Return all metrics of the trials' epochs but the times that they took."""
-    times = ("seconds", "evaluation_seconds", "elapsed")
-    return [
-        [{name: vars(row)[name] for name in vars(row) if name not in times} for row in record.rows]
-        for record in history_of(folder).trials.values()
-    ]
 
 
 @pytest.fixture

@@ -74,12 +74,19 @@ def run_one_of(name: str, about: str, commands: Mapping[str, Command[Any]]) -> N
         about: the help of the front door as a whole.
         commands: by their names on the command line.
     """
+    sys.exit(exit_code_of_one(name, about, commands, sys.argv[1:]))
+
+
+def exit_code_of_one(
+    name: str, about: str, commands: Mapping[str, Command[Any]], arguments: Sequence[str]
+) -> int:
+    """Do what `run_one_of` does, but return the exit code."""
     app = _app(name, about)
     for command_name, command in commands.items():
         app.command(
             _entry(command), name=command_name, help=command.settings_type.__doc__, group="Parts"
         )
-    sys.exit(_exit_code(app, sys.argv[1:]))
+    return _exit_code(app, arguments)
 
 
 def tell(text: str) -> None:

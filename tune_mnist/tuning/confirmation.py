@@ -29,6 +29,7 @@ class Confirmation:
 
     candidates: tuple[Candidate, ...]  # the baseline first
     seeds: tuple[int, ...]
+    space: SearchSpace  # the search's
     epochs: int
     images: int | None  # training images; None: all there are
     time_budget: float | None  # s, over all sessions
@@ -76,6 +77,7 @@ class Confirmation:
                 for position, trial in enumerate(trials)
             ),
             seeds=_fresh_seeds(run, seeds),
+            space=run.space,
             epochs=epochs or run.asked.epochs,
             images=images,
             time_budget=time_budget,
@@ -93,10 +95,10 @@ class Confirmation:
             for position, candidate in enumerate(self.candidates)
         )
 
-    def rules(self, run: RunView) -> Rules:
-        space = run.search.get("space")
+    @property
+    def rules(self) -> Rules:
         return Rules(
-            space=SearchSpace.from_dict(space, "confirmation", str(run.folder.search)),
+            space=self.space,
             metric="test_accuracy",
             trials=len(self.trials),
             epochs=self.epochs,
@@ -174,12 +176,11 @@ class Confirmation:
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:
     """Return seeds that depend on the search's seed alone, and that none of its trials had."""
     used = {record.seed for record in run.history.trials.values()}
-    base = run.asked.seed
     found: list[int] = []
     stream = 0
     while len(found) < wanted:
         # Trials draw theirs with a 1 at the end.
-        seed = int(np.random.SeedSequence([base, stream, 2]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([run.asked.seed, stream, 2]).generate_state(1)[0])
         stream += 1
         if seed not in used:
             found.append(seed)

@@ -122,8 +122,6 @@ def _start(settings: SearchSettings, epochs_of: EpochSource | None, copies: Exit
     with _runtime(plan.rules, settings, plan.precision, name, epochs_of) as runtime:
         folder = RunFolder.create(path)
         with folder.only_writer():
-            with writing(folder):
-                plan.save(folder)
             if copy:
                 copies.enter_context(kept_in_line(folder, copy))
             return _run(folder, plan, History(folder), runtime)
@@ -144,8 +142,6 @@ def _resume(
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         with _runtime(plan.rules, settings, plan.precision, folder.name, epochs_of) as runtime:
-            with writing(folder):
-                plan.save(folder)
             return _run(folder, plan, history, runtime)
 
 
@@ -179,8 +175,10 @@ def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
 
 
 def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _Search:
+    with writing(folder):
+        plan.save(folder)
     rules = plan.search_rules
-    line = partial(start_line, folder, rules, history, runtime.share, data=runtime.split)
+    line = partial(start_line, folder, rules, history, runtime.resources, data=runtime.split)
     ending = _session(folder, history, rules, runtime, line)
     Console().print(summary(folder, history, rules.metric, epochs=rules.epochs))
     again = f"python -m tune_mnist.search --resume {folder.path}"
@@ -194,7 +192,7 @@ def _confirm(
     precision: Precision,
     epochs_of: EpochSource | None,
 ) -> int:
-    rules, name = confirmation.rules(run), f"{run.folder.name} confirmed"
+    rules, name = confirmation.rules, f"{run.folder.name} confirmed"
     with _runtime(rules, settings, precision, name, epochs_of) as runtime:
         path = run.folder.path / "confirm"
         folder = RunFolder(path) if path.is_dir() else RunFolder.create(path)
@@ -242,7 +240,7 @@ def _runtime(
     with connected(settings.address):
         yield Runtime(
             settings=settings,
-            share=settle_resources(settings, data, precision),
+            resources=settle_resources(settings, data, precision),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
             trackers=mlflow_trackers(settings.mlflow, name),
@@ -260,8 +258,8 @@ def _session(
     with writing(folder):
         history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
     console, nodes = Console(), living_nodes()
-    at_once = runtime.share.at_once(nodes, runtime.settings.max_concurrent)
-    announce(console, line(at_once), nodes, runtime.share)
+    at_once = runtime.resources.at_once(nodes, runtime.settings.max_concurrent)
+    announce(console, line(at_once), nodes, runtime.resources)
     with closing(Progress(console)) as progress:
         return run_session(folder, history, rules, runtime, progress)
 
@@ -272,7 +270,7 @@ def _exit_code(ending: Ending, again: str) -> int:
         tell(f"warning: {warning}: {again} brings it up to date")
     if ending.signal is None:
         return 0
-    tell(f"interrupted: {again} resumes it")
+    tell(f"interrupted; resume it with {again}")
     return 128 + ending.signal
 
 

@@ -37,9 +37,11 @@ TABLES_SHARE = 0.01  # of the driver's time, at most
 VIEWS_SHARE = 0.02  # of the driver's time, at most: a terminal may be slow
 
 
-def announce(console: Console, start: str, nodes: Sequence[Node], share: TrialResources) -> None:
+def announce(
+    console: Console, start: str, nodes: Sequence[Node], resources: TrialResources
+) -> None:
     """Print what is about to run and, if there are several nodes, where."""
-    lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, share)]
+    lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, resources)]
     for line in lines:
         # A log gets whole lines, however wide its reader's window is.
         console.print(Text(line), soft_wrap=not console.is_terminal)
@@ -49,7 +51,7 @@ def start_line(
     folder: RunFolder,
     rules: Rules,
     history: History,
-    share: TrialResources,
+    resources: TrialResources,
     at_once: int,
     data: Split,
 ) -> str:
@@ -64,7 +66,7 @@ def start_line(
         )
     if rules.time_limit < float("inf"):
         what += f", for at most {duration(rules.time_limit)}"
-    workers = in_words(at_once * share.cpus, at_once * share.gpus)
+    workers = in_words(at_once * resources.cpus, at_once * resources.gpus)
     held_out = len(data.val_images)
     steering = f"held-out {held_out:,} steer" if held_out else "the test set steers"
     return (
@@ -73,28 +75,28 @@ def start_line(
     )
 
 
-def nodes_line(nodes: Sequence[Node], share: TrialResources) -> str:
+def nodes_line(nodes: Sequence[Node], resources: TrialResources) -> str:
     """Return how many trials run where; for a large cluster, how many nodes are of a kind."""
     if len(nodes) <= _NODES_NAMED:
         parts = []
         for node in nodes:
-            lacks = "" if share.slots_on(node) else f" ({_resources(node, share)})"
-            parts.append(f"{node.address} {_trials_on(node, share)}{lacks}")
+            lacks = "" if resources.slots_on(node) else f" ({_offer(node, resources)})"
+            parts.append(f"{node.address} {_trials_on(node, resources)}{lacks}")
     else:
-        alike = Counter((_resources(node, share), _trials_on(node, share)) for node in nodes)
+        alike = Counter((_offer(node, resources), _trials_on(node, resources)) for node in nodes)
         parts = [
-            f"{number} of {resources} {trials}{' each' * (number > 1)}"
-            for (resources, trials), number in alike.most_common()
+            f"{number} of {offer} {trials}{' each' * (number > 1)}"
+            for (offer, trials), number in alike.most_common()
         ]
     return f"{len(nodes)} nodes: {', '.join(parts)}"
 
 
-def _trials_on(node: Node, share: TrialResources) -> str:
-    return count(slots, "trial") if (slots := share.slots_on(node)) else "no trial"
+def _trials_on(node: Node, resources: TrialResources) -> str:
+    return count(slots, "trial") if (slots := resources.slots_on(node)) else "no trial"
 
 
-def _resources(node: Node, share: TrialResources) -> str:
-    return in_words(node.cpus, node.gpus) + ", no GPU" * (share.gpus > 0 and not node.gpus)
+def _offer(node: Node, resources: TrialResources) -> str:
+    return str(node) + ", no GPU" * (resources.gpus > 0 and not node.gpus)
 
 
 def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:

@@ -47,7 +47,7 @@ class Runtime:
     """What a session runs with, beside its rules."""
 
     settings: RunOn
-    share: TrialResources
+    resources: TrialResources
     split: Split
     epochs_of: EpochSource
     trackers: Mapping[str, Callable[[], Tracker]]  # beside TensorBoard, by what people call them
@@ -86,11 +86,11 @@ def run_session(
 def _fit(
     experiment: Experiment, supervisor: Supervisor, runtime: Runtime, progress: Progress
 ) -> None:
-    share = runtime.share
-    room = Room(share, runtime.settings.max_concurrent)
+    resources = runtime.resources
+    room = Room(resources, runtime.settings.max_concurrent)
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, epochs_of=runtime.epochs_of, split=runtime.split),
-        {"cpu": share.cpus, "gpu": share.gpus},
+        {"cpu": resources.cpus, "gpu": resources.gpus},
     )
     with (
         tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch,
