@@ -28,7 +28,13 @@ PATIENCE = 240.0  # seconds that anything may take
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tune_mnist.search", "support.scripted", "support.scripted_search"]
+    [
+        *("tune_mnist.search", "support.scripted_search"),
+        # What a search imports only as it needs it (and Tune, MLflow wherever it is installed).
+        *("ray.air.integrations.mlflow", "optuna.storages._rdb.storage", "alembic.command"),
+        *("ray.dag", "scipy.stats", "tensorboard.compat.proto.event_pb2", "tensorboard.summary"),
+        *("tensorboard.summary.writer.event_file_writer", "tensorboard.plugins.hparams.summary_v2"),
+    ]
 )
 
 
@@ -112,6 +118,13 @@ class Searches:
         self.path, self._address = path, address
         self._drivers: list[Driver] = []
 
+    @property
+    def notes(self) -> Path:
+        """A folder for what workers note."""
+        folder = self.path / "notes"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def folder(self, run: str) -> Path:
         """Return the folder of a run."""
         return self.path / run
@@ -171,11 +184,14 @@ def epochs_in(path: Path) -> int:
     return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
-def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
+def outcome_of(history: History) -> list[tuple[str, list[float]]]:
     """Return all trials of a run, by number: what they trained and what they reported."""
     return [
-        (repr((record.config, record.seed, record.state)), _accuracies(record.rows))
-        for record in history_of(path).trials.values()
+        (
+            repr((record.config, record.seed, record.state)),
+            [row.val_accuracy for row in record.rows],
+        )
+        for record in history.trials.values()
     ]
 
 
@@ -219,10 +235,6 @@ def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
         return result
 
     setattr(owner, method, dying)
-
-
-def _accuracies(rows: list[Any]) -> list[float]:
-    return [row["val_accuracy"] for row in rows]
 
 
 def _search(
