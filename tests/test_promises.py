@@ -60,7 +60,7 @@ def test_a_search_killed_three_times_and_with_a_killed_worker_loses_and_repeats_
     for number, epoch in kills:
         driver.wait_until(partial(script.is_held, number, epoch))
         driver.kill()
-        script.release()
+        script.release(number)
         driver = searches.resume("run", *ONE, script=script)
     assert driver.wait() == 0, driver.output
     folder = searches.folder("run")

@@ -89,10 +89,11 @@ class Script:
         """Return True once a worker waits before this epoch."""
         return self._path(f"held-{number}-{epoch}").exists()
 
-    def release(self) -> None:
-        """Let all that wait continue; whoever comes to the same epochs later does not wait."""
-        for path in self._path("").glob("held-*"):
-            path.with_name(path.name.replace("held", "released")).touch()
+    def release(self, *trials: int) -> None:
+        """Let these trials continue, or all that are held; they are not held there again."""
+        for number in trials or self.held:
+            for epoch in self.held[number]:
+                self._path(f"released-{number}-{epoch}").touch()
 
     def _path(self, name: str) -> Path:
         if self.notes is None:
