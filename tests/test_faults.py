@@ -144,7 +144,7 @@ def test_trials_of_a_killed_node_are_resumed_on_the_node_that_is_left(
 ) -> None:
     node = cluster.add_node(num_cpus=2)
     try:
-        script = Script(seconds=0.0, notes=searches.notes, held={n: (3,) for n in range(4)})
+        script = Script(seconds=0.0, notes=searches.notes, held=dict.fromkeys(range(4), (3,)))
         driver = searches.start("run", "--trials", 6, *NO_STOPPING, script=script)
         driver.wait_until(lambda: all(script.is_held(number, 3) for number in range(4)))
         node.kill_raylet()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.course import Course
-from support.drivers import Driver, Searches, epochs_in, history_of, notes_of, outcome_of
+from support.drivers import Driver, Searches, epochs_in, history_of, notes_of, outcome, outcome_of
 from support.scripted import Script
 
 from tune_mnist.runs.space import load_space
@@ -80,7 +80,7 @@ def test_one_trial_at_a_time_comes_to_what_the_unbroken_search_does(
     epochs = load_space("sgd").epochs
     unbroken = Course(tmp_path / "unbroken", trials=TRIALS, epochs=epochs, startup_trials=10)
     unbroken.run(until=TRIALS)
-    assert outcome_of(history_of(folder)) == outcome_of(unbroken.history)
+    assert outcome_of(folder) == outcome(unbroken.history)
     assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
     assert not list((folder / "checkpoints").iterdir())
 

@@ -114,8 +114,7 @@ def test_a_run_that_is_under_way_cannot_be_resumed(searches: Searches, held: Scr
 def run_side_by_side(searches: Searches) -> None:
     drivers = [searches.start(name, *SMALL, *ONE) for name in ("one", "two")]
     assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output
-    one, two = (history_of(searches.folder(name)) for name in ("one", "two"))
-    assert outcome_of(one) == outcome_of(two)
+    assert outcome_of(searches.folder("one")) == outcome_of(searches.folder("two"))
 
 
 @pytest.mark.slow
@@ -131,7 +130,7 @@ def test_two_searches_run_side_by_side_each_with_a_ray_of_its_own(tmp_path: Path
 
 def test_a_finished_run_says_so_and_is_resumed_with_more_trials(finished: Searches) -> None:
     folder = finished.folder("run")
-    before = outcome_of(history_of(folder))
+    before = outcome_of(folder)
     driver = finished.resume("run")
     assert driver.wait() == 0
     assert "all 4 trials are finished" in driver.output
@@ -139,7 +138,7 @@ def test_a_finished_run_says_so_and_is_resumed_with_more_trials(finished: Search
 
     driver = finished.resume("run", "--trials", 6)
     assert driver.wait() == 0, driver.output
-    after = outcome_of(history_of(folder))
+    after = outcome_of(folder)
     assert len(after) == 6
     assert after[:4] == before
 

@@ -30,10 +30,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         *("tune_mnist.search", "support.scripted_search"),
-        # What a search imports only as it needs it (and Tune, MLflow wherever it is installed).
-        *("ray.air.integrations.mlflow", "optuna.storages._rdb.storage", "alembic.command"),
-        *("ray.dag", "scipy.stats", "tensorboard.compat.proto.event_pb2", "tensorboard.summary"),
-        *("tensorboard.summary.writer.event_file_writer", "tensorboard.plugins.hparams.summary_v2"),
+        # What a search, or Tune in it, imports only on its way: seconds in each process.
+        *("alembic.command", "optuna.storages._rdb.storage", "ray.air.integrations.mlflow"),
+        *("ray.dag", "scipy.stats", "tensorboard.plugins.hparams.summary_v2"),
+        *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.event_file_writer"),
     ]
 )
 
@@ -184,7 +184,12 @@ def epochs_in(path: Path) -> int:
     return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
-def outcome_of(history: History) -> list[tuple[str, list[float]]]:
+def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
+    """Return what a run's trials trained and reported, as it lies on disk."""
+    return outcome(history_of(path))
+
+
+def outcome(history: History) -> list[tuple[str, list[float]]]:
     """Return all trials of a run, by number: what they trained and what they reported."""
     return [
         (
