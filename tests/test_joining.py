@@ -1,14 +1,10 @@
 """Searches on a cluster that is there already, whose machines do not have this package."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import time
 import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,17 +13,20 @@ from pathlib import Path
 
 import pytest
 import ray
-from support.drivers import Searches, epochs_in, history_of, replace, searches_in
+from support.drivers import Searches, history_of, replace, searches_in
+from support.heads import free_ports, ray_head
 from support.scripted import Script, train_little
 
 from tune_mnist.mnist.data import default_data_dir
+
+pytestmark = pytest.mark.slow
 
 # What this project has installed and workers need not have.
 LACKING = (
     *("tune_mnist", "optuna", "numba", "llvmlite", "scipy", "torchvision", "PIL", "plotly"),
     *("matplotlib", "rich", "tqdm", "cyclopts", "sqlalchemy"),
 )
-PATIENCE = 60.0  # seconds that a head may take to start
+DATA = ("--data-dir", default_data_dir())
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (site / entry.name).symlink_to(entry)
     python = folder / "bin" / "python"
     for name in ("tune_mnist", "optuna"):
-        done = subprocess.run([python, "-c", f"import {name}"], cwd=folder, capture_output=True)
+        command = [str(python), "-c", f"import {name}"]
+        done = subprocess.run(command, cwd=folder, env={"PYTHONPATH": ""}, capture_output=True)
         assert b"ModuleNotFoundError" in done.stderr
     return python
 
@@ -67,51 +67,14 @@ def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789" * 4)
     head = Head(home, *free_ports(2))
-    command = [
-        *(bare_python, "-c", "from ray.scripts.scripts import main; main()"),
-        *("start", "--head", "--block", "--num-cpus=2", "--include-dashboard=false"),
-        "--disable-usage-stats",
+    options = (
         *(f"--port={head.port}", f"--ray-client-server-port={head.client_port}"),
-        *("--node-ip-address=127.0.0.1", f"--object-store-memory={300 << 20}"),
-    ]
-    with (
-        tempfile.TemporaryDirectory(prefix="tm-ray-") as temp_dir,  # sockets need a short path
-        (home / "log").open("w") as log,
-    ):
-        process = subprocess.Popen(
-            [*map(str, command), f"--temp-dir={temp_dir}"],
-            cwd=home,
-            env={**os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            wait_for_ports(process, head.port, head.client_port)
-            yield head
-        finally:
-            process.terminate()  # which ends what it has started
-            process.wait(PATIENCE)
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def wait_for_ports(process: subprocess.Popen[bytes], *ports: int) -> None:
-    deadline = time.monotonic() + PATIENCE
-    for port in ports:
-        while True:
-            assert process.poll() is None, "the head has ended"
-            assert time.monotonic() < deadline, f"nothing listens at port {port}"
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            time.sleep(0.1)
+        *("--include-dashboard=false", "--node-ip-address=127.0.0.1"),
+    )
+    environment = {"HOME": str(home), "RAY_AUTH_MODE": "token", "PYTHONPATH": ""}
+    ports = (head.port, head.client_port)
+    with ray_head(*options, ports=ports, environment=environment, python=bare_python):
+        yield head
 
 
 @pytest.fixture(params=["", "ray://"], ids=["on a node", "from outside"])
@@ -130,9 +93,8 @@ def move(home: Path, **changes: str) -> None:
 
 
 def test_trials_train_where_this_package_is_not_installed(there: Searches, head: Head) -> None:
-    data_dir = default_data_dir()
     driver = there.start(
-        *("run", "--trials", 2, "--epochs", 2, "--data-dir", data_dir),
+        *("run", "--trials", 2, "--epochs", 2, *DATA),
         script=train_little,
         prepare=partial(move, head.home),
     )
@@ -142,25 +104,24 @@ def test_trials_train_where_this_package_is_not_installed(there: Searches, head:
     assert (there.folder("run") / "best.pt").exists()
 
 
-def test_a_search_from_outside_is_interrupted_and_goes_on(head: Head, tmp_path: Path) -> None:
-    where = {"prepare": partial(move, head.home), "script": Script(seconds=0.1)}
-    data = ("--data-dir", default_data_dir())
+def test_a_search_from_outside_is_interrupted_and_resumed(head: Head, tmp_path: Path) -> None:
     with searches_in(tmp_path, head.address("ray://")) as searches:
-        folder = searches.folder("run")
-        driver = searches.start("run", "--trials", 4, *data, **where)
-        driver.wait_until(lambda: epochs_in(folder) > 3)
+        script = Script(seconds=0.01, notes=searches.notes, held={0: (3,)})
+        settings = {"script": script, "prepare": partial(move, head.home)}
+        driver = searches.start("run", "--trials", 4, "--epochs", 4, *DATA, **settings)
+        driver.wait_until(lambda: script.is_held(0, 3))
         driver.send(signal.SIGTERM)
         assert driver.wait() == 128 + signal.SIGTERM, driver.output
-        driver = searches.resume("run", *data, **where)
+        script.release()
+        driver = searches.resume("run", *DATA, **settings)
         assert driver.wait() == 0, driver.output
-        history = history_of(folder)
+        history = history_of(searches.folder("run"))
         assert len(history.trials) == 4
         assert not history.unfinished()
 
 
 def test_a_cluster_of_another_version_is_refused_with_both(there: Searches, head: Head) -> None:
-    data = ("--data-dir", default_data_dir())
-    driver = there.start("run", *data, prepare=partial(move, head.home, __version__="2.59.1"))
+    driver = there.start("run", *DATA, prepare=partial(move, head.home, __version__="2.59.1"))
     assert driver.wait() == 2
     ours = ".".join(map(str, sys.version_info[:3]))
     expected = f"runs Ray {ray.__version__} on Python {ours}, this is Ray 2.59.1 on Python {ours}"
@@ -170,8 +131,7 @@ def test_a_cluster_of_another_version_is_refused_with_both(there: Searches, head
 
 def test_a_cluster_that_asks_for_a_token_says_so(head: Head, tmp_path: Path) -> None:
     with searches_in(tmp_path, head.address()) as searches:
-        data = ("--data-dir", default_data_dir())
-        driver = searches.start("run", *data, prepare=partial(move, tmp_path))
+        driver = searches.start("run", *DATA, prepare=partial(move, tmp_path))
         assert driver.wait() == 2
         assert "asks for a token" in driver.output
         assert "~/.ray/auth_token" in driver.output
