@@ -1,6 +1,6 @@
 """Searches with scripted trials, each in a process of its own that a test can watch and kill.
 
-The processes are forked from one that has imported everything, so that a start costs little.
+The processes fork from one that has imported everything, so they start in a fraction of a second.
 """
 
 import csv
@@ -80,11 +80,9 @@ class Driver:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs."""
         return bool(self._process.is_alive())
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
         if self._process.pid is not None:
             os.kill(self._process.pid, number)
 
@@ -94,7 +92,6 @@ class Driver:
         self._process.join(PATIENCE)
 
     def join(self, patience: float) -> None:
-        """Wait until it has ended, or that long."""
         self._process.join(patience)
 
     def wait(self, patience: float = PATIENCE) -> int:
@@ -126,7 +123,6 @@ class Searches:
         return folder
 
     def folder(self, run: str) -> Path:
-        """Return the folder of a run."""
         return self.path / run
 
     def start(
@@ -140,16 +136,15 @@ class Searches:
         )
 
     def resume(self, run: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin to go on with a run."""
+        """Begin to resume a run."""
         return self._begin("--resume", self.folder(run), *arguments, **settings)
 
     def resume_at(self, uri: str, machine: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin to go on with a copy, with a results folder of another machine's."""
+        """Begin to resume a copy, into a results folder as on another machine."""
         place = ("--resume", uri, "--results-dir", self.path / machine)
         return self._begin(*place, *arguments, **settings)
 
     def close(self) -> None:
-        """End what still runs."""
         for driver in self._drivers:
             driver.kill()
 
@@ -219,14 +214,14 @@ def table_of(folder: Path) -> dict[int, dict[str, str]]:
 
 
 def replace(owner: object, name: str, replacement: Any) -> Any:
-    """Put something in the place of an attribute, which is returned, for as long as we live."""
+    """Replace an attribute for as long as this process lives, and return the original."""
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     return original
 
 
 def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
-    """Have this process kill itself at a call of a method, before it or after it."""
+    """Have this process kill itself at a call of a method, before or after it."""
     original = getattr(owner, method)
     left = [call]
 

@@ -59,10 +59,10 @@ def answers(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes] | None = None) -> None:
-    """Wait for a condition, as long as the process runs."""
+def wait_until(holds: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
+    """Wait for a condition, as long as the processes run."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
-        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+        if time.monotonic() > deadline or any(each.poll() is not None for each in processes):
             pytest.fail("waited in vain")
-        time.sleep(0.1)
+        time.sleep(0.05)
