@@ -73,7 +73,6 @@ def test_a_trial_whose_worker_is_killed_is_resumed_from_its_last_epoch(suffered:
         (5, "failed", 2, 1, "MemoryError"),
         (6, "diverged", 1, 0, "step 7 of epoch 1"),
         (7, "diverged", 3, 0, "step 7 of epoch 3"),
-        (9, "complete", EPOCHS, 0, ""),  # the worker died between trial 8 and this one
     ],
 )
 def test_a_trial_ends_with_its_last_error(
@@ -83,6 +82,11 @@ def test_a_trial_ends_with_its_last_error(
     assert (row["state"], row["epochs"], row["retries"]) == (state, str(epochs), str(retries))
     assert reason in row["reason"]
     assert "\n" not in row["reason"]
+
+
+def test_a_worker_that_dies_between_two_trials_costs_none(suffered: Searches) -> None:
+    states = [row["state"] for row in table_of(suffered.folder("suffered")).values()]
+    assert [states[0], states[8], states[9]] == ["complete"] * 3
 
 
 def test_nothing_of_rays_own_is_printed(suffered: Searches) -> None:
