@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,14 @@ import pytest
 from tune_mnist.mnist.data import Mnist, load_mnist
 from tune_mnist.mnist.download import WHEEL
 
+# Compiled once for this process and all that it starts, and kept for the next run.
+_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "numba"
+os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE))
+
 
 @pytest.fixture(scope="session")
 def mnist() -> Mnist:
-    """The real data set, from the folder that everything shares; fetched where it is missing."""
+    """The real data set, from the folder that everything shares; downloaded where missing."""
     return load_mnist()
 
 

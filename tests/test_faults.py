@@ -1,4 +1,4 @@
-"""What can befall a search's trials, machines and disk, each for real, and what comes of it."""
+"""What can happen to a search's trials, machines and disk: each for real, and what comes of it."""
 
 import contextlib
 import os
@@ -22,24 +22,24 @@ from support.drivers import (
 )
 from support.scripted import Script
 
-from tune_mnist.tuning import study_file as mirror
+from tune_mnist.tuning import study_file
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 
 pytest_plugins = ["support.ray_fixtures"]
+pytestmark = pytest.mark.slow
 
 EPOCHS = 4
 NO_STOPPING = ("--epochs", EPOCHS, "--grace-epochs", EPOCHS)
+TWO = ("--max-concurrent", 2)
 
 
 @pytest.fixture(scope="module")
 def suffered(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searches]:
-    """A search in which everything befell its trials that can."""
+    """A search whose trials had every fault there is."""
     with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
-        notes = searches.path / "notes"
-        notes.mkdir()
         script = Script(
             seconds=0.005,
-            notes=notes,
+            notes=searches.notes,
             killed_after=(8,),
             killed_once={1: (2, 3)},
             killed={2: (2,)},
@@ -49,63 +49,44 @@ def suffered(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
             memory=600 << 20,
             diverging={6: (1,), 7: (3,)},
         )
-        driver = searches.start(
-            "suffered",
-            *("--trials", 10, "--max-concurrent", 2, "--retries", 1, "--hang-timeout", "8s"),
-            *NO_STOPPING,
-            script=script,
-        )
+        options = ("--trials", 10, "--retries", 1, "--hang-timeout", "8s", *TWO, *NO_STOPPING)
+        driver = searches.start("suffered", *options, script=script)
         assert driver.wait() == 0, driver.output
         yield searches
 
 
-def test_a_trial_whose_worker_is_killed_goes_on_from_its_last_epoch(suffered: Searches) -> None:
-    record = history_of(suffered.folder("suffered")).trials[1]
+def test_a_trial_whose_worker_is_killed_is_resumed_from_its_last_epoch(suffered: Searches) -> None:
+    history = history_of(suffered.folder("suffered"))
+    record = history.trials[1]
     assert (record.state, record.epochs, record.retries) == ("complete", EPOCHS, 2)
-    trained = notes_of(suffered.path / "notes")
+    trained = notes_of(suffered.notes)
     assert [trained[f"1 {epoch}"] for epoch in range(1, EPOCHS + 1)] == [1] * EPOCHS
-    assert len(history_of(suffered.folder("suffered")).trials) == 10
+    assert len(history.trials) == 10
 
 
-def test_a_trial_whose_worker_always_dies_is_given_up_with_its_last_error(
-    suffered: Searches,
+@pytest.mark.parametrize(
+    ("trial", "state", "epochs", "retries", "reason"),
+    [
+        (2, "failed", 1, 1, "the worker died"),
+        (3, "failed", 0, 1, "RuntimeError: no luck in epoch 1"),
+        (4, "failed", 1, 0, "no report for 8 s: taken to hang and ended"),
+        (5, "failed", 2, 1, "MemoryError"),
+        (6, "diverged", 1, 0, "step 7 of epoch 1"),
+        (7, "diverged", 3, 0, "step 7 of epoch 3"),
+    ],
+)
+def test_a_trial_ends_with_its_last_error(
+    suffered: Searches, trial: int, state: str, epochs: int, retries: int, reason: str
 ) -> None:
-    row = table_of(suffered.folder("suffered"))[2]
-    assert (row["state"], row["retries"], row["epochs"]) == ("failed", "1", "1")
-    assert "the worker died" in row["reason"]
+    row = table_of(suffered.folder("suffered"))[trial]
+    assert (row["state"], row["epochs"], row["retries"]) == (state, str(epochs), str(retries))
+    assert reason in row["reason"]
     assert "\n" not in row["reason"]
 
 
-def test_a_trial_that_raises_is_given_up_with_its_last_error(suffered: Searches) -> None:
-    row = table_of(suffered.folder("suffered"))[3]
-    assert (row["state"], row["epochs"]) == ("failed", "0")
-    assert row["reason"] == "RuntimeError: no luck in epoch 1"
-
-
-def test_a_trial_that_hangs_is_given_up(suffered: Searches) -> None:
-    row = table_of(suffered.folder("suffered"))[4]
-    assert (row["state"], row["epochs"], row["retries"]) == ("failed", "1", "0")
-    assert row["reason"] == "no report for 8 s: taken to hang and ended"
-
-
-def test_a_trial_that_runs_out_of_memory_is_given_up(suffered: Searches) -> None:
-    row = table_of(suffered.folder("suffered"))[5]
-    assert (row["state"], row["epochs"]) == ("failed", "2")
-    assert row["reason"].startswith("MemoryError")
-
-
-def test_a_trial_that_diverges_ends_there(suffered: Searches) -> None:
-    table = table_of(suffered.folder("suffered"))
-    assert [table[n]["state"] for n in (6, 7)] == ["diverged", "diverged"]
-    assert [table[n]["epochs"] for n in (6, 7)] == ["1", "3"]
-    assert "step 7 of epoch 3" in table[7]["reason"]
-
-
 def test_a_worker_that_dies_between_two_trials_costs_none(suffered: Searches) -> None:
-    history = history_of(suffered.folder("suffered"))
-    failed = [record.number for record in history.trials.values() if record.state == "failed"]
-    assert failed == [2, 3, 4, 5]
-    assert history.trials[9].epochs == EPOCHS
+    states = [row["state"] for row in table_of(suffered.folder("suffered")).values()]
+    assert [states[0], states[8], states[9]] == ["complete"] * 3
 
 
 def test_nothing_of_rays_own_is_printed(suffered: Searches) -> None:
@@ -132,19 +113,23 @@ def test_study_and_tables_tell_the_same_story(suffered: Searches) -> None:
     assert len(study_of(folder)) == len(table) == 10
 
 
+def memory(*names: str) -> list[int]:
+    """Return facts about this machine's memory, kB."""
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return [int(facts[name].split()[0]) for name in names]
+
+
 def leave_little_memory() -> None:
     """Have the Ray that this process starts end workers once 1.5 GB more are in use than now."""
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(facts[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    total, free = memory("MemTotal", "MemAvailable")
     threshold = f"{(total - free + 1.5 * 2**20) / total:.4f}"
     os.environ.update(RAY_memory_usage_threshold=threshold, RAY_memory_monitor_refresh_ms="100")
 
 
-def test_a_trial_that_ray_ends_for_its_memory_is_given_up_and_the_search_goes_on(
+def test_a_trial_that_ray_ends_for_its_memory_has_failed_and_the_search_continues(
     tmp_path: Path,
 ) -> None:
-    facts = Path("/proc/meminfo").read_text()
-    if int(facts.partition("MemAvailable:")[2].split()[0]) < 4 << 20:
+    if memory("MemAvailable")[0] < 4 << 20:
         pytest.skip("needs 4 GB of free memory")
     with searches_in(tmp_path, address=None) as searches:
         driver = searches.start(
@@ -158,32 +143,23 @@ def test_a_trial_that_ray_ends_for_its_memory_is_given_up_and_the_search_goes_on
         assert "Traceback" not in driver.output
 
 
-def test_trials_of_a_killed_node_go_on_on_the_node_that_is_left(
+def test_trials_of_a_killed_node_are_resumed_on_the_node_that_is_left(
     cluster: Cluster, searches: Searches
 ) -> None:
     node = cluster.add_node(num_cpus=2)
     try:
-        notes = searches.path / "notes"
-        notes.mkdir()
-        driver = searches.start(
-            *("run", "--trials", 6, "--epochs", 20, "--grace-epochs", 20),
-            script=Script(seconds=0.15, notes=notes),
-        )
-        folder = searches.folder("run")
-        driver.wait_until(
-            lambda: (
-                epochs_in(folder) > 8
-                and sum(r.epochs > 0 for r in history_of(folder).unfinished()) == 4
-            )
-        )
+        script = Script(seconds=0.0, notes=searches.notes, held=dict.fromkeys(range(4), (3,)))
+        driver = searches.start("run", "--trials", 6, *NO_STOPPING, script=script)
+        driver.wait_until(lambda: all(script.is_held(number, 3) for number in range(4)))
         node.kill_raylet()
+        script.release()
         assert driver.wait() == 0, driver.output
     finally:
         cluster.remove_node(node, allow_graceful=False)
-    history = history_of(folder)
+    history = history_of(searches.folder("run"))
     assert {record.state for record in history.trials.values()} == {"complete"}
     assert sum(record.retries for record in history.trials.values()) >= 1
-    assert notes_of(notes).total() - len(history.rows) <= 2
+    assert notes_of(searches.notes).total() - len(history.rows) <= 2
 
 
 @contextlib.contextmanager
@@ -199,7 +175,8 @@ def mounted(*arguments: str, at: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(at)], check=True)
 
 
-def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
+@pytest.mark.root
+def test_a_full_disk_ends_a_search_that_is_resumed_once_there_is_room(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     with (
@@ -207,9 +184,7 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
         searches_in(tmp_path, cluster.address) as searches,
     ):
         script = Script(seconds=0.02, state_size=100_000)
-        driver = searches.start(
-            "run", "--trials", 12, "--max-concurrent", 2, script=script, prepare=hurry
-        )
+        driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
         folder = searches.folder("run")
         driver.wait_until(lambda: epochs_in(folder) > 5)
         filler = tmp_path / "filler"
@@ -217,36 +192,36 @@ def test_a_full_disk_ends_a_search_that_goes_on_once_there_is_room(
             while True:
                 file.write(bytes(4096))
         check_it_ends_in_order(driver, folder, "No space left on device")
-        finished = history_of(folder).rows
+        before = outcome_so_far(folder)
         filler.unlink()
-        driver = searches.resume("run", "--max-concurrent", 2, script=script)
+        driver = searches.resume("run", *TWO, script=script)
         assert driver.wait() == 0, driver.output
         check_it_is_whole(folder, trials=12)
-        assert [row for _, row in history_of(folder).rows][: len(finished)] == [
-            row for _, row in finished
-        ]
+        assert outcome_so_far(folder)[: len(before)] == before
 
 
-def test_a_folder_gone_read_only_ends_a_search_that_goes_on_later(searches: Searches) -> None:
-    driver = searches.start(
-        *("run", "--trials", 12, "--max-concurrent", 2),
-        script=Script(seconds=0.02),
-        prepare=hurry,
-    )
+@pytest.mark.root
+def test_a_folder_gone_read_only_ends_a_search_that_is_resumed_later(searches: Searches) -> None:
+    script = Script(seconds=0.02)
+    driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
     folder = searches.folder("run")
     driver.wait_until(lambda: epochs_in(folder) > 5)
     with mounted("--bind", str(folder), at=folder):
         # A second mount over the first: that one is in use and would refuse to become so.
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
         check_it_ends_in_order(driver, folder, "Read-only file system")
-    driver = searches.resume("run", "--max-concurrent", 2)
+    driver = searches.resume("run", *TWO)
     assert driver.wait() == 0, driver.output
     check_it_is_whole(folder, trials=12)
 
 
 def hurry() -> None:
     """Have this process wait no longer than tests do for a study.db that cannot be written."""
-    replace(mirror, "CLOSING_PATIENCE", 2.0)
+    replace(study_file, "CLOSING_PATIENCE", 2.0)
+
+
+def outcome_so_far(folder: Path) -> list[str]:
+    return [row.line() for _, row in history_of(folder).rows]
 
 
 def check_it_ends_in_order(driver: Driver, folder: Path, reason: str) -> None:

@@ -122,11 +122,31 @@ def test_nothing_is_a_drawer() -> None:
         assert name.rpartition(".")[2] not in ("utils", "util", "common", "helpers", "misc")
 
 
+def brought(name: str, at_start_only: bool = False) -> set[str]:
+    """The top-level packages that a module imports."""
+    return {module.partition(".")[0] for module in imports(name, at_start_only)}
+
+
+@pytest.mark.parametrize(
+    ("place", "packages", "at_start_only"),
+    [
+        ("mnist", {"ray", "optuna", "pandas"}, False),
+        ("runs", {"torch", "torchvision", "ray", "plotly"}, False),
+        ("reporting", {"torch", "torchvision", "ray"}, True),  # pictures of mistakes need torch
+    ],
+)
+def test_a_room_does_without(place: str, packages: set[str], at_start_only: bool) -> None:
+    inside = {name for name in FILES if room(name) == place}
+    for name in with_all_they_import(inside):
+        found = brought(name, at_start_only or name not in inside) & packages
+        assert not found, f"{name} imports {sorted(found)}"
+
+
 def test_a_search_starts_without_torch() -> None:
     """Its import takes seconds; workers need it, the driver does not."""
     for name in with_all_they_import({"tune_mnist.search"}):
-        found = {module.partition(".")[0] for module in imports(name, at_start_only=True)}
-        assert not found & {"torch", "torchvision"}, f"{name} imports {sorted(found)}"
+        found = brought(name, True) & {"torch", "torchvision"}
+        assert not found, f"{name} imports {sorted(found)}"
 
 
 def test_neither_does_ray_or_optuna_bring_torch_or_sqlalchemy_along() -> None:
@@ -140,11 +160,9 @@ def test_neither_does_ray_or_optuna_bring_torch_or_sqlalchemy_along() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_workload_knows_neither_ray_nor_optuna_nor_pandas() -> None:
-    for name in FILES:
-        if room(name) == "mnist":
-            found = {module.partition(".")[0] for module in imports(name)}
-            assert not found & {"ray", "optuna", "pandas"}, f"{name} imports {sorted(found)}"
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_has_one_subject_that_fits_on_a_few_screens(name: str) -> None:
+    assert len(FILES[name].read_text().splitlines()) < 460
 
 
 def test_what_is_imported_is_declared() -> None:
@@ -160,7 +178,7 @@ def test_what_is_imported_is_declared() -> None:
     }
     distributions = packages_distributions()
     for name in FILES:
-        for module in {module.partition(".")[0] for module in imports(name)}:
+        for module in brought(name):
             if module in sys.stdlib_module_names or module in ("tune_mnist", "__future__"):
                 continue
             brought_by = {normal(found) for found in distributions.get(module, [module])}

@@ -1,4 +1,4 @@
-"""Beginning, ending and going on with searches, each a process of its own."""
+"""How searches begin, end and are resumed, each in a process of its own."""
 
 import re
 import signal
@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from support.drivers import (
-    Driver,
     Searches,
     epochs_in,
     history_of,
@@ -21,57 +21,54 @@ from support.drivers import (
     searches_in,
     study_of,
 )
+from support.reported import rich
 from support.scripted import Script
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.runs.history import History
-from tune_mnist.tuning import packing as sharing
+from tune_mnist.tuning import packing
+from tune_mnist.tuning.launch import draw_report
 
 pytest_plugins = ["support.ray_fixtures"]
 
-TWO = ("--max-concurrent", 2)
-SLOW = Script(seconds=0.05)
+SMALL = ("--trials", 4, "--epochs", 4)
+ONE, TWO = ("--max-concurrent", 1), ("--max-concurrent", 2)
 
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searches]:
     """A search that has run to its end."""
     with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
-        driver = searches.start("run", "--trials", 4)
+        driver = searches.start("run", *SMALL)
         assert driver.wait() == 0, driver.output
         yield searches
 
 
-def end(driver: Driver, folder: Path, *signals: signal.Signals) -> int:
-    """Send signals once epochs come in, and return the exit code."""
-    before = epochs_in(folder)
-    driver.wait_until(lambda: epochs_in(folder) > before + 3)
-    for number in signals:
-        driver.send(number)
-    return driver.wait()
+@pytest.fixture
+def held(searches: Searches) -> Script:
+    """Trials of which the first waits for the test before its second epoch."""
+    return Script(seconds=0.005, notes=searches.notes, held={0: (2,)})
 
 
-def test_signals_end_a_search_in_order_and_it_goes_on(searches: Searches) -> None:
+@pytest.mark.slow
+def test_ctrl_c_ends_a_search_in_order_and_it_is_resumed(searches: Searches) -> None:
     folder = searches.folder("run")
-    whole = ("--grace-epochs", 20)
-    driver = searches.start("run", "--trials", 12, *TWO, *whole, script=SLOW)
-    assert end(driver, folder, signal.SIGTERM) == 128 + signal.SIGTERM
+    script = Script(seconds=0.005, notes=searches.notes, held={0: (3,), 1: (3,)})
+    options = ("--trials", 6, "--epochs", 4, "--grace-epochs", 4, *TWO)
+    driver = searches.start("run", *options, script=script)
+    driver.wait_until(lambda: epochs_in(folder) == 4)
+    driver.send(signal.SIGINT)
+    assert driver.wait() == 128 + signal.SIGINT
     assert f"--resume {folder}" in driver.output
-    assert history_of(folder).closed_as == "SIGTERM"
-    assert TrialState.RUNNING not in {trial.state for trial in study_of(folder)}
-    assert TrialState.WAITING in {trial.state for trial in study_of(folder)}
+    assert history_of(folder).closed_as == "SIGINT"
+    assert [trial.state for trial in study_of(folder)] == [TrialState.WAITING] * 2
     assert (folder / "trials.csv").read_text().count(",running,") == 2
 
-    driver = searches.resume("run", *TWO, script=SLOW)
-    assert end(driver, folder, signal.SIGINT) == 128 + signal.SIGINT
-    assert history_of(folder).closed_as == "SIGINT"
-
-    driver = searches.resume("run", *TWO)
+    script.release()
+    driver = searches.resume("run", *TWO, script=script)
     assert driver.wait() == 0, driver.output
-    history = history_of(folder)
-    assert len(history.trials) == 12
-    assert not history.unfinished()
-    assert {trial.state for trial in study_of(folder)} <= {TrialState.COMPLETE, TrialState.PRUNED}
+    assert {record.state for record in history_of(folder).trials.values()} == {"complete"}
+    assert [trial.state for trial in study_of(folder)] == [TrialState.COMPLETE] * 6
 
 
 def linger(mark: Path) -> None:
@@ -85,54 +82,53 @@ def linger(mark: Path) -> None:
     replace(History, "close_session", forever)
 
 
-def test_a_second_signal_ends_a_search_at_once(searches: Searches) -> None:
-    folder = searches.folder("run")
-    prepare = partial(linger, folder / "lingers")
-    driver = searches.start("run", "--trials", 12, *TWO, script=SLOW, prepare=prepare)
-    driver.wait_until(lambda: epochs_in(folder) > 3)
+def test_a_second_signal_ends_a_search_at_once(searches: Searches, held: Script) -> None:
+    mark = searches.path / "lingers"
+    driver = searches.start("run", *SMALL, script=held, prepare=partial(linger, mark))
+    driver.wait_until(lambda: held.is_held(0, 2))
     driver.send(signal.SIGTERM)
-    driver.wait_until((folder / "lingers").exists)
+    driver.wait_until(mark.exists)
     driver.send(signal.SIGTERM)
     assert driver.wait(10) == 128 + signal.SIGTERM
-    assert history_of(folder).closed_as is None
+    assert history_of(searches.folder("run")).closed_as is None
 
 
 def test_of_two_searches_with_one_name_one_is_refused(searches: Searches) -> None:
-    drivers = [searches.start("run", "--trials", 3, script=SLOW) for _ in range(2)]
+    drivers = [searches.start("run", *SMALL) for _ in range(2)]
     codes = [driver.wait() for driver in drivers]
     assert sorted(codes) == [0, 2]
     assert "exists and is never overwritten" in drivers[codes.index(2)].output
-    assert len(history_of(searches.folder("run")).trials) == 3
+    assert len(history_of(searches.folder("run")).trials) == 4
 
 
-def test_a_run_that_is_under_way_cannot_be_resumed(searches: Searches) -> None:
-    folder = searches.folder("run")
-    driver = searches.start("run", "--trials", 4, *TWO, script=SLOW)
-    driver.wait_until(lambda: epochs_in(folder) > 0)
+def test_a_run_that_is_under_way_cannot_be_resumed(searches: Searches, held: Script) -> None:
+    driver = searches.start("run", *SMALL, *TWO, script=held)
+    driver.wait_until(lambda: held.is_held(0, 2))
     other = searches.resume("run")
     assert other.wait() == 2
     assert "in use" in other.output
+    held.release()
     assert driver.wait() == 0, driver.output
 
 
-def test_two_searches_run_side_by_side_on_one_ray(searches: Searches) -> None:
-    drivers = [
-        searches.start(name, "--trials", 4, "--max-concurrent", 1) for name in ("one", "two")
-    ]
-    assert [driver.wait() for driver in drivers] == [0, 0]
+def run_side_by_side(searches: Searches) -> None:
+    drivers = [searches.start(name, *SMALL, *ONE) for name in ("one", "two")]
+    assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output
     assert outcome_of(searches.folder("one")) == outcome_of(searches.folder("two"))
 
 
+@pytest.mark.slow
+def test_two_searches_run_side_by_side_on_one_ray(searches: Searches) -> None:
+    run_side_by_side(searches)
+
+
+@pytest.mark.slow
 def test_two_searches_run_side_by_side_each_with_a_ray_of_its_own(tmp_path: Path) -> None:
     with searches_in(tmp_path, address=None) as searches:
-        drivers = [
-            searches.start(name, "--trials", 3, "--max-concurrent", 1) for name in ("one", "two")
-        ]
-        assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output
-        assert outcome_of(searches.folder("one")) == outcome_of(searches.folder("two"))
+        run_side_by_side(searches)
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_trials(finished: Searches) -> None:
+def test_a_finished_run_says_so_and_is_resumed_with_more_trials(finished: Searches) -> None:
     folder = finished.folder("run")
     before = outcome_of(folder)
     driver = finished.resume("run")
@@ -142,8 +138,9 @@ def test_a_finished_run_says_so_and_goes_on_with_more_trials(finished: Searches)
 
     driver = finished.resume("run", "--trials", 6)
     assert driver.wait() == 0, driver.output
-    assert len(history_of(folder).trials) == 6
-    assert outcome_of(folder)[:4] == before
+    after = outcome_of(folder)
+    assert len(after) == 6
+    assert after[:4] == before
 
 
 @pytest.mark.parametrize("begin", ["start", "resume"])
@@ -157,40 +154,40 @@ def test_a_trial_that_fits_nowhere_is_refused_at_once(finished: Searches, begin:
     assert not finished.folder("other").exists()
 
 
-def test_a_used_up_time_budget_says_so_and_can_be_raised(searches: Searches) -> None:
+@pytest.mark.slow
+def test_a_used_up_time_budget_says_so_and_can_be_raised(searches: Searches, held: Script) -> None:
     folder = searches.folder("run")
-    script = Script(seconds=0.5)
-    driver = searches.start("run", "--trials", 3, "--time-budget", "5s", script=script)
+    driver = searches.start("run", *SMALL, *ONE, "--time-budget", "3s", script=held)
     assert driver.wait() == 0, driver.output
     history = history_of(folder)
     assert history.closed_as == "out of time"
     assert history.unfinished()
-    assert history.elapsed >= 5
+    assert history.elapsed >= 3
     driver = searches.resume("run")
     assert driver.wait() == 0
     assert "time budget" in driver.output
-    driver = searches.resume("run", "--time-budget", "1h")
+    held.release()
+    driver = searches.resume("run", "--time-budget", "1h", script=held)
     assert driver.wait() == 0, driver.output
-    assert len(history_of(folder).trials) == 3
+    assert len(history_of(folder).trials) == 4
     assert not history_of(folder).unfinished()
 
 
-def test_a_resume_says_what_has_changed_since(tmp_path: Path, cluster: Cluster) -> None:
-    space = tmp_path / "mine.yaml"
+@pytest.mark.slow
+def test_a_resume_says_what_has_changed_since(searches: Searches) -> None:
+    space = searches.path / "mine.yaml"
     space.write_text("epochs: 4\nparameters:\n  lr: {low: 0.001, high: 0.1, log: true}\n")
-    with searches_in(tmp_path, cluster.address) as searches:
-        settings: dict[str, Any] = {"script": SLOW, "prepare": partial(stop_after, 3)}
-        driver = searches.start("run", "--trials", 2, space=space, **settings)
-        assert driver.wait() == 128 + signal.SIGTERM, driver.output
-        search = searches.folder("run") / "search.yaml"
-        code = yaml.safe_load(search.read_text())["versions"]["code"]
-        search.write_text(search.read_text().replace(code, "0123456789ab"))
-        space.write_text(space.read_text().replace("high: 0.1", "high: 0.2"))
-        driver = searches.resume("run")
-        assert driver.wait() == 0, driver.output
-        output = " ".join(driver.output.split())
-        assert f"code was 0123456789ab, is now {code}" in output
-        assert re.search(r"mine.yaml: parameters.lr.high was 0.1, is now 0.2", output)
+    driver = searches.start("run", "--trials", 2, space=space, prepare=partial(stop_after, 3))
+    assert driver.wait() == 128 + signal.SIGTERM, driver.output
+    search = searches.folder("run") / "search.yaml"
+    code = yaml.safe_load(search.read_text())["versions"]["code"]
+    search.write_text(search.read_text().replace(code, "0123456789ab"))
+    space.write_text(space.read_text().replace("high: 0.1", "high: 0.2"))
+    driver = searches.resume("run")
+    assert driver.wait() == 0, driver.output
+    output = " ".join(driver.output.split())
+    assert f"code was 0123456789ab, is now {code}" in output
+    assert re.search(r"mine.yaml: parameters.lr.high was 0.1, is now 0.2", output)
 
 
 def stop_after(epochs: int) -> None:
@@ -208,11 +205,7 @@ def stop_after(epochs: int) -> None:
 
 def stop_before_the_first_trial() -> None:
     """Have this process take SIGTERM as soon as it has joined Ray."""
-
-    def stopping() -> Any:
-        signal.raise_signal(signal.SIGTERM)
-
-    replace(sharing, "living_nodes", stopping)
+    replace(packing, "living_nodes", lambda: signal.raise_signal(signal.SIGTERM))
 
 
 def test_sigterm_before_the_first_trial_has_its_exit_code_too(searches: Searches) -> None:
@@ -234,3 +227,42 @@ def test_an_error_as_a_session_begins_is_one_line(searches: Searches) -> None:
     assert driver.wait() == SearchFailedError.exit_code
     assert driver.output.startswith("error: cannot write to epochs.csv (No space left on device)")
     assert len(driver.output.splitlines()) == 1
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rich(tmp_path).folder.path
+    (folder / "report.html").mkdir()
+    draw_report(folder, None)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: the report could not be drawn (IsADirectoryError")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_search_confirms_its_winners_in_half_of_its_time_and_draws_its_report(
+    searches: Searches,
+) -> None:
+    options = ("--trials", 4, "--epochs", 3, "--time-budget", "5m", "--confirm", "--report")
+    driver = searches.start("ended", *options)
+    assert driver.wait() == 0, driver.output
+    folder = searches.folder("ended")
+    assert yaml.safe_load((folder / "search.yaml").read_text())["asked"]["time_budget"] == 300
+    said = " ".join(driver.output.split())
+    assert "for at most 2 min 30 s" in said
+    confirmed = "Over 5 fresh seeds on 1,000 training images"
+    assert confirmed in said
+    table = pd.read_csv(folder / "confirmed.csv")
+    assert list(table["n"]) == [5] * 4
+    assert list(table["images"]) == [1000] * 4
+    page = folder / "report.html"
+    assert driver.output.endswith(f"report: {page}\n")
+    assert ", finished; " in page.read_text()
+    assert confirmed in page.read_text()
+
+    again = searches.resume("ended")
+    assert again.wait() == 0, again.output
+    said = " ".join(again.output.split())
+    assert "all 4 trials are finished" in said
+    assert confirmed in said

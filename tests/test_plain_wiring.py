@@ -1,4 +1,4 @@
-"""Four things that Ray Tune's own wiring of Optuna and ASHA does, and what a search here does."""
+"""Four things that Ray Tune's own wiring of Optuna and ASHA does, and what a search does here."""
 
 import inspect
 import signal
@@ -101,7 +101,7 @@ def test_a_trial_that_diverges_ends_there_and_does_not_stay_running(
 
 @pytest.fixture(scope="module")
 def plain_killed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
-    """Epochs of a plain search that was killed in its second trial, then restored."""
+    """The epochs of a plain search that was killed in its second trial, then restored."""
     path = tmp_path_factory.mktemp("plain-killed")
     process = fork(plain_search, path / "output", cluster.address, path, [GOOD, LATE])
     wait_for(process, lambda: started_late(path), path / "output")
@@ -115,7 +115,7 @@ def plain_killed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def started_late(path: Path) -> bool:
-    """Say whether Tune's snapshot has the first trial ended and the second under way."""
+    """Return True once Tune's snapshot has the first trial ended and the second running."""
     snapshots = sorted((path / "plain").glob("experiment_state-*.json"))
     content = snapshots[-1].read_text() if snapshots else ""
     return "TERMINATED" in content and "RUNNING" in content
@@ -127,18 +127,17 @@ def ours_killed(
 ) -> Iterator[tuple[Path, Counter[str]]]:
     """The same search, killed as a trial starts that is to be stopped, then given one more."""
     with searches_in(tmp_path_factory.mktemp("ours-killed"), cluster.address) as searches:
-        notes = searches.path / "notes"
-        notes.mkdir()
-        script = replace(SCRIPT, notes=notes)
+        script = replace(SCRIPT, notes=searches.notes)
         call = stopped_in(ours)[0].number + 1
         prepare = partial(die_at, History, "start_trial", call, after=True)
         driver = searches.start("run", *OURS, script=script, prepare=prepare)
         assert driver.wait() == -signal.SIGKILL, driver.output
         driver = searches.resume("run", "--trials", 9, "--max-concurrent", 1, script=script)
         assert driver.wait() == 0, driver.output
-        yield searches.folder("run"), notes_of(notes)
+        yield searches.folder("run"), notes_of(searches.notes)
 
 
+@pytest.mark.slow
 def test_asha_remembers_what_it_saw_before_a_restart(
     plain_killed: Counter[str], ours: Path, ours_killed: tuple[Path, Counter[str]]
 ) -> None:
@@ -150,6 +149,7 @@ def test_asha_remembers_what_it_saw_before_a_restart(
     assert outcome_of(folder)[:8] == outcome_of(ours)
 
 
+@pytest.mark.slow
 def test_a_resumed_search_runs_nothing_again_and_may_have_more_trials(
     ours_killed: tuple[Path, Counter[str]],
 ) -> None:

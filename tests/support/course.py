@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from support.epochs import epoch_metrics
-from support.scripted import curve
+from support.scripted import curve, model_of
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
@@ -59,7 +59,7 @@ class Course:
         epoch = self.history.trials[number].epochs + 1
         metrics = epoch_metrics(epoch, val, test, **values)
         self.now += 1
-        model = f"{number} {epoch}".encode()
+        model = model_of(number, epoch)
         return self.experiment.report(number, metrics, f"after {epoch}".encode(), model)
 
     def trial(self, *accuracies: float) -> int:

@@ -1,6 +1,6 @@
 """Searches with scripted trials, each in a process of its own that a test can watch and kill.
 
-The processes are forked from one that has imported everything, so that a start costs little.
+The processes fork from one that has imported everything, so they start in a fraction of a second.
 """
 
 import csv
@@ -28,7 +28,13 @@ PATIENCE = 240.0  # seconds that anything may take
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tune_mnist.search", "support.scripted", "support.scripted_search"]
+    [
+        *("tune_mnist.search", "support.scripted_search"),
+        # What a search, or Tune in it, imports only on its way: seconds in each process.
+        *("alembic.command", "optuna.storages._rdb.storage", "ray.air.integrations.mlflow"),
+        *("ray.dag", "scipy.stats", "tensorboard.plugins.hparams.summary_v2"),
+        *("tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.event_file_writer"),
+    ]
 )
 
 
@@ -74,11 +80,9 @@ class Driver:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs."""
         return bool(self._process.is_alive())
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal."""
         if self._process.pid is not None:
             os.kill(self._process.pid, number)
 
@@ -88,7 +92,6 @@ class Driver:
         self._process.join(PATIENCE)
 
     def join(self, patience: float) -> None:
-        """Wait until it has ended, or that long."""
         self._process.join(patience)
 
     def wait(self, patience: float = PATIENCE) -> int:
@@ -112,8 +115,14 @@ class Searches:
         self.path, self._address = path, address
         self._drivers: list[Driver] = []
 
+    @property
+    def notes(self) -> Path:
+        """A folder for what workers note."""
+        folder = self.path / "notes"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def folder(self, run: str) -> Path:
-        """Return the folder of a run."""
         return self.path / run
 
     def start(
@@ -127,16 +136,15 @@ class Searches:
         )
 
     def resume(self, run: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin to go on with a run."""
+        """Begin to resume a run."""
         return self._begin("--resume", self.folder(run), *arguments, **settings)
 
     def resume_at(self, uri: str, machine: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin to go on with a copy, with a results folder of another machine's."""
+        """Begin to resume a copy, into a results folder as on another machine."""
         place = ("--resume", uri, "--results-dir", self.path / machine)
         return self._begin(*place, *arguments, **settings)
 
     def close(self) -> None:
-        """End what still runs."""
         for driver in self._drivers:
             driver.kill()
 
@@ -172,10 +180,18 @@ def epochs_in(path: Path) -> int:
 
 
 def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
+    """Return what a run's trials trained and reported, as it lies on disk."""
+    return outcome(history_of(path))
+
+
+def outcome(history: History) -> list[tuple[str, list[float]]]:
     """Return all trials of a run, by number: what they trained and what they reported."""
     return [
-        (repr((record.config, record.seed, record.state)), _accuracies(record.rows))
-        for record in history_of(path).trials.values()
+        (
+            repr((record.config, record.seed, record.state)),
+            [row.val_accuracy for row in record.rows],
+        )
+        for record in history.trials.values()
     ]
 
 
@@ -198,14 +214,14 @@ def table_of(folder: Path) -> dict[int, dict[str, str]]:
 
 
 def replace(owner: object, name: str, replacement: Any) -> Any:
-    """Put something in the place of an attribute, which is returned, for as long as we live."""
+    """Replace an attribute for as long as this process lives, and return the original."""
     original = getattr(owner, name)
     setattr(owner, name, replacement)
     return original
 
 
 def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
-    """Have this process kill itself at a call of a method, before it or after it."""
+    """Have this process kill itself at a call of a method, before or after it."""
     original = getattr(owner, method)
     left = [call]
 
@@ -219,10 +235,6 @@ def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
         return result
 
     setattr(owner, method, dying)
-
-
-def _accuracies(rows: list[Any]) -> list[float]:
-    return [row.val_accuracy for row in rows]
 
 
 def _search(

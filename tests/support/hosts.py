@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import ray
 from ray.exceptions import RpcError
 
 import tune_mnist
+from support.heads import PATIENCE, RAY, wait_until
 
-PATIENCE = 120.0  # seconds that Ray may take to start on a host
 CLONE_NEWNET = 0x40000000
 # Ray finds a host that is cut off within ten seconds instead of half a minute.
 QUICK = {
@@ -46,8 +45,7 @@ class Host:
     def start_ray(self, *arguments: str, hidden: str | None = None) -> subprocess.Popen[bytes]:
         """Begin a Ray node here; with a folder to hide from it, on a disk of its own."""
         command = [
-            *(sys.executable, "-c", "from ray.scripts.scripts import main; main()"),
-            *("start", "--block", "--disable-usage-stats", "--num-cpus=2"),
+            *(sys.executable, *RAY, "start", "--block", "--disable-usage-stats", "--num-cpus=2"),
             *(f"--node-ip-address={self.address}", f"--object-store-memory={200 << 20}"),
             *arguments,
         ]
@@ -63,7 +61,7 @@ class Host:
         )
 
     def cut_off(self) -> None:
-        """Take it off the network; what runs there goes on."""
+        """Take it off the network; what runs there keeps running."""
         ip("-n", self.name, "link", "set", "eth0", "down")
 
     def kill(self) -> None:
@@ -73,7 +71,7 @@ class Host:
                 os.kill(int(pid), signal.SIGKILL)
 
     def enter(self) -> None:
-        """Have this process be on this host from now on."""
+        """Move this process to this host."""
         with open(f"/run/netns/{self.name}") as namespace:  # noqa: PTH123
             if ctypes.CDLL(None).setns(namespace.fileno(), CLONE_NEWNET):
                 raise OSError(f"could not enter {self.name}")
@@ -89,7 +87,7 @@ def ip(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def network(count: int) -> Iterator[list[Host]]:
-    """Provide so many hosts that reach each other; whatever runs on them ends with it.
+    """Provide so many hosts that reach each other, and end all that runs on them.
 
     Where that is not permitted, the test is skipped.
     """
@@ -140,7 +138,7 @@ class Cluster:
         ]
 
     def add(self, *hosts: Host) -> None:
-        """Have hosts join, and wait until they have."""
+        """Add hosts and wait until they have joined."""
         self._wait_for([self.head])  # who comes before it is up gives up
         self._processes += [
             host.start_ray(f"--address={self.address}", hidden=self.temp_dir) for host in hosts
@@ -148,15 +146,10 @@ class Cluster:
         self._wait_for(hosts)
 
     def _wait_for(self, hosts: Sequence[Host]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not {host.address for host in hosts} <= self.alive():
-            assert time.monotonic() < deadline, "Ray has not started on a host"
-            for process in self._processes:
-                assert process.poll() is None, "Ray could not start on a host"
-            time.sleep(0.05)
+        wait_until(lambda: {host.address for host in hosts} <= self.alive(), *self._processes)
 
     def alive(self) -> set[str]:
-        """Return the addresses of the hosts that the head takes to be alive."""
+        """Return the addresses of the hosts that are alive as far as the head knows."""
         with contextlib.suppress(OSError, RpcError):
             socket.create_connection((self.head.address, 6379), timeout=1).close()
             client = ray._raylet.GcsClient(address=self.address)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from support.drivers import Searches, searches_in
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A cluster of one node with two CPUs; only this process and its searches know of it."""
+    """A cluster of one node with two CPUs that only this process and its searches know."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-") as temp_dir:  # sockets need a short path
         arguments = {
             "num_cpus": 2,

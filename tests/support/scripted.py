@@ -32,6 +32,7 @@ class Script:
     killed_after: tuple[int, ...] = ()  # trials whose worker dies as it lets go of them
     raising: Faults = field(default_factory=dict)
     diverging: Faults = field(default_factory=dict)
+    held: Faults = field(default_factory=dict)  # until `release`, before the epoch
     hanging: Faults = field(default_factory=dict)
     allocating: Faults = field(default_factory=dict)  # until there is no memory left
     memory: int = 0  # bytes beyond what it has, the most that an allocating worker gets; 0: all
@@ -55,7 +56,7 @@ class Script:
         return TrialEpoch(
             metrics=_metrics(epoch, math.nan if diverges else accuracy, self.seconds),
             state=f"{epoch} ".encode().ljust(self.state_size, b"."),
-            model=partial(_model, assignment.number, epoch),
+            model=partial(model_of, assignment.number, epoch),
         )
 
     def _suffer(self, number: int, epoch: int) -> None:
@@ -65,19 +66,39 @@ class Script:
             os.kill(os.getpid(), signal.SIGKILL)
         if epoch in self.raising.get(number, ()):
             raise RuntimeError(f"no luck\nin epoch {epoch}")
+        if epoch in self.held.get(number, ()):
+            self._wait_for_release(f"{number}-{epoch}")
         if epoch in self.hanging.get(number, ()):
             time.sleep(3600)
         if epoch in self.allocating.get(number, ()):
             _allocate(self.memory)
 
     def _is_first(self, name: str) -> bool:
-        if self.notes is None:
-            raise ValueError("a script with killed_once needs a folder for its notes")
         try:
-            (self.notes / name).touch(exist_ok=False)
+            self._path(name).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
+
+    def _wait_for_release(self, name: str) -> None:
+        self._path(f"held-{name}").touch()
+        while not self._path(f"released-{name}").exists():
+            time.sleep(0.005)
+
+    def is_held(self, number: int, epoch: int) -> bool:
+        """Return True once a worker waits before this epoch."""
+        return self._path(f"held-{number}-{epoch}").exists()
+
+    def release(self, *trials: int) -> None:
+        """Let these trials continue, or all that are held; they are not held there again."""
+        for number in trials or self.held:
+            for epoch in self.held[number]:
+                self._path(f"released-{number}-{epoch}").touch()
+
+    def _path(self, name: str) -> Path:
+        if self.notes is None:
+            raise ValueError("this script needs a folder for its notes")
+        return self.notes / name
 
     def _note(self, name: str, line: str) -> None:
         if self.notes is not None:
@@ -115,8 +136,8 @@ def _metrics(epoch: int, accuracy: float, seconds: float) -> EpochMetrics:
     )
 
 
-def _model(number: int, epoch: int) -> bytes:
-    return f"model of trial {number} at epoch {epoch}".encode()
+def model_of(number: int, epoch: int) -> bytes:
+    return f"{number} {epoch}".encode()
 
 
 def _allocate(limit: int) -> None:
