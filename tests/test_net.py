@@ -1,17 +1,17 @@
-from typing import Any
+import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.net import Net, layer_table
 
-Row = tuple[str, tuple[int, ...], int]
+Row = tuple[str, list[int], int]
 
 
 def block(channels: int, side: int, convolution_parameters: int) -> list[Row]:
-    shape = (channels, side, side)
+    shape = [channels, side, side]
     return [
         ("Conv2d", shape, convolution_parameters),
         ("ReLU", shape, 0),
@@ -27,39 +27,50 @@ ROWS: list[Row] = [
     *block(8, 22, 264),
     *block(16, 20, 1168),
     *block(32, 18, 4640),
-    ("MaxPool2d", (32, 9, 9), 0),
+    ("MaxPool2d", [32, 9, 9], 0),
     *block(8, 9, 264),
     *block(16, 7, 1168),
-    ("Conv2d", (32, 5, 5), 4640),
-    ("Linear", (10,), 8010),
+    ("Conv2d", [32, 5, 5], 4640),
+    ("Linear", [10], 8010),
 ]
 
 
-def layer_rows(net: nn.Module, images: Tensor) -> list[Row]:
-    """Type, output shape and parameter count of every leaf layer, in the order they run."""
-    rows: list[Row] = []
+def test_the_table_shows_exactly_these_35_layers_and_their_totals() -> None:
+    table = layer_table(Net())
+    lines = re.findall(r"^(\w+)-(\d+) +\[(.+?)\] +([\d,]+)$", table, re.MULTILINE)
+    assert [int(number) for _, number, *_ in lines] == list(range(1, 36))
+    assert [
+        (kind, [int(side) for side in shape.split(",")], int(count.replace(",", "")))
+        for kind, _, shape, count in lines
+    ] == ROWS
+    outputs = sum(torch.Size(shape).numel() for _, shape, _ in ROWS)
+    for line in (
+        "Total params: 26,314",
+        "Trainable params: 26,314",
+        "Non-trainable params: 0",
+        f"Input size (MB): {28 * 28 * 4 / 2**20:.3f}",
+        f"Forward/backward pass size (MB): {2 * outputs * 4 / 2**20:.3f}",
+        f"Params size (MB): {26_314 * 4 / 2**20:.3f}",
+    ):
+        assert line in table
 
-    def note(layer: nn.Module, _: Any, output: Tensor) -> None:
-        count = sum(parameter.numel() for parameter in layer.parameters())
-        rows.append((type(layer).__name__, tuple(output.shape[1:]), count))
 
-    for layer in net.modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(note)
-    net(images)
-    return rows
+def test_frozen_parameters_are_not_counted_as_trainable() -> None:
+    net = Net()
+    net.classifier.requires_grad_(False)
+    table = layer_table(net)
+    assert "Trainable params: 18,304" in table
+    assert "Non-trainable params: 8,010" in table
 
 
-def test_the_net_has_exactly_these_35_layers() -> None:
-    rows = layer_rows(Net(), torch.rand(2, 1, 28, 28))
-    assert len(ROWS) == 35
-    assert rows == ROWS
-
-
-def test_all_26314_parameters_are_trainable() -> None:
-    parameters = list(Net().parameters())
-    assert sum(parameter.numel() for parameter in parameters) == 26_314
-    assert all(parameter.requires_grad for parameter in parameters)
+def test_drawing_the_table_changes_nothing() -> None:
+    net = Net()
+    random_state = torch.get_rng_state()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    layer_table(net)
+    assert net.training
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_layers_are_plain() -> None:

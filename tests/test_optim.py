@@ -1,21 +1,29 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch.optim.lr_scheduler import (
-    CosineAnnealingLR,
-    LambdaLR,
-    LRScheduler,
-    OneCycleLR,
-    StepLR,
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, StepLR
+
+from tune_mnist.benchmarks.textbook import build_optimizer
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.optim import (
+    FLAT_OPTIMIZERS,
+    FlatNet,
+    averaging_decay,
+    flat,
+    learning_rates,
+    step_table,
+    table_columns,
 )
 
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.optim import averaging_decay, learning_rates
-
 EPOCHS, STEPS = 7, 13
+SGD = TrainConfig(lr=0.1)
+ADAMW = TrainConfig(optimizer="adamw", lr=0.01)
 
 
 def rates_of(scheduler: LRScheduler, *, steps_between: int) -> npt.NDArray[np.float64]:
@@ -29,43 +37,38 @@ def rates_of(scheduler: LRScheduler, *, steps_between: int) -> npt.NDArray[np.fl
     return np.array(rates)
 
 
-def sgd(lr: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+def assert_rates(schedule: dict[str, Any], make: Any, steps_between: int = 1) -> None:
+    """A schedule's rates equal those of the scheduler that is made for an optimizer."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    found = learning_rates(TrainConfig(lr=0.2, **schedule), epochs=EPOCHS, steps_per_epoch=STEPS)
+    expected = rates_of(make(optimizer), steps_between=steps_between)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_a_constant_rate_stays_the_same() -> None:
-    expected = rates_of(LambdaLR(sgd(0.03), lambda _: 1.0), steps_between=1)
-    found = learning_rates(TrainConfig(lr=0.03), epochs=EPOCHS, steps_per_epoch=STEPS)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert_rates({}, lambda optimizer: LambdaLR(optimizer, lambda _: 1.0))
 
 
 @pytest.mark.parametrize(("every", "factor"), [(1, 0.5), (2, 0.1), (3, 1.0), (50, 0.1)])
 def test_the_step_schedule_equals_torchs(every: int, factor: float) -> None:
-    config = TrainConfig(lr=0.2, schedule="step", step_every=every, step_factor=factor)
-    expected = rates_of(StepLR(sgd(0.2), every, factor), steps_between=STEPS)
-    found = learning_rates(config, epochs=EPOCHS, steps_per_epoch=STEPS)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    schedule = {"schedule": "step", "step_every": every, "step_factor": factor}
+    assert_rates(schedule, lambda optimizer: StepLR(optimizer, every, factor), STEPS)
 
 
 def test_the_cosine_schedule_equals_torchs() -> None:
-    config = TrainConfig(lr=0.2, schedule="cosine")
-    expected = rates_of(CosineAnnealingLR(sgd(0.2), EPOCHS * STEPS), steps_between=1)
-    found = learning_rates(config, epochs=EPOCHS, steps_per_epoch=STEPS)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    total = EPOCHS * STEPS
+    assert_rates({"schedule": "cosine"}, lambda optimizer: CosineAnnealingLR(optimizer, total))
 
 
 @pytest.mark.parametrize("peak_position", [0.05, 0.3, 0.5, 0.99])
 def test_the_onecycle_schedule_equals_torchs(peak_position: float) -> None:
-    config = TrainConfig(lr=0.2, schedule="onecycle", peak_position=peak_position)
-    scheduler = OneCycleLR(
-        sgd(0.2),
-        max_lr=0.2,
-        total_steps=EPOCHS * STEPS,
-        pct_start=peak_position,
-        cycle_momentum=False,
+    total = EPOCHS * STEPS
+    assert_rates(
+        {"schedule": "onecycle", "peak_position": peak_position},
+        lambda optimizer: OneCycleLR(
+            optimizer, 0.2, total, pct_start=peak_position, cycle_momentum=False
+        ),
     )
-    found = learning_rates(config, epochs=EPOCHS, steps_per_epoch=STEPS)
-    np.testing.assert_allclose(found, rates_of(scheduler, steps_between=1), rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "onecycle"])
@@ -85,3 +88,61 @@ def test_an_average_keeps_little_of_its_start_and_then_the_decay_asked_for() -> 
     assert kept[0] == 0.1
     np.testing.assert_allclose(kept, np.minimum(0.9, np.arange(1, 201) / np.arange(10, 210)))
     assert (kept[-100:] == 0.9).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SGD,
+        replace(SGD, momentum=0),
+        replace(SGD, momentum=0.7, nesterov=True, weight_decay=0.05),
+        replace(SGD, momentum=0, weight_decay=0.3),
+        ADAMW,
+        replace(ADAMW, beta1=0.5, beta2=0.9, weight_decay=0.5),
+        replace(ADAMW, beta1=0, beta2=0),
+    ],
+)
+def test_many_steps_of_an_optimizer_equal_torchs(config: TrainConfig) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Linear(30, 20)
+    weights = layer.weight.detach().flatten().clone()
+    ours, theirs = FLAT_OPTIMIZERS[config.optimizer](weights), build_optimizer(layer, config)
+    rates = config.lr * np.linspace(0.1, 1, 40)
+    # In two parts, as epochs are.
+    table = torch.cat([step_table(config, rates[:15], 0), step_table(config, rates[15:], 15)])
+    for rate, row in zip(rates, table, strict=True):
+        gradient = torch.randn(20, 30, generator=generator)
+        layer.weight.grad, layer.bias.grad = gradient, torch.zeros(20)
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        numbers = dict(zip(table_columns(config.optimizer), row, strict=True))
+        ours.update(gradient.flatten(), numbers)
+    torch.testing.assert_close(weights.view(20, 30), layer.weight.detach(), rtol=1e-5, atol=1e-6)
+    state = theirs.state[layer.weight]
+    for name, buffer in ours.buffers.items():
+        if name in state:
+            torch.testing.assert_close(buffer.view(20, 30), state[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_flat_net_is_the_net_whose_state_it_copied() -> None:
+    torch.manual_seed(3)
+    net = Net(0.0).to(memory_format=torch.channels_last)
+    images = torch.randn(6, 1, 28, 28)
+    net.train()(images)  # batch norm's statistics are then its own
+    found = FlatNet(torch.device("cpu"))
+    found.copy_from(net.state_dict())
+    assert torch.equal(found.net.eval()(images), net.eval()(images))
+    state = found.state_dict(found.vector, batches=1)
+    assert state.keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(state[name], value), name
+    assert torch.equal(flat(net.parameters()), found.weights)
+
+
+def test_a_flat_nets_vector_is_its_weights() -> None:
+    found = FlatNet(torch.device("cpu"))
+    found.vector.fill_(0.5)
+    assert all((weight == 0.5).all() for weight in found.net.parameters())
+    assert sum(weight.numel() for weight in found.net.parameters()) == len(found.weights) == 26_314
+    found.weights[-1] = 2.0
+    assert found.net.classifier.bias[-1] == 2.0

@@ -9,9 +9,9 @@ from PIL import Image
 import tune_mnist
 from tune_mnist.cli import exit_code
 from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.checkpoint import load_model, pack_model
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist
-from tune_mnist.mnist.model_file import load_model, pack_model
 from tune_mnist.mnist.net import Net
 from tune_mnist.predict import PredictSettings, predict
 

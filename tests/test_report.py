@@ -16,8 +16,8 @@ from support.recorded import RecordedSearch
 from support.reported import EVIL, all_failed, empty, rich, write_search
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.checkpoint import pack_model
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.model_file import pack_model
 from tune_mnist.mnist.net import Net
 from tune_mnist.reporting.page import report_path, write_report
 from tune_mnist.reporting.statistics import most_at_once

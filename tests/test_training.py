@@ -1,7 +1,6 @@
 import math
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from io import BytesIO
 from typing import Any
@@ -12,14 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tune_mnist.benchmarks.textbook import build_optimizer, build_schedule
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist import host_run
+from tune_mnist.mnist import step, training
+from tune_mnist.mnist.checkpoint import State, load_weights, raw_weights
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, Split, split
-from tune_mnist.mnist.evaluation import Score, evaluate
 from tune_mnist.mnist.images import normalised, scaled
-from tune_mnist.mnist.losses import smoothed_loss
-from tune_mnist.mnist.training import EpochResult, load_weights, train
+from tune_mnist.mnist.training import (
+    DIVERGENCE_CHECK_EVERY,
+    EpochResult,
+    Run,
+    draw_net,
+    draw_order,
+    draw_seeds,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SGD = TrainConfig(
     lr=0.05,
@@ -90,6 +99,48 @@ def test_a_run_resumed_after_any_epoch_ends_as_the_unbroken_one(
         assert all(map(same, resumed, unbroken[done:]))
 
 
+@pytest.mark.usefixtures("in_double")
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(lr=0.05, nesterov=True, weight_decay=1e-3, batch_size=16, dropout=0),
+        TrainConfig(optimizer="adamw", lr=0.01, weight_decay=0.1, batch_size=16, dropout=0),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_a_run_is_that_of_plain_modules_with_torchs_optimizer_and_schedule(
+    small_mnist: Mnist, config: TrainConfig
+) -> None:
+    config = replace(config, schedule="onecycle")
+    data = split(small_mnist, holdout=True, images=72)  # four batches of 16 and one of 8
+    run = Run(config, data, epochs=2, seed=3)
+    found = torch.cat([run.train_epoch(done)[1] for done in range(2)])
+    expected = losses_by_torch(config, data, epochs=2, seed=3)
+    assert expected[0] - expected[-1] > 0.3  # it learns
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def losses_by_torch(config: TrainConfig, data: Split, epochs: int, seed: int) -> Tensor:
+    """The losses of the plain modules with torch's optimizer and schedule, [steps]."""
+    net = draw_net(config, seed)
+    optimizer = build_optimizer(net, config)
+    steps = math.ceil(len(data.train_labels) / config.batch_size)
+    schedule = build_schedule(optimizer, config, epochs, steps)
+    losses = []
+    for epoch in range(1, epochs + 1):
+        order = draw_order(len(data.train_labels), draw_seeds(seed, epoch)[0])
+        for batch in torch.split(order, config.batch_size):
+            images = normalised(scaled(torch.from_numpy(data.train_images)[batch]).double())
+            labels = torch.from_numpy(data.train_labels)[batch].long()
+            optimizer.zero_grad()
+            loss = functional.nll_loss(net.train()(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def test_a_seed_decides_all(data: Split) -> None:
     first, second, other = (next(train(SGD, data, epochs=1, seed=seed)) for seed in (5, 5, 6))
     assert same(first, second)
@@ -141,6 +192,9 @@ def test_averaged_weights_are_evaluated_while_raw_ones_train_on(data: Split) -> 
     assert averaged.metrics.train_loss == plain.metrics.train_loss
     assert averaged.weights != plain.weights
     assert averaged.metrics.test_loss != plain.metrics.test_loss
+    assert content(raw_weights(averaged.state)) == content(plain.weights)
+    average = content(averaged.state)["average"]
+    assert average["steps"] == average["net"]["features.2.num_batches_tracked"] == 5
 
 
 def test_without_a_holdout_validation_is_nan_and_not_divergence(small_mnist: Mnist) -> None:
@@ -181,7 +235,7 @@ def test_every_image_is_seen_once_an_epoch_in_another_order(
         seen.append(images.clone())
         return scaled(images)
 
-    monkeypatch.setattr(host_run, "scaled", note)
+    monkeypatch.setattr(step, "scaled", note)
     list(train(PLAIN, data, epochs=2, seed=1))
     first, second = torch.cat(seen[:5]).flatten(1), torch.cat(seen[5:]).flatten(1)
     assert not torch.equal(first, second)
@@ -204,7 +258,7 @@ def test_a_diverged_epoch_ends_early_and_is_the_last(data: Split) -> None:
     result = results[-1]
     assert result.metrics.diverged_step is not None
     assert result.metrics.diverged_step <= steps[-1] < 75
-    assert steps[-1] < result.metrics.diverged_step + host_run.DIVERGENCE_CHECK_EVERY
+    assert steps[-1] < result.metrics.diverged_step + DIVERGENCE_CHECK_EVERY
     assert result.metrics.epoch == len(results) < 3
     assert not math.isfinite(result.metrics.train_loss)
     for name in ("val_loss", "val_accuracy", "test_loss", "test_accuracy"):
@@ -214,8 +268,7 @@ def test_a_diverged_epoch_ends_early_and_is_the_last(data: Split) -> None:
 def test_a_net_lost_only_in_evaluation_has_diverged(
     data: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = Score(images=200, correct=20, loss=math.inf)
-    monkeypatch.setattr(host_run, "evaluate", lambda *_: lost)
+    monkeypatch.setattr(training, "tally", lambda *_: torch.tensor([20.0, torch.inf]))
     (result,) = train(PLAIN, data, epochs=3, seed=1)
     assert result.metrics.diverged_step == 5
     assert math.isfinite(result.metrics.train_loss)
@@ -235,6 +288,26 @@ def test_a_state_of_another_run_is_refused(data: Split, other: dict[str, object]
     asked: dict[str, object] = {"config": PLAIN, "seed": 1} | other
     with pytest.raises(ConfigError, match="another configuration, seed or number of images"):
         next(train(asked["config"], data, epochs=2, seed=asked["seed"], state=state))  # type: ignore[arg-type]
+
+
+def test_a_state_with_the_optimizers_memory_in_another_form_is_refused(data: Split) -> None:
+    run = Run(PLAIN, data, epochs=2, seed=3)
+    run.train_epoch(0)
+    state, of_torch = run.state, State(state={}, param_groups=[])  # as torch's optimizers have it
+    run.state = state | {"optimizer": of_torch}
+    with pytest.raises(ConfigError, match="another version"):
+        run.train_epoch(1)
+    run.state = state
+    run.train_epoch(1)
+
+
+def test_a_state_is_left_alone_by_the_steps_that_follow(data: Split) -> None:
+    run = Run(PLAIN, data, epochs=2, seed=3)
+    run.train_epoch(0)
+    first = run.state
+    before = {name: value.clone() for name, value in first["net"].items()}
+    run.train_epoch(1)
+    assert all(torch.equal(first["net"][name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("size", [0, 10, 5000])
@@ -259,32 +332,9 @@ def test_read_only_images_train_without_a_warning_and_stay_as_they_are(data: Spl
     np.testing.assert_array_equal(data.train_images, before)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 10, generator=generator)
-    labels = torch.randint(10, (50,), generator=generator)
-    found = smoothed_loss(functional.log_softmax(logits, 1), labels, smoothing)
-    torch.testing.assert_close(
-        found, functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-    )
-
-
 def test_a_single_image_trains(small_mnist: Mnist) -> None:
     data = split(small_mnist, holdout=True, images=1)
     assert math.isfinite(next(train(PLAIN, data, epochs=1, seed=1)).metrics.train_loss)
-
-
-def test_nothing_to_score_is_nan() -> None:
-    net = load_weights(next(tiny_run()).weights)
-    score = evaluate(net, torch.empty(0, 28, 28, dtype=torch.uint8), torch.empty(0).long())
-    assert math.isnan(score.accuracy)
-    assert not score.lost
-
-
-def tiny_run() -> Iterator[EpochResult]:
-    images, labels = np.zeros((2, 28, 28), np.uint8), np.zeros(2, np.uint8)
-    return train(PLAIN, Split(*(images, labels) * 3), epochs=1, seed=0)
 
 
 def test_two_epochs_on_3000_images_learn(mnist: Mnist, small_mnist: Mnist) -> None:

@@ -32,7 +32,7 @@ def load(run: str | os.PathLike[str]) -> Net:
         ConfigError: no model is there, or none that can be read.
     """
     # Not above: whoever imports the package may not need torch, which takes seconds.
-    from tune_mnist.mnist.model_file import load_model
+    from tune_mnist.mnist.checkpoint import load_model
 
     path = Path(run)
     return load_model(path / "best.pt" if path.is_dir() else path).net

@@ -12,19 +12,19 @@ from cyclopts import Parameter
 from tune_mnist.cli import run, tell
 from tune_mnist.errors import ConfigError
 
-SURE = 0.9  # of less than that, the second guess is told as well
+SURE = 0.9  # below that, the second guess is printed as well
 
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Read the digit in each image file and say how sure that is.
+    """Read the digit in each image file, and print how sure the model is.
 
-    Any size, dark on light or light on dark, in colour or with a transparent background: one
-    digit, upright.
+    An image may have any size, be dark on light or light on dark, in colour or transparent; it
+    must hold one digit, upright.
     """
 
     run: Annotated[Path | None, Parameter(show_default=False)] = None
-    """Folder of a search, whose best model reads; or the file of a model."""
+    """Folder of a search, whose best model is used; or the file of a model."""
 
     images: Annotated[tuple[Path, ...], Parameter(negative="", show_default=False)] = ()
     """Image files, each with one digit."""
@@ -32,14 +32,14 @@ class PredictSettings:
     _: KW_ONLY
 
     show: bool = False
-    """Also draw what the model sees, 28 by 28, with characters."""
+    """Also draw what the model sees, 28 by 28, in characters."""
 
 
 def predict(settings: PredictSettings) -> None:
     """Read the digits.
 
     Raises:
-        ConfigError: there is no model, or an image could not be read; the others are.
+        ConfigError: there is no model, or an image cannot be read; the other images are.
     """
     if settings.run is None or not settings.images:
         raise ConfigError("name a run's folder and one or more image files")

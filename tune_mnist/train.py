@@ -9,12 +9,16 @@ All 60,000 training images are trained on, and the test set is measured after ev
 """
 
 import os
+import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from tune_mnist.cli import Interrupted, heeding_interrupts, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
@@ -26,7 +30,6 @@ from tune_mnist.mnist.config import (
     override,
     read_config,
 )
-from tune_mnist.mnist.step_bar import StepBar
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from tune_mnist.mnist.training import EpochResult
 
 DEFAULT_EPOCHS = 20
+DRAW_EVERY = 0.1  # seconds between two drawings of the bar
 
 AtLeast0 = Parameter(validator=Number(gte=0))
 AtLeast1 = Parameter(validator=Number(gte=1))
@@ -51,7 +55,7 @@ class TrainSettings:
     """Train one configuration of the net and test it after every epoch.
 
     Without options this is the reference baseline: SGD at a constant rate, 20 epochs on all
-    60,000 training images. MNIST is fetched when it is not there yet.
+    60,000 training images. MNIST is fetched when it is missing.
     """
 
     config: Path | None = None
@@ -63,7 +67,7 @@ class TrainSettings:
     """One hyperparameter as NAME=VALUE, over the file's; may be given several times."""
 
     run: Path | None = None
-    """Folder of a search, one of whose trials' configuration is trained; needs --trial."""
+    """Folder of a search, one of whose trials is trained again; needs --trial."""
 
     trial: Annotated[int | None, AtLeast0] = None
     """Number of that trial, as in the run's best.csv."""
@@ -104,13 +108,11 @@ def train_by(settings: TrainSettings) -> None:
     import torch
 
     from tune_mnist.mnist.data import load_mnist, split
-    from tune_mnist.mnist.fused import keep_freed_memory
     from tune_mnist.mnist.net import Net, layer_table
     from tune_mnist.mnist.training import train
 
     device = chosen_device(settings.device)
     check_precision(settings.precision, device)
-    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     data = split(load_mnist(settings.data_dir), holdout=False, images=settings.images)
@@ -150,9 +152,7 @@ def train_by(settings: TrainSettings) -> None:
 
 
 def chosen_config(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration to train, the --set values over it.
-
-    It is the file's, or that of a search's trial, or the baseline.
+    """Return the configuration to train: the file's, a trial's or the baseline, under --set.
 
     Raises:
         ConfigError: a file cannot be read, or a name or value is not usable.
@@ -187,7 +187,7 @@ def config_of_trial(settings: TrainSettings) -> TrainConfig:
 
 
 def chosen_epochs(settings: TrainSettings) -> int:
-    """Return how long to train: as asked, or as long as the run's trials may, or 20 epochs."""
+    """Return --epochs, or as many as the run's trials may train, or 20."""
     if settings.epochs is not None:
         return settings.epochs
     if settings.run is not None:
@@ -197,7 +197,7 @@ def chosen_epochs(settings: TrainSettings) -> int:
 
 
 def chosen_device(device: str) -> str:
-    """Turn "auto" into what there is.
+    """Return "cpu" or "cuda"; "auto" is a GPU where torch can use one.
 
     Raises:
         ConfigError: "cuda" without a GPU that torch can use.
@@ -211,8 +211,61 @@ def chosen_device(device: str) -> str:
     return device
 
 
+class _Bar(tqdm):  # type: ignore[misc]
+    def __del__(self) -> None:
+        """Do not close: StepBar does, and Ctrl-C may have kept this one from being finished."""
+
+
+class StepBar:
+    """The progress of an epoch: a live bar on a terminal, elsewhere one line when it has ended."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __enter__(self) -> None:
+        self.done = 0
+        self.prefix = ""
+        self.began = self.drawn = time.perf_counter()
+        self.bar = None
+        if sys.stdout.isatty():
+            # Told its size: a container's terminal may report 0 x 0, where tqdm draws nothing.
+            self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=terminal_columns(), nrows=2)
+
+    def step(self, number: int, loss: "Tensor") -> None:
+        """Show a step (1-based) and its loss."""
+        self.done = number
+        now = time.perf_counter()
+        last = number == self.steps
+        # Looking at the loss waits for a GPU: only as often as an eye can follow.
+        if last or now - self.drawn >= DRAW_EVERY:
+            self.drawn = now
+            self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
+            if self.bar is not None:
+                self.bar.n, self.bar.ncols = number, terminal_columns()
+                self.bar.set_description(self.prefix)
+        if last:
+            self._finish()  # now, and not after the evaluation, which is no step of the epoch
+
+    def _finish(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.prefix:
+            elapsed = time.perf_counter() - self.began
+            style = {"prefix": self.prefix, "ncols": 100, "ascii": True}
+            tell(tqdm.format_meter(self.done, self.steps, elapsed, **style))
+
+    def __exit__(self, *exception: object) -> None:
+        if self.done < self.steps:  # diverged or interrupted
+            self._finish()
+
+
+def terminal_columns() -> int:
+    """Return the terminal's present width."""
+    return shutil.get_terminal_size().columns
+
+
 def describe(config: TrainConfig) -> str:
-    """Say on one line in what a configuration differs from the baseline."""
+    """Return one line on how a configuration differs from the baseline."""
     changed = {
         name: value
         for name, value in config.as_dict().items()
@@ -232,7 +285,7 @@ def check_converging(result: "EpochMetrics", config: TrainConfig) -> None:
 
 
 def test_line(result: "EpochMetrics", images: int) -> str:
-    """Say how the epoch did on so many test images."""
+    """Return the line on an epoch's result on so many test images."""
     return (
         f"Test set: Average loss: {result.test_loss:.4f}, "
         f"Accuracy: {result.test_correct}/{images} ({result.test_accuracy:.2%})"
@@ -240,7 +293,7 @@ def test_line(result: "EpochMetrics", images: int) -> str:
 
 
 def summary(done: "list[EpochMetrics]") -> str:
-    """Say how the best and the last epoch did."""
+    """Return the last line: the last and the best epoch."""
     if not done:
         return "No epoch was finished."
     best = max(done, key=lambda result: result.test_accuracy)
@@ -271,7 +324,7 @@ def save(
     Raises:
         TuneMnistError: the file cannot be written; an earlier one stays as it was.
     """
-    from tune_mnist.mnist.model_file import pack_model
+    from tune_mnist.mnist.checkpoint import pack_model
 
     content = pack_model(
         config,

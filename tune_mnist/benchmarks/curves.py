@@ -21,12 +21,13 @@ from torch import Tensor
 from tune_mnist.benchmarks.measurements import usable_cores, write_file
 from tune_mnist.benchmarks.settings import CurvesSettings
 from tune_mnist.cli import tell
+from tune_mnist.mnist.checkpoint import load_weights, raw_weights
 from tune_mnist.mnist.config import TrainConfig, Value
+from tune_mnist.mnist.cpu import backend
 from tune_mnist.mnist.data import load_mnist, split
-from tune_mnist.mnist.evaluation import Score, evaluate
-from tune_mnist.mnist.fused import keep_freed_memory
+from tune_mnist.mnist.forward import Score, evaluate
 from tune_mnist.mnist.images import SplitTensors
-from tune_mnist.mnist.training import EpochResult, load_weights, raw_weights, train
+from tune_mnist.mnist.training import EpochResult, train
 from tune_mnist.runs.space import load_space
 
 
@@ -77,7 +78,6 @@ def _drawn(settings: CurvesSettings) -> list[Recording]:
 def record(recording: Recording) -> list[dict[str, Any]]:
     """Train one configuration and return its rows, one an epoch."""
     torch.set_num_threads(1)
-    keep_freed_memory()
     return list(_rows(recording))
 
 
@@ -97,7 +97,7 @@ def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
     }
     for result in train(config, data, epochs=recording.epochs, seed=recording.number):
         metrics = result.metrics
-        raw = _score(raw_weights(result), result, tensors.val_images, tensors.val_labels)
+        raw = _score(raw_weights(result.state), result, tensors.val_images, tensors.val_labels)
         row = {
             "config": recording.number,
             "epoch": metrics.epoch,
@@ -111,7 +111,7 @@ def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
         }
         if metrics.epoch == recording.epochs:
             test = tensors.test_images, tensors.test_labels
-            row["test_accuracy"] = _score(raw_weights(result), result, *test).accuracy
+            row["test_accuracy"] = _score(raw_weights(result.state), result, *test).accuracy
             row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
         yield {**row, "diverged_step": metrics.diverged_step, **columns}
 
@@ -120,7 +120,8 @@ def _score(weights: bytes, result: EpochResult, images: Tensor, labels: Tensor) 
     """Score weights of an epoch, unless it diverged."""
     if result.metrics.diverged_step is not None:
         return Score()
-    return evaluate(load_weights(weights), images, labels)
+    net = load_weights(weights)
+    return evaluate(net, images, labels, backend(net, threads=1))
 
 
 def _rounded(value: float) -> float:

@@ -13,8 +13,7 @@ from tune_mnist.benchmarks.settings import GpuSettings
 from tune_mnist.cli import tell
 from tune_mnist.mnist.config import Precision, TrainConfig
 from tune_mnist.mnist.data import Split, load_mnist, split
-from tune_mnist.mnist.device_run import DeviceRun
-from tune_mnist.mnist.training import train
+from tune_mnist.mnist.training import Run, train
 
 VARIANTS: dict[str, tuple[Precision, bool]] = {  # precision; captured as a CUDA graph
     "eager": ("float32", False),
@@ -76,34 +75,34 @@ def measure(measured: Measurements, data: Split, settings: GpuSettings, device: 
     for seed in range(settings.seeds):
         for name in (name for name, (_, captured) in VARIANTS.items() if captured):
             trained = run_of(name, data, settings.epochs, device, seed=seed)
-            epochs = [trained.train_epoch(done, None) for done in range(settings.epochs)]
-            measured.add(name, "test_accuracy", epochs[-1].test.accuracy)
+            epochs = [trained.train_epoch(done)[0] for done in range(settings.epochs)]
+            measured.add(name, "test_accuracy", epochs[-1].test_accuracy)
 
 
 def run_of(
     name: str, data: Split, epochs: int, device: str, config: TrainConfig = CONFIG, seed: int = 0
-) -> DeviceRun:
+) -> Run:
     """Return a training run of a variant; on a CPU nothing is captured."""
     precision, captured = VARIANTS[name]
-    return DeviceRun(
+    return Run(
         *(config, data),
         epochs=epochs,
         seed=seed,
         device=device,
         precision=precision,
-        captured=captured and device != "cpu",
+        captured=captured,
     )
 
 
-def timed(run: DeviceRun) -> Iterator[dict[str, float]]:
+def timed(run: Run) -> Iterator[dict[str, float]]:
     """Train an epoch for each item and yield what it took."""
     for done in range(run.epochs):
         began = time.perf_counter()
-        epoch = run.train_epoch(done, None)
+        metrics, _ = run.train_epoch(done)
         yield {
             "epoch_s": time.perf_counter() - began,
-            "step_ms": epoch.seconds * 1e3 / run.steps,
-            "evaluation_s": epoch.evaluation_seconds,
+            "step_ms": metrics.seconds * 1e3 / run.steps,
+            "evaluation_s": metrics.evaluation_seconds,
         }
 
 

@@ -28,14 +28,13 @@ from tune_mnist.benchmarks.settings import StepSettings
 from tune_mnist.benchmarks.textbook import evaluate_textbook, textbook_loader, textbook_step
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
+from tune_mnist.mnist import training
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.cpu import loops as kernels
+from tune_mnist.mnist.cpu import backend, keep_freed_memory
 from tune_mnist.mnist.data import Split, default_data_dir, load_mnist, split
-from tune_mnist.mnist.evaluation import evaluate
-from tune_mnist.mnist.fused import keep_freed_memory
+from tune_mnist.mnist.forward import evaluate
 from tune_mnist.mnist.images import SplitTensors, normalised, scaled
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.training import train
 from tune_mnist.runs.formatting import count
 
 VARIANTS = {
@@ -175,14 +174,13 @@ def step_forever(variant: str, data_dir: Path) -> None:
     data = split(load_mnist(data_dir), holdout=True)
     if variant not in ("tensors", "channels_last", "default_malloc"):
         keep_freed_memory()
-    kernels.COMPILED &= variant != "no_numba"
     match variant:
         case "tensors":
             return _modules(data, torch.contiguous_format, on_step)
         case "channels_last" | "kept_memory":
             return _modules(data, torch.channels_last, on_step)
         case "ours" | "no_numba" | "default_malloc":
-            return _ours(data, on_step)
+            return _ours(data, on_step, variant)
         case "conv_only":
             return _convolutions(data, on_step)
         case "evaluation":
@@ -223,9 +221,13 @@ def _modules(data: Split, layout: torch.memory_format, on_step: Listener) -> Non
         on_step()
 
 
-def _ours(data: Split, on_step: Listener) -> None:
-    """What every trial runs."""
-    for _ in train(
+def _ours(data: Split, on_step: Listener, variant: str) -> None:
+    """What every trial runs, or runs without something."""
+    if variant == "no_numba":
+        sys.modules["numba"] = None  # type: ignore[assignment]  # so that no import finds it
+    if variant == "default_malloc":
+        vars(training)["keep_freed_memory"] = lambda: False
+    for _ in training.train(
         TrainConfig(), data, epochs=1_000, seed=0, on_step=lambda number, loss: on_step()
     ):
         pass
@@ -249,9 +251,10 @@ def _convolutions(data: Split, on_step: Listener) -> None:
 def _evaluation(data: Split, on_step: Listener) -> None:
     tensors = SplitTensors.on(data, "cpu")
     net = Net().to(memory_format=torch.channels_last)
+    chosen = backend(net, threads=1)
     while True:
-        evaluate(net, tensors.val_images, tensors.val_labels)
-        evaluate(net, tensors.test_images, tensors.test_labels)
+        evaluate(net, tensors.val_images, tensors.val_labels, chosen)
+        evaluate(net, tensors.test_images, tensors.test_labels, chosen)
         on_step()
 
 

@@ -1,10 +1,11 @@
-"""One training configuration: its hyperparameters, their defaults and their limits.
+"""One training configuration: its hyperparameters, their defaults and limits, and how to write it.
 
-The defaults are the reference baseline: constant-rate SGD without augmentation.
+The defaults are the reference baseline: constant-rate SGD without augmentation. People write a
+configuration as a YAML file, with `NAME=VALUE` texts over it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite
 from pathlib import Path
@@ -16,8 +17,18 @@ from tune_mnist.errors import ConfigError, did_you_mean
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
-
 Value = str | bool | int | float
+
+# How precisely a GPU computes the training steps. float32 is the default: only its losses can be
+# compared with a CPU's, step by step. Evaluation is always in float32, and so are weights, their
+# updates and batch norm's statistics.
+Precision = Literal["float32", "tf32", "bf16"]
+
+
+def check_precision(precision: Precision, device: str) -> None:
+    """Raise ConfigError unless the device computes in that precision."""
+    if precision != "float32" and device == "cpu":
+        raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Limits:
     open_high: bool = False
 
     def hold(self, value: float) -> bool:
-        """Say whether `value` lies within the limits (NaN never does)."""
+        """Return True if `value` lies within the limits (NaN never does)."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         return above and below
@@ -64,9 +75,9 @@ class TrainConfig:
     schedule: Schedule = "constant"
     step_every: int = _number(8, 1, 1000)  # step: epochs between two cuts of the rate
     step_factor: float = _number(0.1, 0, 1, open_low=True)  # step: what a cut multiplies by
-    peak_position: float = _number(
+    peak_position: float = _number(  # onecycle: fraction of the run
         0.3, 0, 1, open_low=True, open_high=True
-    )  # onecycle: of the run
+    )
     dropout: float = _number(0.1, 0, 1, open_high=True)  # probability of a zero
     label_smoothing: float = _number(0.0, 0, 1, open_high=True)
     rotation: float = _number(0.0, 0, 180)  # degrees, uniform in +-rotation
@@ -90,7 +101,7 @@ class TrainConfig:
         return cls(**values)
 
     def uses(self, name: str) -> bool:
-        """Return True if a hyperparameter does something beside the others."""
+        """Return True if a hyperparameter has an effect beside the others."""
         other, needed = _ONLY_WITH.get(name, (name, getattr(self, name)))
         return bool(getattr(self, other) == needed)
 
@@ -121,7 +132,7 @@ def choices_of(name: str) -> tuple[Value, ...]:
 
 
 def is_integer(name: str) -> bool:
-    """Say whether the hyperparameter is a whole number."""
+    """Return True if the hyperparameter is a whole number."""
     return _TYPES[name] is int
 
 
@@ -141,7 +152,7 @@ def check_name(name: str) -> None:
 
 
 def check_value(name: str, value: Any) -> Value:
-    """Return `value` in the hyperparameter's type, or raise ConfigError with what would do."""
+    """Return `value` in the hyperparameter's type, or raise ConfigError with the rule."""
     choices = choices_of(name)
     if choices:
         for choice in choices:
@@ -170,7 +181,7 @@ def _hint_for_choice(value: Any, shown: list[str]) -> str:
 
 
 def _hint_for_number(value: Any) -> str:
-    """Say how to write a number that arrived as text: YAML 1.1 reads 1e-4 so, for one."""
+    """Return how to write a number that arrived as text: YAML 1.1 reads 1e-4 so, for one."""
     try:
         number = float(value) if isinstance(value, str) else float("nan")
     except ValueError:
@@ -183,10 +194,6 @@ def _hint_for_number(value: Any) -> str:
     return (
         f" (text: YAML needs a dot and a signed exponent; write {'e'.join((dotted, *exponent))})"
     )
-
-
-# MERGED-DOC mnist.config_file: A configuration as people write it: a YAML file, and `NAME=VALUE`
-# texts over it.
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -211,7 +218,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def override(config: TrainConfig, texts: Iterable[str]) -> TrainConfig:
-    """Put `NAME=VALUE` texts over a configuration; a later one goes over an earlier one.
+    """Put `NAME=VALUE` texts over a configuration; a later one wins over an earlier one.
 
     Raises:
         ConfigError: a text is of another form, or a name or value is not usable.
@@ -233,44 +240,4 @@ def _parse_value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        return text  # the check of the value says what would do
-
-
-# MERGED-DOC mnist.precision: How precisely a GPU computes the training steps. float32 is the
-# default: only its losses can be compared with a CPU's, step by step. Evaluation is always in
-# float32, and so are weights, their updates and batch norm's statistics.
-
-Precision = Literal["float32", "tf32", "bf16"]
-
-
-def check_precision(precision: Precision, device: str) -> None:
-    """Raise ConfigError unless the device computes as precisely as asked, and no more so."""
-    if precision != "float32" and device == "cpu":
-        raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
-
-
-@contextmanager
-def products_in(precision: Precision) -> Iterator[None]:
-    """Have CUDA compute float32 convolutions and products as they are, or rounded to TF32."""
-    import torch
-
-    cudnn: Any = torch.backends.cudnn  # whose `conv` its type lacks
-    settings = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:  # torch's own default is TF32 for convolutions
-        setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
-
-
-def forward_in(precision: Precision, device: str) -> AbstractContextManager[object]:
-    """Return the context in which a forward pass computes in bfloat16 where that is asked for."""
-    if precision != "bf16":
-        return nullcontext()
-    import torch
-
-    # A captured graph must round the weights anew at each replay: none are kept rounded.
-    return torch.autocast(device, dtype=torch.bfloat16, cache_enabled=False)
+        return text  # the check of the value names the rule

@@ -1,7 +1,7 @@
 """MNIST as NumPy arrays, and the split that every training run sees.
 
 Reading needs neither torch nor torchvision: with the four files in place the whole set is there
-in a fraction of a second. Getting the files in the first place is `fetch.py`'s work.
+in a fraction of a second. `download` gets the files in the first place.
 """
 
 import os
@@ -54,10 +54,7 @@ class Split:
 
 
 def default_data_dir() -> Path:
-    """Return the folder that MNIST lives in unless told otherwise: one per user, not per project.
-
-    `TUNE_MNIST_DATA` where it is set, else `tune_mnist` in the user's cache folder.
-    """
+    """Return `TUNE_MNIST_DATA`, or `tune_mnist` in the user's cache folder: not one a project."""
     if chosen := os.environ.get("TUNE_MNIST_DATA"):
         return Path(os.path.expanduser(chosen))  # noqa: PTH111 (Path's raises without a home)
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -72,7 +69,7 @@ def default_data_dir() -> Path:
 
 
 def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None = None) -> Mnist:
-    """Read MNIST from `data_dir`, fetching whatever is missing or damaged there.
+    """Read MNIST from `data_dir`, and fetch what is missing or damaged there.
 
     Args:
         data_dir: the folder that holds `MNIST/raw`, as torchvision lays it out;
@@ -81,7 +78,7 @@ def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None =
 
     Raises:
         ConfigError: the folder would have to be written and cannot be.
-        DataUnavailableError: every source failed; the message tells how to go on by hand.
+        DataUnavailableError: every source failed; the message says what to do by hand.
     """
     folder = (default_data_dir() if data_dir is None else data_dir).absolute()
     try:
@@ -92,10 +89,10 @@ def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None =
 
 
 def read_test_set(data_dir: Path | None = None) -> tuple[Uint8s, Uint8s]:
-    """Return the test images [10000, 28, 28] and labels, if they are here; nothing is fetched.
+    """Return the test images [10000, 28, 28] and labels; nothing is fetched.
 
     Raises:
-        DataUnavailableError: they are not.
+        DataUnavailableError: they are not here.
     """
     raw = (data_dir or default_data_dir()).absolute() / "MNIST" / "raw"
     try:
@@ -121,19 +118,17 @@ def _say_to_stderr(line: str) -> None:
 
 
 def split(mnist: Mnist, *, holdout: bool, images: int | None = None) -> Split:
-    """Divide `mnist` into what one run trains on, selects by and is judged on.
-
-    With `holdout`, a stratified 5,000 of the 60,000 training images becomes the validation set:
-    the same ones for every trial, seed and call, whatever `images` says. Without it all 60,000 are
-    trained on and the validation set is empty.
+    """Divide `mnist` into what one run trains on, is selected by and is judged on.
 
     Args:
         mnist: the whole data set.
-        holdout: whether to hold out a validation set.
+        holdout: whether a stratified 5,000 of the 60,000 training images become the validation
+            set: the same ones for every trial, seed and call, whatever `images` is. Without it
+            the validation set is empty.
         images: train on only this many images, a fixed stratified choice, for a quick look.
 
     Raises:
-        ConfigError: `images` is less than one or more than there are to train on.
+        ConfigError: `images` is less than 1, or more than can be trained on.
     """
     labels = mnist.train_labels
     val_count = len(labels) // HOLDOUT_SHARE if holdout else 0

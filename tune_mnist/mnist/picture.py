@@ -1,4 +1,4 @@
-"""A person's picture of a digit, made into what MNIST's own are.
+"""Turn a person's picture of a digit into an image as MNIST has them.
 
 MNIST's digits were scaled to fit a box of 20 by 20 pixels, grey where an edge falls between two,
 and put into 28 by 28 with their centre of mass in the middle: light ink on black.
@@ -19,8 +19,8 @@ Floats = npt.NDArray[np.float64]
 SIDE, BOX = 28, 20  # px: an image, and the digit in it
 _MIDDLE = 14.0  # px, counted from 0: where the centres of mass of MNIST's own digits are
 _LARGEST = 800  # px: beyond that a side is scaled down first
-_LEAST_CONTRAST = 20.0  # grey levels of 255 that ink has to differ by from its background
-_NOISE = 4.0  # standard deviations of the background that are not ink
+_LEAST_CONTRAST = 20.0  # grey levels of 255 by which ink must differ from its background
+_NOISE = 4.0  # standard deviations of the background: less is not ink
 _SPECK = 0.1  # of the largest stroke's ink: less is no part of the digit
 _STROKE = BOX / 10  # px: a thinner line fades away when it is scaled down
 
@@ -28,11 +28,11 @@ _STROKE = BOX / 10  # px: a thinner line fades away when it is scaled down
 def read_digit(path: Path) -> npt.NDArray[np.uint8]:
     """Return the digit of an image file, uint8 [28, 28], as MNIST would have it.
 
-    Any size, dark on light or light on dark, in colour, with a transparent background, in uneven
-    light; one digit, upright.
+    The image may have any size, be dark on light or light on dark, in colour, transparent, or in
+    uneven light; it must hold one digit, upright.
 
     Raises:
-        ConfigError: it cannot be read, or nothing in it can be told from its background.
+        ConfigError: it cannot be read, or nothing in it differs from its background.
     """
     try:
         with warnings.catch_warnings():
@@ -55,7 +55,7 @@ def read_digit(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def centred(box: Floats) -> npt.NDArray[np.uint8]:
-    """Put a digit, [at most 28, at most 28] in [0, 1], where its centre of mass is the middle."""
+    """Centre a digit, [at most 28, at most 28] in [0, 1], by its centre of mass."""
     height, width = box.shape
     middle = ndimage.center_of_mass(box)
     top = int(np.clip(round(_MIDDLE - middle[0]), 0, SIDE - height))
@@ -66,7 +66,7 @@ def centred(box: Floats) -> npt.NDArray[np.uint8]:
 
 
 def _grey(image: Image.Image) -> Floats:
-    """Return an image as grey levels from 0 to 255, on a background that its ink shows on."""
+    """Return an image as grey levels from 0 to 255, on a background against its ink."""
     image = image.convert("RGBA")
     image.thumbnail((_LARGEST, _LARGEST))
     colours = np.asarray(image, dtype=np.float64)
@@ -80,12 +80,12 @@ def _grey(image: Image.Image) -> Floats:
 
 
 def _ink(grey: Floats) -> Floats | None:
-    """Return how much ink there is in each pixel, from 0 to 1; None where there is none."""
+    """Return how much ink each pixel holds, from 0 to 1; None where none does."""
     if min(grey.shape) < 3:
         return None
     background, noise = _background(grey)
     darker = background - grey
-    # Of what differs from the background, ink is the sign that more of the picture has.
+    # Ink is darker or lighter than the background: the one that more of the picture is.
     beyond = max(_LEAST_CONTRAST, _NOISE * noise)
     dark, light = (np.where(sign * darker > beyond, sign * darker, 0).sum() for sign in (1, -1))
     ink = darker if dark >= light else -darker
@@ -110,7 +110,7 @@ def _background(grey: Floats) -> tuple[Floats, float]:
         difference = grey - terms @ plane
         noise = 1.4826 * float(np.median(np.abs(difference[used])))
         kept = rim & (np.abs(difference) <= max(3 * noise, _LEAST_CONTRAST))
-        if kept.sum() < rim.sum() / 3:  # too much is going on: one level has to do
+        if kept.sum() < rim.sum() / 3:  # no plane fits: one level must do
             level = float(np.median(grey[rim]))
             return np.full_like(grey, level), 0.0
         used = kept
@@ -125,7 +125,7 @@ def _digit(ink: Floats) -> Floats:
     amounts = ndimage.sum_labels(ink, parts, np.arange(1, count + 1))
     rim = {*parts[0], *parts[-1], *parts[:, 0], *parts[:, -1]}
     within = [i for i in range(1, count + 1) if i not in rim]
-    # What runs out of the picture is its frame or a shadow, if something else is there.
+    # What touches the rim is a frame or a shadow, if something else is there.
     if within and max(amounts[i - 1] for i in within) >= 0.2 * max(amounts):
         candidates = within
     else:
@@ -139,7 +139,7 @@ def _digit(ink: Floats) -> Floats:
 
 
 def _boxed(ink: Floats) -> Floats:
-    """Scale a digit to fit the box, its longer side filling it."""
+    """Scale a digit so that its longer side fills the box."""
     scale = BOX / max(ink.shape)
     stroke = 2 * float(ndimage.distance_transform_edt(np.pad(ink > 0.5, 1)).max())
     missing = round(_STROKE / scale - stroke)

@@ -1,36 +1,44 @@
 """One training run: a generator that yields an EpochResult after every epoch.
 
-The train command, the search's trials, the confirmation and the benchmarks all drive this one
-loop. What an epoch is computed with is one of two: `host_run` on a CPU, `device_run` on a GPU.
+The train command, the search's trials, the confirmation and the benchmarks all drive this loop. A
+`Run` takes one `Step` after another, on a CPU or, through `cuda`, on a GPU.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from pickle import UnpicklingError
-from typing import Any
+from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tune_mnist.errors import ConfigError
+from tune_mnist.mnist import checkpoint
 from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
+from tune_mnist.mnist.cpu import backend, keep_freed_memory
+from tune_mnist.mnist.cuda import Prepared, StepKey, Stopwatch, Workspace, fetch
 from tune_mnist.mnist.data import Split
-from tune_mnist.mnist.device_run import DeviceRun
-from tune_mnist.mnist.epoch import Epoch, StepListener
-from tune_mnist.mnist.evaluation import Score
-from tune_mnist.mnist.host_run import HostRun
-from tune_mnist.mnist.losses import first_not_finite, mean_per_image
+from tune_mnist.mnist.forward import TORCH, Score, tally, training_forward
+from tune_mnist.mnist.images import SplitTensors
 from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.mnist.net import Net
+from tune_mnist.mnist.optim import constants, learning_rates, step_table
+from tune_mnist.mnist.step import Step, StepKind, Take
+
+DIVERGENCE_CHECK_EVERY = 32  # steps, on a CPU
+
+StepListener = Callable[[int, Tensor], None]  # is told the batch's number (1-based) and its loss
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch came to, and what it takes to go on from it."""
+    """What one epoch came to, and what it takes to resume after it."""
 
     metrics: EpochMetrics
-    state: bytes  # all it takes to go on with the next epoch: see `train`
-    weights: bytes  # state_dict of the evaluated net: see `load_weights`
+    state: bytes  # all that the next epoch needs: see `train`
+    weights: bytes  # state_dict of the evaluated net: see `checkpoint.load_weights`
 
 
 def train(
@@ -44,7 +52,7 @@ def train(
     state: bytes | None = None,
     on_step: StepListener | None = None,
 ) -> Iterator[EpochResult]:
-    """Train a fresh net, or go on from a state, and yield each epoch as it finishes.
+    """Train a fresh net, or resume from a state, and yield each epoch as it finishes.
 
     Every epoch seeds its own random numbers from (seed, epoch), so that a state needs none and a
     run that was broken off reports what the unbroken one would have, to the last digit on a CPU.
@@ -57,89 +65,185 @@ def train(
         device: "cpu" or "cuda".
         precision: of the training steps on a GPU.
         state: the `state` of an earlier EpochResult of the same run, on whatever device.
-        on_step: called after each step with the batch's number (1-based) and its loss.
+        on_step: called after each step.
 
     Raises:
-        ConfigError: the state is damaged, belongs to another run or to another version, or a CPU
-            is to compute less precisely.
+        ConfigError: the state is damaged, belongs to another run or to another version, or the
+            precision is a GPU's and the device a CPU.
     """
     check_precision(precision, device)
-    run: HostRun | DeviceRun
-    if device == "cpu":
-        run = HostRun(config, split, epochs=epochs, seed=seed)
-    else:
-        run = DeviceRun(
-            config, split, epochs=epochs, seed=seed, device=device, precision=precision
-        )
-    images = len(split.train_labels)
-    # What a state must agree in to be gone on from; not the length of the schedule.
-    identity = {"config": config.as_dict(), "seed": seed, "images": images}
+    run = Run(config, split, epochs=epochs, seed=seed, device=device, precision=precision)
+    # What a state must agree in to be resumed from; not the length of the schedule.
+    identity = {"config": config.as_dict(), "seed": seed, "images": len(split.train_labels)}
     done = 0
     if state is not None:
-        saved = _unpack(state)
+        saved = checkpoint.unpack(state)
         if not isinstance(saved, dict) or saved.get("run") != identity:
             raise ConfigError(
                 "the saved state belongs to another configuration, seed or number of images"
             )
-        done = saved["epoch"]
-        run.load_state_dict(saved)
+        done, run.state = saved["epoch"], saved
     while done < epochs:
-        epoch = run.train_epoch(done, on_step)
+        metrics, _ = run.train_epoch(done, on_step)
         done += 1
-        train_loss = mean_per_image(epoch.losses, images, config.batch_size)
-        result = _result(epoch, done, train_loss, identity)
-        yield result
-        if result.metrics.diverged:
+        yield EpochResult(
+            metrics,
+            state=checkpoint.pack({"run": identity, "epoch": done, **run.state}),
+            weights=checkpoint.pack(checkpoint.evaluated_weights(run.state)),
+        )
+        if metrics.diverged:
             return
 
 
-def _result(epoch: Epoch, number: int, train_loss: float, identity: dict[str, Any]) -> EpochResult:
-    val, test = epoch.val, epoch.test
-    diverged = first_not_finite(epoch.losses)
-    if diverged is None and (val.lost or test.lost):
-        diverged = len(epoch.losses)  # the last step did it, or batch norm's statistics
-    if diverged is not None:
-        val = test = Score()
-    average = epoch.state["average"]
-    metrics = EpochMetrics(
-        epoch=number,
-        train_loss=train_loss,
-        val_loss=val.loss,
-        val_accuracy=val.accuracy,
-        test_loss=test.loss,
-        test_accuracy=test.accuracy,
-        test_correct=test.correct,
-        seconds=epoch.seconds,
-        evaluation_seconds=epoch.evaluation_seconds,
-        diverged_step=diverged,
-    )
-    return EpochResult(
-        metrics,
-        state=_pack({"run": identity, "epoch": number, **epoch.state}),
-        weights=_pack(epoch.state["net"] if average is None else average["net"]),
-    )
+class Run:
+    """One training run; between two epochs all of it is in `state`, on the CPU.
+
+    The two kinds of device differ in three points. A CPU breaks a diverged epoch off early, and
+    does not evaluate it; a GPU is not waited for before the epoch's end. A CPU uses the split's
+    own images; a GPU's lie in its workspace, which other runs use between two epochs.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        split: Split,
+        *,
+        epochs: int,
+        seed: int,
+        device: str = "cpu",
+        precision: Precision = "float32",
+        captured: bool = True,
+    ) -> None:
+        self.config, self.split, self.epochs, self.seed = config, split, epochs, seed
+        self.device, self.precision, self.captured = device, precision, captured
+        self.steps = math.ceil(len(split.train_labels) / config.batch_size)
+        self.rates = learning_rates(config, epochs=epochs, steps_per_epoch=self.steps)
+        net = draw_net(config, seed)
+        self.state = checkpoint.initial_state(net, config)
+        self._on_cpu = device == "cpu"
+        self._backend = backend(net, torch.get_num_threads()) if self._on_cpu else TORCH
+        keep_freed_memory()
+
+    def train_epoch(
+        self, done: int, on_step: StepListener | None = None
+    ) -> tuple[EpochMetrics, Tensor]:
+        """Train the epoch after `done`, and evaluate.
+
+        Returns:
+            Its metrics, and the losses of its steps, on the CPU.
+        """
+        order_seed, draw_seed = draw_seeds(self.seed, done + 1)
+        taken = done * self.steps
+        rates = self.rates[taken : taken + self.steps]
+        order = draw_order(len(self.split.train_labels), order_seed).to(self.device)
+        table = step_table(self.config, rates, taken).to(self.device)
+        with self._prepared_step(done) as prepared:
+            step = prepared.step
+            step.generator.manual_seed(draw_seed)
+            watch = Stopwatch(self.device)
+            losses = self._take_steps(prepared.take, order, table, on_step)
+            watch.lap()
+            val, test = self._evaluate(step, losses)
+            watch.lap()
+            losses, val, test, *vectors = fetch([losses, val, test, *step.vectors])
+            self.state = checkpoint.state_of(step, vectors, self.config, taken + len(losses))
+            prepared.state = self.state
+        return self._metrics(done + 1, losses, (val, test), watch.seconds()), losses
+
+    @contextmanager
+    def _prepared_step(self, done: int) -> Iterator[Prepared]:
+        """Provide a step that holds this run's images and state, for the epoch after `done`."""
+        kind = StepKind.of(self.config, done=done, epochs=self.epochs)
+        if self._on_cpu:
+            images, generator = SplitTensors.on(self.split, self.device), torch.Generator()
+            forward = partial(training_forward, backend=self._backend)
+            step = Step(kind, images, generator, forward, constants(self.config))
+            checkpoint.put_state(self.state, step)
+            yield Prepared(step, step.take)
+        else:
+            key = StepKey(kind, self.config.batch_size, self.precision, self.captured)
+            with Workspace.on(self.device, self.split).lend(key, self.split, self.state) as lent:
+                yield lent
+
+    def _take_steps(
+        self, take: Take, order: Tensor, table: Tensor, on_step: StepListener | None
+    ) -> Tensor:
+        """Take an epoch's steps; return their losses, fewer than steps if a CPU saw one lost."""
+        losses = torch.zeros(self.steps, device=order.device)
+        batches = torch.split(order, self.config.batch_size)
+        for number, (batch, row) in enumerate(zip(batches, table, strict=True), start=1):
+            losses[number - 1] = take(batch, row)
+            if on_step is not None:
+                on_step(number, losses[number - 1])
+            checks = self._on_cpu and number % DIVERGENCE_CHECK_EVERY == 0
+            if checks and first_not_finite(losses[:number]) is not None:
+                return losses[:number]
+        return losses
+
+    def _evaluate(self, step: Step, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tallies of the validation and the test images."""
+        if self._on_cpu and first_not_finite(losses) is not None:
+            return torch.full((2,), math.nan), torch.full((2,), math.nan)
+        net, data = step.average.net, step.data
+        return (
+            tally(net, data.val_images, data.val_labels, self._backend),
+            tally(net, data.test_images, data.test_labels, self._backend),
+        )
+
+    def _metrics(
+        self, epoch: int, losses: Tensor, tallies: tuple[Tensor, Tensor], laps: list[float]
+    ) -> EpochMetrics:
+        val = Score.of(len(self.split.val_labels), tallies[0])
+        test = Score.of(len(self.split.test_labels), tallies[1])
+        diverged = first_not_finite(losses)
+        if diverged is None and (val.lost or test.lost):
+            diverged = len(losses)  # the last step did it, or batch norm's statistics
+        if diverged is not None:
+            val = test = Score()
+        images = len(self.split.train_labels)
+        return EpochMetrics(
+            epoch=epoch,
+            train_loss=mean_per_image(losses, images, self.config.batch_size),
+            val_loss=val.loss,
+            val_accuracy=val.accuracy,
+            test_loss=test.loss,
+            test_accuracy=test.accuracy,
+            test_correct=test.correct,
+            seconds=laps[0],
+            evaluation_seconds=laps[1],
+            diverged_step=diverged,
+        )
 
 
-def load_weights(weights: bytes) -> Net:
-    """Build the net from an EpochResult's `weights`, ready for inference."""
-    net = Net()
-    net.load_state_dict(_unpack(weights))
-    return net.eval()
+def draw_seeds(seed: int, epoch: int) -> tuple[int, int]:
+    """Derive two independent seeds, 63 bits each, from a run's seed and an epoch."""
+    first, second = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64) >> 1
+    return int(first), int(second)
 
 
-def raw_weights(result: EpochResult) -> bytes:
-    """Return the weights as the last step left them, which `weights` may be the average of."""
-    return _pack(_unpack(result.state)["net"])
+def draw_order(images: int, seed: int) -> Tensor:
+    """Draw the order of an epoch's images, int64 [images]; on the CPU, so the same everywhere."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
 
-def _pack(value: Any) -> bytes:
-    buffer = BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+def draw_net(config: TrainConfig, seed: int) -> Net:
+    """Draw a run's fresh net without touching the process's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed GPUs for good
+        torch.default_generator.manual_seed(draw_seeds(seed, epoch=0)[0])
+        net = Net(config.dropout)
+    return net.to(memory_format=torch.channels_last)
 
 
-def _unpack(packed: bytes) -> Any:
-    try:
-        return torch.load(BytesIO(packed), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        raise ConfigError("the saved state is damaged") from error
+def mean_per_image(losses: Tensor, images: int, batch_size: int) -> float:
+    """Weigh the losses of an epoch's batches, or the first of them, by the batches' sizes."""
+    sizes = torch.full_like(losses, batch_size)
+    if len(losses) * batch_size > images:
+        sizes[-1] = images % batch_size  # the last batch is smaller
+    return ((losses * sizes).sum() / sizes.sum()).item()
+
+
+def first_not_finite(losses: Tensor) -> int | None:
+    """Return the 1-based step of the first loss that is NaN or infinite."""
+    bad = (~losses.isfinite()).nonzero()
+    return int(bad[0].item()) + 1 if len(bad) else None

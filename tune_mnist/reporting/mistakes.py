@@ -13,7 +13,7 @@ from tune_mnist.mnist.data import read_test_set
 from tune_mnist.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from tune_mnist.mnist.model_file import SavedModel
+    from tune_mnist.mnist.checkpoint import SavedModel
 
 _BATCH = 1000  # images
 
@@ -50,7 +50,7 @@ def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
     """Read the test set with a run's best model, or raise TuneMnistError if one is missing."""
     images, labels = read_test_set(data_dir)
     # Here, because torch takes seconds to import and a report can do without.
-    from tune_mnist.mnist.model_file import load_model
+    from tune_mnist.mnist.checkpoint import load_model
 
     model = load_model(folder.best_model)
     probabilities = _probabilities(model, images)
@@ -68,7 +68,7 @@ def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
 def _probabilities(model: "SavedModel", images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     import torch
 
-    from tune_mnist.mnist.fused import evaluation_forward
+    from tune_mnist.mnist.forward import evaluation_forward
     from tune_mnist.mnist.images import normalised, scaled
 
     batches = torch.split(torch.from_numpy(images.copy()), _BATCH)

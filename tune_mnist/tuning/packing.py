@@ -213,11 +213,9 @@ class _Trial:
     def __init__(self, split: Split, threads: int) -> None:
         import torch
 
-        from tune_mnist.mnist.fused import keep_freed_memory
         from tune_mnist.mnist.training import train
 
         torch.set_num_threads(threads)
-        keep_freed_memory()
         self._on_gpu = torch.cuda.is_available()
         device = "cuda" if self._on_gpu else "cpu"
         self._results = train(TrainConfig(), split, epochs=_EPOCHS, seed=0, device=device)

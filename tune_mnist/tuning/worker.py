@@ -60,12 +60,10 @@ def train_assignment(
     """Train for real, on the CPUs and GPUs that Ray gave this worker."""
     import torch  # the driver imports this module too, and does not need torch
 
-    from tune_mnist.mnist.fused import keep_freed_memory
-    from tune_mnist.mnist.model_file import pack_model
+    from tune_mnist.mnist.checkpoint import pack_model
     from tune_mnist.mnist.training import train
 
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    keep_freed_memory()
     results = train(
         assignment.config,
         split,

@@ -1,36 +1,23 @@
-"""Loops over memory for which torch needs several passes, compiled by numba where it is installed.
+"""Loops over memory for which torch needs several passes, compiled by numba.
 
-Arrays are flat, in channels-last order: element `i` belongs to channel `i % channels`. Without
-numba `COMPILED` is false and only `draw_keep` may be called; it gives the same bits by NumPy.
+Arrays are flat, in channels-last order: element `i` belongs to channel `i % channels`. numba keeps
+compiled code on disk, beside this file or in NUMBA_CACHE_DIR.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+from numba import njit  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from numpy.typing import NDArray
+
+from tune_mnist.mnist.forward import GOLDEN, MIX_1, MIX_2, SHIFT_1, SHIFT_2, SHIFT_3
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
-Loop = TypeVar("Loop", bound=Callable[..., Any])
-
-try:
-    from numba import njit  # type: ignore[import-not-found, import-untyped, unused-ignore]
-except ImportError:
-    COMPILED = False
-
-    def compiled(loop: Loop) -> Loop:
-        """Leave a loop to Python."""
-        return loop
-
-else:
-    COMPILED = True
-    # "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
-    compiled = njit(  # type: ignore[assignment, unused-ignore]
-        cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
-    )
+# "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
+compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 
 # Channels (8, 16 or 32) are repeated to rows of 64 floats, so that every inner loop has one fixed
 # length and fills whole vector registers; 64 rows (16 kB) are summed in float32 before float64.
@@ -38,22 +25,14 @@ _WIDTH = 64
 _ROWS = 64
 _WORDS = 1024  # random words made at a time: 8 kB, which stay in the first-level cache
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_SHIFT_1, _SHIFT_2, _SHIFT_3 = np.uint64(30), np.uint64(27), np.uint64(31)
-
 
 def draw_keep(seed: int, dropout: float, keep: Bytes) -> None:
-    """Fill `keep` with independent bytes, 0 at rate `dropout` (rounded to 2^-16) and else 1.
+    """Fill `keep` with what `forward.keep_mask` returns.
 
-    The bits are those of SplitMix64 started at `seed` (64 bits), 16 of them for each byte. Made in
-    registers they cost 0.06 ns a byte, against 0.7 ns for 64-bit words of torch's generator and
-    5 ns for its `bernoulli_` (AMD EPYC, AVX-512, one thread).
+    Made in registers the bits cost 0.06 ns a byte, against 0.7 ns for 64-bit words of torch's
+    generator and 5 ns for its `bernoulli_` (AMD EPYC, AVX-512, one thread).
     """
-    threshold = round(dropout * 2**16)
-    fill = _fill_keep if COMPILED else _fill_keep_by_numpy
-    fill(np.uint64(seed % 2**64), np.int32(threshold), keep)
+    _fill_keep(np.uint64(seed % 2**64), np.int32(round(dropout * 2**16)), keep)
 
 
 @compiled
@@ -63,32 +42,13 @@ def _fill_keep(seed: np.uint64, threshold: np.int32, keep: Bytes) -> None:
     for start in range(0, keep.size, quarters.size):
         first = np.uint64(start // 4 + 1)
         for i in range(_WORDS):
-            word = seed + (first + np.uint64(i)) * _GOLDEN
-            word = (word ^ (word >> _SHIFT_1)) * _MIX_1
-            word = (word ^ (word >> _SHIFT_2)) * _MIX_2
-            words[i] = word ^ (word >> _SHIFT_3)
+            word = seed + (first + np.uint64(i)) * GOLDEN
+            word = (word ^ (word >> SHIFT_1)) * MIX_1
+            word = (word ^ (word >> SHIFT_2)) * MIX_2
+            words[i] = word ^ (word >> SHIFT_3)
         block = keep[start : start + quarters.size]
         for i in range(block.size):
             block[i] = np.int32(quarters[i]) >= threshold
-
-
-def _fill_keep_by_numpy(seed: np.uint64, threshold: np.int32, keep: Bytes) -> None:
-    size = 16 * _WORDS  # 128 kB, which stay in the second-level cache
-    steps = np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN
-    for start in range(0, keep.size, 4 * size):
-        word = steps + np.uint64((int(seed) + start // 4 * int(_GOLDEN)) % 2**64)
-        word ^= word >> _SHIFT_1
-        word *= _MIX_1
-        word ^= word >> _SHIFT_2
-        word *= _MIX_2
-        word ^= word >> _SHIFT_3
-        block = keep[start : start + 4 * size]
-        quarters = word.view(np.uint16)[: block.size]
-        np.greater_equal(
-            quarters, np.uint16(min(int(threshold), 2**16 - 1)), out=block.view(np.bool_)
-        )
-        if threshold == 2**16:
-            block[:] = 0
 
 
 @compiled

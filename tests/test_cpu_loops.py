@@ -1,0 +1,80 @@
+"""The compiled loops of a CPU."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tune_mnist.mnist.forward import keep_mask
+
+pytest.importorskip("numba")
+
+from tune_mnist.mnist.cpu import loops
+from tune_mnist.mnist.cpu.loops import Bytes, Floats
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.999999, 1.0])
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, 987654321987654321])
+def test_masks_have_numpys_bits(seed: int, dropout: float) -> None:
+    keep = np.full(70_003, 7, np.uint8)
+    loops.draw_keep(seed, dropout, keep)
+    assert np.array_equal(keep, keep_mask(seed, dropout, 70_003))
+
+
+def activations(count: int, channels: int, offset: float = 0.0) -> Floats:
+    values = np.random.default_rng(channels).normal(offset, 1, (count, channels))
+    return values.astype(np.float32).ravel()
+
+
+@pytest.mark.parametrize("channels", [8, 16, 32])
+@pytest.mark.parametrize("count", [1, 5, 81 * 3, 4_099])
+def test_moments_are_those_of_each_channel(channels: int, count: int) -> None:
+    x = activations(count, channels)
+    expected = x.reshape(count, channels).astype(np.float64)
+    mean, variance = loops.moments(x, channels)
+    np.testing.assert_allclose(mean, expected.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(variance, expected.var(0), rtol=1e-5, atol=1e-7)
+
+
+def test_variance_survives_a_mean_of_a_thousand_deviations() -> None:
+    x = activations(4_000, 8, offset=1_000.0)
+    expected = x.reshape(-1, 8).astype(np.float64).var(0)
+    _, variance = loops.moments(x, 8)
+    np.testing.assert_allclose(variance, expected, rtol=1e-4)
+
+
+def test_moments_of_a_channel_with_nan_are_nan() -> None:
+    x = activations(500, 8)
+    x[8 * 300 + 3] = np.nan
+    mean, variance = loops.moments(x, 8)
+    assert np.isnan(x[8 * 300 + 3])
+    assert np.array_equal(np.isnan(mean), np.arange(8) == 3)
+    assert np.array_equal(np.isnan(variance), np.arange(8) == 3)
+
+
+def pool(x: torch.Tensor) -> tuple[Floats, Bytes]:
+    batch, channels, height, width = x.shape
+    pairs = x.permute(0, 2, 3, 1).contiguous().numpy()
+    out = np.empty((batch * height // 2, width // 2, channels), np.float32)
+    winner = np.empty(out.shape, np.uint8)
+    pairs = pairs.reshape(-1, 2, width // 2, 2 * channels)
+    loops.max_pool(pairs, channels, out, winner)
+    return out, winner
+
+
+def test_max_pool_and_its_gradient_are_torchs_for_ties_and_nan_too() -> None:
+    x = torch.randint(0, 3, (2, 8, 6, 6)).float()  # three values: most maxima are tied
+    x[0, 1, 2, 3] = x[1, 2, 0, 0] = x[1, 7, 5, 5] = x[1, 7, 4, 5] = torch.nan
+    x.requires_grad_()
+    expected = nn.functional.max_pool2d(x, 2)
+    out, winner = pool(x.detach())
+    pooled = torch.from_numpy(out).view(2, 3, 3, 8).permute(0, 3, 1, 2)
+    torch.testing.assert_close(pooled, expected.detach(), rtol=0, atol=0, equal_nan=True)
+
+    top = torch.randn(2, 8, 3, 3)
+    (expected_gradient,) = torch.autograd.grad(expected, x, top)
+    gradient = np.empty((6, 2, 3, 16), np.float32)
+    flat_top = top.permute(0, 2, 3, 1).contiguous().numpy().reshape(6, 3, 8)
+    loops.max_pool_backward(flat_top, winner, 8, gradient)
+    found = torch.from_numpy(gradient).view(2, 6, 6, 8).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected_gradient, rtol=0, atol=0)

@@ -1,0 +1,421 @@
+"""Training and evaluation passes, by torch's operations and by the compiled ones of a CPU."""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist import cpu, forward
+from tune_mnist.mnist.forward import (
+    TORCH,
+    Backend,
+    evaluate,
+    evaluation_forward,
+    keep_mask,
+    smoothed_loss,
+    training_forward,
+)
+from tune_mnist.mnist.net import Net
+
+Masks = list[Tensor]
+
+# Five images: 5 x 81 x 8 values are no multiple of 64, the length of a row of the kernels. And
+# few: in half of all batches of 128 rounding decides some maximum of the pool, or some sign at
+# ReLU, which moves gradients by 1% in torch's own float32 as well (27 and 25 of 48 seeds, plain
+# and compiled, against float64).
+BATCH = 5
+
+
+@pytest.fixture(params=["compiled", "compiled, two threads", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Run a test on all forms of the net; with two threads torch does the convolutions."""
+    if request.param == "torch":
+        yield TORCH
+        return
+    threads, before = 2 if "two" in request.param else 1, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = cpu.backend(Net(), threads)
+    if found is TORCH:
+        pytest.skip("needs numba")
+    yield found
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(11)
+    return with_arbitrary_norms(Net())
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> Masks:
+    """Collect every mask that is drawn, flat in channels-last order."""
+    drawn: Masks = []
+    if backend is TORCH:
+
+        def record(
+            seed: int, dropout: float, size: int
+        ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+            keep = keep_mask(seed, dropout, size)
+            drawn.append(torch.from_numpy(keep))
+            return keep
+
+        monkeypatch.setattr(forward, "keep_mask", record)
+    else:
+        from tune_mnist.mnist.cpu import loops
+
+        draw = loops.draw_keep
+
+        def record_filled(seed: int, dropout: float, keep: loops.Bytes) -> None:
+            draw(seed, dropout, keep)
+            drawn.append(torch.from_numpy(keep.copy()))
+
+        monkeypatch.setattr(loops, "draw_keep", record_filled)
+    return drawn
+
+
+class GivenDropout(nn.Module):
+    """Dropout by given masks."""
+
+    def __init__(self, rate: float, masks: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.rate, self.masks = rate, masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        mask = next(self.masks).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x * (mask.to(x.dtype) * (1 / (1 - self.rate)))
+
+
+def with_arbitrary_norms(net: Net) -> Net:
+    """Give batch norms scales of both signs, shifts and statistics far from the initial ones."""
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.2)
+            with torch.no_grad():
+                layer.weight[::3] *= -1
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            nn.init.normal_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+    return net
+
+
+def as_reference(net: Net, backend: Backend) -> Net:
+    """Copy the plain net to what another form of it is compared with.
+
+    The compiled form rounds as little as torch's contiguous one (gradients within 5e-6 of float64,
+    6 seeds). Torch's own channels-last batch norm rounds more (up to 1e-3), so the form that is
+    made of it is compared with the same operations.
+    """
+    if backend is not TORCH:
+        return deepcopy(net).double().train()
+    return deepcopy(net).to(memory_format=torch.channels_last).train()
+
+
+def with_given_dropout(net: Net, rate: float, masks: Iterator[Tensor] | None) -> Net:
+    for name, layer in list(net.features.named_children()):
+        if isinstance(layer, nn.Dropout):
+            given = nn.Identity() if masks is None else GivenDropout(rate, masks)
+            net.features.add_module(name, given)
+    return net
+
+
+def draw_batch(count: int = BATCH) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(12)
+    images = torch.randn(count, 1, 28, 28, generator=generator)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+def seeded(seed: int = 13) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loss_of(
+    net: Net, backend: Backend, dropout: float = 0.1, count: int = BATCH, seed: int = 13
+) -> Tensor:
+    images, labels = draw_batch(count)
+    log_probs = training_forward(net, images, dropout, seeded(seed), backend)
+    return functional.nll_loss(log_probs, labels)
+
+
+def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None
+    assert expected is not None
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_step_equals_that_of_the_plain_modules_with_the_same_masks(
+    net: Net,
+    masks: Masks,
+    backend: Backend,
+    dropout: float,
+    memory_format: torch.memory_format,
+) -> None:
+    net = net.to(memory_format=memory_format)
+    plain = as_reference(net, backend)
+    loss = loss_of(net, backend, dropout)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert len(masks) == (8 if dropout else 0)
+
+    with_given_dropout(plain, dropout, iter(masks) if masks else None)
+    images, labels = draw_batch()
+    plain_loss = functional.nll_loss(plain(images.to(plain.classifier.weight.dtype)), labels)
+    plain_loss.backward()  # type: ignore[no-untyped-call]
+
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=2e-6)
+    for (name, parameter), expected in zip(
+        net.named_parameters(), plain.parameters(), strict=True
+    ):
+        assert relative_error(parameter.grad, expected.grad) < 1e-4, name
+    for buffer, of_plain in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, of_plain.to(buffer.dtype), rtol=1e-4, atol=1e-5)
+
+
+def test_all_forms_give_the_same_loss_for_the_same_seed(net: Net, backend: Backend) -> None:
+    expected = loss_of(deepcopy(net), TORCH, dropout=0.3).item()
+    assert loss_of(net, backend, dropout=0.3).item() == pytest.approx(expected, rel=5e-5)
+
+
+def test_a_seed_fixes_every_bit(net: Net, backend: Backend) -> None:
+    def step(seed: int) -> list[Tensor]:
+        copy = deepcopy(net)
+        loss = loss_of(copy, backend, dropout=0.2, count=32, seed=seed)
+        return [loss.detach(), *torch.autograd.grad(loss, list(copy.parameters()))]
+
+    assert all(torch.equal(a, b) for a, b in zip(step(1), step(1), strict=True))
+    assert not torch.equal(step(1)[0], step(2)[0])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_only_the_given_generator_is_used_and_not_for_a_dropout_of_0(
+    net: Net, backend: Backend, dropout: float
+) -> None:
+    generator = seeded()
+    before, global_before = generator.get_state(), torch.get_rng_state()
+    training_forward(net, draw_batch()[0], dropout, generator, backend)
+    assert torch.equal(generator.get_state(), before) == (dropout == 0)
+    assert torch.equal(torch.get_rng_state(), global_before)
+
+
+def assert_independent(kept: list[Tensor]) -> None:
+    """Masks drop a quarter, and no two of them have to do with each other."""
+    deviations = [mask.double() - 0.75 for mask in kept]
+    sigma = (0.25 * 0.75) ** 0.5
+    for i, one in enumerate(deviations):
+        assert abs(one.mean()) < 5 * sigma / one.numel() ** 0.5 + 2**-16
+        for other in deviations[:i]:
+            count = min(one.numel(), other.numel())
+            correlation = (one[:count] * other[:count]).mean() / sigma**2
+            assert abs(correlation) < 5 / count**0.5
+
+
+def test_layers_and_steps_get_masks_of_the_asked_rate_that_are_independent(
+    net: Net, masks: Masks, backend: Backend
+) -> None:
+    generator = seeded()
+    images, _ = draw_batch(count=64)
+    for _ in range(2):
+        training_forward(net, images, 0.25, generator, backend)
+    assert len(masks) == 16
+    assert_independent(masks)
+
+
+def drawn_factors(net: Net, rate: float, seed: int, count: int = 16) -> list[Tensor]:
+    """What each layer is multiplied by where the rate is a tensor, flat in channels-last order."""
+    images, _ = draw_batch(count)
+    drawn = forward._dropout_factors(net, images, torch.tensor(rate), seeded(seed))
+    return [factor.permute(0, 2, 3, 1).flatten() for factor in drawn]
+
+
+def test_a_rate_that_is_a_tensor_gives_masks_of_that_rate_that_are_independent(net: Net) -> None:
+    factors = drawn_factors(net, 0.25, seed=1) + drawn_factors(net, 0.25, seed=2)
+    assert len(factors) == 16
+    for factor in factors:
+        assert sorted(set(factor.tolist())) == pytest.approx([0, 4 / 3])
+    assert_independent([factor > 0 for factor in factors])
+
+
+def test_a_rate_that_is_a_tensor_of_0_keeps_everything(net: Net) -> None:
+    assert all((factor == 1).all() for factor in drawn_factors(net, 0.0, seed=1, count=4))
+
+
+def test_a_step_with_a_rate_that_is_a_tensor_equals_that_of_the_plain_modules(
+    net: Net, backend: Backend
+) -> None:
+    given = iter([factor > 0 for factor in drawn_factors(net, 0.3, seed=4, count=BATCH)])
+    plain = with_given_dropout(as_reference(net, TORCH), 0.3, given)
+    images, _ = draw_batch()
+    found = training_forward(net, images, torch.tensor(0.3), seeded(4), backend)
+    torch.testing.assert_close(found, plain(images), rtol=1e-5, atol=1e-5)
+    assert next(given, None) is None
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_impossible_dropout_is_refused(net: Net, dropout: float) -> None:
+    with pytest.raises(ConfigError, match="0 <= dropout < 1"):
+        training_forward(net, draw_batch()[0], dropout, None)
+
+
+def test_training_does_not_look_at_the_modules_modes_and_rates(net: Net, backend: Backend) -> None:
+    other = deepcopy(net).eval()
+    for layer in other.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.9
+    assert torch.equal(loss_of(other, backend), loss_of(net, backend))
+    assert not other.training
+
+
+def test_backward_may_run_twice_but_frees_activations_unless_asked_not_to(
+    net: Net, backend: Backend
+) -> None:
+    loss, parameters = loss_of(net, backend), list(net.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):  # torch's word for: they are gone
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_images_may_ask_for_a_gradient(net: Net, backend: Backend) -> None:
+    images, labels = draw_batch()
+    images.requires_grad_()
+    loss = functional.nll_loss(training_forward(net, images, 0.1, seeded(), backend), labels)
+    (gradient,) = torch.autograd.grad(loss, images)
+    assert gradient.abs().sum() > 0
+
+
+def test_batch_norm_with_scale_and_shift_0_has_gradients(net: Net, backend: Backend) -> None:
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.zeros_(layer.bias)
+            with torch.no_grad():
+                layer.weight[::2] = 0
+    plain = with_given_dropout(as_reference(net, backend), 0.0, None)
+    images, labels = draw_batch()
+    found = torch.autograd.grad(loss_of(net, backend, dropout=0.0), list(net.parameters()))
+    loss = functional.nll_loss(plain(images.to(plain.classifier.weight.dtype)), labels)
+    expected = torch.autograd.grad(loss, list(plain.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-4
+
+
+def test_nan_reaches_the_loss(net: Net, backend: Backend) -> None:
+    images, _ = draw_batch()
+    images[2, 0, 14, 14] = torch.nan
+    assert training_forward(net, images, 0.1, seeded(), backend).isnan().all()
+    with torch.no_grad():
+        next(net.parameters())[0] = torch.nan
+    assert loss_of(net, backend).isnan()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [torch.inf, 1e38])
+def test_a_net_that_diverges_has_a_nan_loss_and_no_warnings(
+    net: Net, backend: Backend, value: float
+) -> None:
+    with torch.no_grad():
+        next(net.parameters()).fill_(value)
+    loss = loss_of(net, backend)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
+    logits = torch.randn(50, 10, generator=seeded())
+    labels = torch.randint(10, (50,), generator=seeded())
+    found = smoothed_loss(functional.log_softmax(logits, 1), labels, smoothing)
+    expected = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 64, 150])
+def test_evaluation_equals_the_plain_net(net: Net, backend: Backend, count: int) -> None:
+    images, _ = draw_batch(count)
+    before_pool = net.features[22]
+    assert isinstance(before_pool, nn.BatchNorm2d)
+    assert (before_pool.weight < 0).any()
+    with torch.inference_mode():
+        expected = deepcopy(net).eval()(images)
+    found = evaluation_forward(net, images, backend)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_changes_nothing(net: Net, backend: Backend) -> None:
+    before = deepcopy(net.state_dict())
+    images, _ = draw_batch()
+    copy = images.clone()
+    evaluation_forward(net, images, backend)
+    assert net.training
+    assert torch.equal(images, copy)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_nan_of_one_image_stays_with_it_in_evaluation(net: Net, backend: Backend) -> None:
+    images, _ = draw_batch()
+    images[2, 0, 14, 14] = torch.nan
+    is_nan = evaluation_forward(net, images, backend).isnan()
+    assert torch.equal(is_nan.all(1), torch.arange(BATCH) == 2)
+    assert torch.equal(is_nan.any(1), torch.arange(BATCH) == 2)
+
+
+def test_nothing_to_score_is_nan(net: Net) -> None:
+    score = evaluate(net, torch.empty(0, 28, 28, dtype=torch.uint8), torch.empty(0).long())
+    assert math.isnan(score.accuracy)
+    assert not score.lost
+
+
+def test_off_the_cpu_no_value_is_read(net: Net) -> None:
+    # The meta device has shapes but no values: whatever would wait for a GPU raises there.
+    images = torch.empty(4, 1, 28, 28, device="meta")
+    dropout = torch.empty((), device="meta")
+    log_probabilities = training_forward(net.to("meta"), images, dropout, None)
+    log_probabilities.sum().backward()  # type: ignore[no-untyped-call]
+    assert evaluation_forward(net, images).shape == (4, 10)
+
+
+def test_masks_are_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first outputs of SplitMix64 from seed 1234567, as published with the generator.
+    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    quarters = np.array(words, np.uint64).view(np.uint16)
+    for threshold in (1, 3_000, 20_000, 40_000, 65_535, 65_536):
+        keep = keep_mask(1234567, threshold / 2**16, 16)
+        assert np.array_equal(keep, quarters >= threshold)
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9])
+def test_masks_drop_at_the_asked_rate(dropout: float) -> None:
+    count = 4_000_000
+    keep = keep_mask(2, dropout, count)
+    assert set(np.unique(keep)) == {0, 1}
+    four_sigma = 4 * (dropout * (1 - dropout) / count) ** 0.5
+    assert abs(1 - keep.mean() - dropout) < four_sigma + 2**-16
+
+
+def test_masks_of_neighbouring_seeds_and_places_are_independent() -> None:
+    count = 1_000_000
+    masks = [keep_mask(seed, 0.5, count) * 2.0 - 1 for seed in (10, 11, 10 + 2**32, -1, 2**63 - 1)]
+    # 65,536 elements are made from one block of random words, 64 of them are a row of the kernels.
+    shifted = [np.roll(masks[0], shift) for shift in (1, 2, 3, 4, 8, 32, 64, 4096, 65536)]
+    for other in masks[1:] + shifted:
+        assert abs(np.mean(masks[0] * other)) < 5 / count**0.5
+
+
+def test_products_of_four_draws_are_balanced() -> None:
+    signs = keep_mask(3, 0.5, 2**20).reshape(-1, 4) * 2.0 - 1
+    assert abs(signs.prod(1).mean()) < 5 / 2**9
+
+
+def test_a_seed_fixes_a_mask_and_a_shorter_one_is_the_longer_one_cut() -> None:
+    assert np.array_equal(keep_mask(6, 0.5, 70_001)[:4_099], keep_mask(6, 0.5, 4_099))
+    assert not np.array_equal(keep_mask(4, 0.5, 5_000), keep_mask(5, 0.5, 5_000))
