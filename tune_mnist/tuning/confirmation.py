@@ -20,7 +20,7 @@ from tune_mnist.runs.space import SearchSpace
 from tune_mnist.runs.view import RunView
 from tune_mnist.tuning.experiment import FixedTrial, Rules
 from tune_mnist.tuning.plan import machine, versions
-from tune_mnist.tuning.settings import SEEDS, TOP
+from tune_mnist.tuning.settings import ConfirmOptions
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,14 @@ class Confirmation:
     time_budget: float | None  # s, over all sessions
 
     @classmethod
-    def of(
-        cls,
-        run: RunView,
-        *,
-        top: int = TOP,
-        seeds: int = SEEDS,
-        epochs: int | None = None,
-        images: int | None = None,
-        time_budget: float | None = None,
-    ) -> Self:
+    def of(cls, run: RunView, options: ConfirmOptions) -> Self:
         """Choose what to train again of a search.
-
-        Args:
-            run: the search.
-            top: how many of its best configurations.
-            seeds: how many seeds each is trained with.
-            epochs: how long; as long as the search's trials may unless given.
-            images: on how many training images; all unless given.
-            time_budget: seconds for all sessions.
 
         Raises:
             ConfigError: the search has nothing to confirm yet.
         """
         ranks = {each.record.number: rank for rank, each in enumerate(run.ranked, start=1)}
-        winners = [each for each in run.ranked if not each.is_baseline][:top]
+        winners = [each for each in run.ranked if not each.is_baseline][: options.top]
         if not winners:
             raise ConfigError(
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
@@ -76,11 +59,11 @@ class Confirmation:
                 )
                 for position, trial in enumerate(trials)
             ),
-            seeds=_fresh_seeds(run, seeds),
+            seeds=_fresh_seeds(run, options.seeds),
             space=run.space,
-            epochs=epochs or run.asked.epochs,
-            images=images,
-            time_budget=time_budget,
+            epochs=options.epochs or run.asked.epochs,
+            images=options.images,
+            time_budget=options.time_budget,
         )
 
     @property

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.config import Precision
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import listing, summary
 from tune_mnist.runs.confirmed import conclusion, write_confirmed
@@ -35,7 +34,7 @@ from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.remote import RemoteRun
 from tune_mnist.tuning.resources import living_nodes
 from tune_mnist.tuning.runner import Ending, Runtime, run_session, writing
-from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings
+from tune_mnist.tuning.settings import ConfirmOptions, ConfirmSettings, RunOn, SearchSettings
 from tune_mnist.tuning.sync import check_new_copy, folder_for, kept_in_line
 from tune_mnist.tuning.trackers import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.worker import EpochSource, train_assignment
@@ -63,9 +62,9 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
         code, plan, path = ended.exit_code, ended.plan, ended.folder.path
         if code == 0 and plan.confirm:
             left = max(plan.rules.time_limit - ended.history.elapsed, 1.0)
-            run = RunView.read(path)
-            confirmation = Confirmation.of(run, images=plan.rules.images, time_budget=left)
-            code = _confirm(run, confirmation, settings, plan.precision, epochs_of)
+            options = ConfirmOptions(images=plan.rules.images, time_budget=left)
+            on = replace(settings, precision=plan.precision)
+            code = _confirm(path, options, on, epochs_of)
         return _reported(code, path, settings)
 
 
@@ -77,16 +76,7 @@ def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> 
     if settings.run is None:
         raise ConfigError("name the search's folder, such as results/default")
     with _exiting_on_sigterm():
-        run = RunView.read(settings.run)
-        confirmation = Confirmation.of(
-            run,
-            top=settings.top,
-            seeds=settings.seeds,
-            epochs=settings.epochs,
-            images=settings.images,
-            time_budget=settings.time_budget,
-        )
-        code = _confirm(run, confirmation, settings, settings.precision or "float32", epochs_of)
+        code = _confirm(settings.run, settings, settings, epochs_of)
         return _reported(code, settings.run, settings)
 
 
@@ -119,7 +109,7 @@ def _start(settings: SearchSettings, epochs_of: EpochSource | None, copies: Exit
     copy = RemoteRun.within(plan.storage, name) if plan.storage else None
     if copy:
         check_new_copy(copy)
-    with _runtime(plan.rules, settings, plan.precision, name, epochs_of) as runtime:
+    with _runtime(plan.rules, settings, name, epochs_of) as runtime:
         folder = RunFolder.create(path)
         with folder.only_writer():
             if copy:
@@ -141,7 +131,8 @@ def _resume(
             return _Search(folder, plan, history)
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
-        with _runtime(plan.rules, settings, plan.precision, folder.name, epochs_of) as runtime:
+        on = replace(settings, precision=plan.precision)
+        with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
             return _run(folder, plan, history, runtime)
 
 
@@ -186,16 +177,14 @@ def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _
 
 
 def _confirm(
-    run: RunView,
-    confirmation: Confirmation,
-    settings: RunOn,
-    precision: Precision,
-    epochs_of: EpochSource | None,
+    path: Path, options: ConfirmOptions, settings: RunOn, epochs_of: EpochSource | None
 ) -> int:
+    run = RunView.read(path)
+    confirmation = Confirmation.of(run, options)
     rules, name = confirmation.rules, f"{run.folder.name} confirmed"
-    with _runtime(rules, settings, precision, name, epochs_of) as runtime:
-        path = run.folder.path / "confirm"
-        folder = RunFolder(path) if path.is_dir() else RunFolder.create(path)
+    with _runtime(rules, settings, name, epochs_of) as runtime:
+        inner = path / "confirm"
+        folder = RunFolder(inner) if inner.is_dir() else RunFolder.create(inner)
         images = len(runtime.split.train_labels)
         ending = None
         with folder.only_writer():
@@ -226,15 +215,12 @@ def _conclude(
 
 @contextmanager
 def _runtime(
-    rules: Rules,
-    settings: RunOn,
-    precision: Precision,
-    name: str,
-    epochs_of: EpochSource | None,
+    rules: Rules, settings: RunOn, name: str, epochs_of: EpochSource | None
 ) -> Iterator[Runtime]:
     """Load the data, connect to Ray and settle what a trial takes."""
     if settings.mlflow is not None:
         check_mlflow(settings.mlflow)
+    precision = settings.precision or "float32"
     holdout = rules.metric == "val_accuracy"
     data = split(load_mnist(settings.data_dir), holdout=holdout, images=rules.images)
     with connected(settings.address):

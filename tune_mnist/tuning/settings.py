@@ -19,8 +19,6 @@ from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.space import MAX_EPOCHS
 from tune_mnist.tuning.remote import is_uri, storage_uri
 
-TOP, SEEDS = 3, 5  # what is confirmed unless asked otherwise: so many winners, on so many seeds
-
 _WHAT = Parameter(group=Group.create_ordered("What to search"))
 _HOW = Parameter(group=Group.create_ordered("How to search"))
 _CONFIRM = Parameter(group=Group.create_ordered("What to confirm"))
@@ -258,10 +256,10 @@ class ConfirmOptions(_Options):
 
     _: KW_ONLY
 
-    top: Annotated[int, _CONFIRM, _AT_LEAST_1] = TOP
+    top: Annotated[int, _CONFIRM, _AT_LEAST_1] = 3
     """How many of the best configurations; the baseline comes on top."""
 
-    seeds: Annotated[int, _CONFIRM, _AT_LEAST_1] = SEEDS
+    seeds: Annotated[int, _CONFIRM, _AT_LEAST_1] = 5
     """Seeds that each is trained with; the search has used none of them."""
 
     epochs: Annotated[int | None, _CONFIRM, _AT_LEAST_1, _MOST_EPOCHS] = None
