@@ -65,11 +65,9 @@ def test_a_last_round_is_done_and_known_as_such() -> None:
 
 def test_a_close_as_the_thread_wakes_is_not_missed() -> None:
     class SetWhileWaking(threading.Event):
-        """Set between the end of a wait in vain and the waiter's next step."""
-
         def wait(self, timeout: float | None = None) -> bool:
             was_set = super().wait(timeout)
-            self.set()
+            self.set()  # between the end of a wait in vain and the waiter's next step
             return was_set
 
     rounds = Rounds()

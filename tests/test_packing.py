@@ -2,28 +2,13 @@ import pytest
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import Mnist, split
-from tune_mnist.tuning.packing import (
-    Packing,
-    Probe,
-    best_of,
-    packings,
-    part_of,
-    probe_all,
-)
+from tune_mnist.tuning.packing import Packing, Probe, best_of, packings, part_of, probe_all
 from tune_mnist.tuning.resources import Node, TrialResources
 from tune_mnist.tuning.settings import SearchSettings
 
 
 def node(cpus: int, gpus: int = 0, megabytes: float = 64_000) -> Node:
     return Node("node", cpus, gpus, megabytes)
-
-
-def probe(at_once: int, epochs_per_hour: float, megabytes: float = 500) -> Probe:
-    return Probe(Packing(at_once, TrialResources(cpus=1, gpus=0)), epochs_per_hour, megabytes)
-
-
-def shares(node: Node) -> list[tuple[int, float, float]]:
-    return [(each.at_once, each.resources.cpus, each.resources.gpus) for each in packings(node)]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +24,9 @@ def shares(node: Node) -> list[tuple[int, float, float]]:
 def test_trials_at_once_double_until_the_machine_is_full(
     machine: Node, expected: list[tuple[int, float, float]]
 ) -> None:
-    assert shares(machine) == expected
+    found = packings(machine)
+    shares = [(each.at_once, each.resources.cpus, each.resources.gpus) for each in found]
+    assert shares == expected
 
 
 def test_every_packing_fits_its_node() -> None:
@@ -48,33 +35,38 @@ def test_every_packing_fits_its_node() -> None:
             assert packing.resources.slots_on(machine) >= packing.at_once
 
 
-def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials() -> None:
-    assert best_of([probe(1, 100), probe(2, 150), probe(4, 120)]).packing.at_once == 2
-    assert best_of([probe(1, 100), probe(2, 150), probe(4, 152)]).packing.at_once == 2
+@pytest.mark.parametrize("tightest", [120, 152])
+def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials(tightest: float) -> None:
+    rates = {1: 100, 2: 150, 4: tightest}
+    one = TrialResources(cpus=1, gpus=0)
+    probes = [Probe(Packing(at_once, one), rate, 500) for at_once, rate in rates.items()]
+    assert best_of(probes).packing.at_once == 2
 
 
+@pytest.mark.parametrize(
+    ("machine", "rates", "tried"),
+    [
+        (node(8), [100, 90, 200, 300], [1, 2]),
+        (node(8), [100, 190, 350, 600], [1, 2, 4, 8]),
+        (node(8, megabytes=2_100), [100, 190, 350, 600], [1, 2]),
+        (node(4, gpus=1, megabytes=2_100), [100, 190, 350, 600], [1, 2, 4, 8]),
+    ],
+)
 def test_tighter_packings_are_not_tried_once_it_gets_worse_or_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch, small_mnist: Mnist
+    monkeypatch: pytest.MonkeyPatch,
+    small_mnist: Mnist,
+    machine: Node,
+    rates: list[float],
+    tried: list[int],
 ) -> None:
-    tried: list[int] = []
+    left = iter(rates)
 
-    def script(rates: list[float]) -> None:
-        tried.clear()
+    def pretend(where: Node, packing: Packing, *_: object) -> Probe:
+        return Probe(packing, next(left), 500)
 
-        def pretend(where: Node, packing: Packing, *_: object) -> Probe:
-            tried.append(packing.at_once)
-            return Probe(packing, rates[len(tried) - 1], 500)
-
-        monkeypatch.setattr("tune_mnist.tuning.packing.probe_packing", pretend)
-
-    data = split(small_mnist, holdout=True)
-    script([100, 90, 200, 300])
-    assert len(probe_all(node(8), data, 1.0)) == 2
-    script([100, 190, 350, 600])
-    assert len(probe_all(node(8), data, 1.0)) == 4
-    script([100, 190, 350, 600])
-    assert len(probe_all(node(8, megabytes=2_100), data, 1.0)) == 2
-    assert tried == [1, 2]
+    monkeypatch.setattr("tune_mnist.tuning.packing.probe_packing", pretend)
+    probes = probe_all(machine, split(small_mnist, holdout=True))
+    assert [probe.packing.at_once for probe in probes] == tried
 
 
 def test_a_part_of_a_split_keeps_something_of_each_set(small_mnist: Mnist) -> None:
@@ -94,8 +86,7 @@ def test_a_packing_says_what_to_ask_the_search_for() -> None:
     assert str(Packing(1, TrialResources(cpus=2, gpus=0))) == "1 trial on 2 CPUs"
 
 
-def test_pack_auto_and_shares_of_ones_own_exclude_each_other() -> None:
+@pytest.mark.parametrize("share", ["cpus_per_trial", "gpus_per_trial"])
+def test_pack_auto_and_shares_of_ones_own_exclude_each_other(share: str) -> None:
     with pytest.raises(ConfigError, match="--pack"):
-        SearchSettings(pack="auto", cpus_per_trial=2)
-    with pytest.raises(ConfigError, match="--pack"):
-        SearchSettings(pack="auto", gpus_per_trial=0.5)
+        SearchSettings(pack="auto", **{share: 0.5})

@@ -31,8 +31,6 @@ from tune_mnist.tuning.trackers import (
 pytest_plugins = ["support.ray_fixtures"]
 
 PATIENCE = 60.0  # seconds that anything may take
-
-
 SO_FAR = ["begin 0", "epoch 0.1", "epoch 0.2", "end 0 stopped", "begin 1", "epoch 1.1"]
 
 
@@ -81,7 +79,6 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show(history: History, start: Callable[[], Tracker]) -> None:
-    """Have all of a history shown."""
     assert Tracking("X", history, start).close() is None
 
 
@@ -96,8 +93,7 @@ def test_a_tracker_is_told_what_happened_and_what_happens_from_then_on(
     search.end(1, "complete")
     search.start(lr=0.03)
     assert following.close() is None
-    rest = ["epoch 1.2", "end 1 complete", "begin 2", "close"]
-    assert tracker.notes == SO_FAR + rest
+    assert tracker.notes == [*SO_FAR, "epoch 1.2", "end 1 complete", "begin 2", "close"]
 
 
 def test_epochs_that_are_there_already_are_not_told_again(search: RecordedSearch) -> None:
@@ -119,29 +115,25 @@ def test_after_a_failure_another_tracker_is_told_everything(
     assert second.notes == [*SO_FAR, "close"]
 
 
-def test_one_that_fails_to_the_end_is_a_warning(search: RecordedSearch) -> None:
-    following = Tracking("X", search.history, lambda: Notebook(fails_at="epoch 0.2"))
-    assert following.close() == (
-        "X has not got everything (OSError: [Errno 28] No space left on device); epochs.csv has"
-    )
-
-
-def test_one_that_hangs_does_not_keep_the_search_from_ending(
-    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("hangs", "why"),
+    [(False, "OSError: [Errno 28] No space left on device"), (True, "no answer within 0.2 s")],
+)
+def test_one_that_fails_to_the_end_or_hangs_is_a_warning(
+    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch, hangs: bool, why: str
 ) -> None:
-    monkeypatch.setattr(trackers, "CLOSING_PATIENCE", 0.2)
+    if hangs:
+        monkeypatch.setattr(trackers, "CLOSING_PATIENCE", 0.2)
     free = threading.Event()
 
-    def hang() -> Notebook:
-        free.wait(PATIENCE)
-        return Notebook()
+    def start() -> Notebook:
+        if hangs:
+            free.wait(PATIENCE)
+        return Notebook(fails_at="epoch 0.2")
 
-    following = Tracking("X", search.history, hang)
-    try:
-        expected = "X has not got everything (no answer within 0.2 s); epochs.csv has"
-        assert following.close() == expected
-    finally:
-        free.set()
+    following = Tracking("X", search.history, start)
+    assert following.close() == f"X has not got everything ({why}); epochs.csv has"
+    free.set()
 
 
 def shown(folder: Path, tag: str = "val_accuracy") -> dict[int, float]:
@@ -161,32 +153,26 @@ def steps(folder: Path) -> list[int]:
     return [event.step for event in events if event.HasField("summary") and event.step]
 
 
-def test_tensorboard_has_measurements_by_epoch_and_hyperparameters(tmp_path: Path) -> None:
+def test_tensorboard_has_hyperparameters_and_finite_measurements_by_epoch(tmp_path: Path) -> None:
     search = RecordedSearch(tmp_path)
     search.trial([0.9, 0.95, 0.97], lr=0.02)
-    record = search.history.trials[0]
-    show(search.history, lambda: EventFiles(search.folder.tensorboard))
-    folder = search.folder.tensorboard / "0"
-    assert shown(folder) == pytest.approx({1: 0.9, 2: 0.95, 3: 0.97})
-    assert shown(folder, "val_loss") == pytest.approx({1: 0.1, 2: 0.05, 3: 0.03})
-    accumulator = EventAccumulator(str(folder)).Reload()
-    times = [each.wall_time - record.started_at for each in accumulator.Scalars("val_loss")]
-    assert times == pytest.approx([2.5, 5.0, 7.5])
-    hparams = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"lr" in hparams
-    assert b"onecycle" not in hparams
-
-
-def test_tensorboard_lacks_what_is_not_finite(tmp_path: Path) -> None:
-    search = RecordedSearch(tmp_path)
     number = search.start()
     search.epoch(number, 0.9, val_accuracy=math.nan)
     search.diverged_epoch(number)
     show(search.history, lambda: EventFiles(search.folder.tensorboard))
-    folder = search.folder.tensorboard / "0"
-    assert shown(folder) == {}
-    assert set(shown(folder, "test_accuracy")) == {1}
-    assert set(shown(folder, "seconds")) == {1, 2}
+    finite, other = (search.folder.tensorboard / name for name in "01")
+    assert shown(finite) == pytest.approx({1: 0.9, 2: 0.95, 3: 0.97})
+    assert shown(finite, "val_loss") == pytest.approx({1: 0.1, 2: 0.05, 3: 0.03})
+    accumulator = EventAccumulator(str(finite)).Reload()
+    began = search.history.trials[0].started_at
+    times = [each.wall_time - began for each in accumulator.Scalars("val_loss")]
+    assert times == pytest.approx([2.5, 5.0, 7.5])
+    hparams = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"lr" in hparams
+    assert b"onecycle" not in hparams
+    assert shown(other) == {}
+    assert set(shown(other, "test_accuracy")) == {1}
+    assert set(shown(other, "seconds")) == {1, 2}
 
 
 def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
@@ -249,8 +235,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs_in(uri: str, experiment: str) -> dict[str, Any]:
     """Return an experiment's runs by name, each of which is there once."""
     client = MlflowClient(uri)
-    known = {each.name: each.experiment_id for each in client.search_experiments()}
-    runs = client.search_runs([known[experiment]])
+    known = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([known.experiment_id])
     found = {run.info.run_name: run for run in runs}
     assert len(found) == len(runs)
     return found
@@ -285,17 +271,15 @@ def test_a_trial_is_an_mlflow_run_with_parameters_metrics_by_epoch_and_its_state
     assert failed.data.tags["reason"] == "the worker died"
 
 
-def test_a_resumed_search_continues_in_the_same_mlflow_runs(uri: str, tmp_path: Path) -> None:
-    search = RecordedSearch(tmp_path)
-    search.trial([0.9, 0.95])
-    search.epoch(search.start(), 0.8)
-    records = search.history.trials
+def test_a_resumed_search_continues_in_the_same_mlflow_runs(
+    uri: str, search: RecordedSearch
+) -> None:
     start = partial(MlflowRuns, uri, "resumed")
     show(search.history, start)
     assert runs_in(uri, "resumed")["trial 1"].info.status == "KILLED"
     for accuracy in (0.85, 0.88):
         search.epoch(1, accuracy)
-    assert start().begin(records[1]) == 1
+    assert start().begin(search.history.trials[1]) == 1
     assert runs_in(uri, "resumed")["trial 1"].info.status == "RUNNING"
     search.end(1, "complete")
     show(search.history, start)
@@ -323,11 +307,8 @@ def test_a_store_that_does_not_answer_is_refused_before_anything_starts(uri: str
         check_mlflow(uri)
 
 
-def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_is_not_needed_until_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    assert mlflow_trackers(None, "run") == {}
     with pytest.raises(ConfigError, match="pip install mlflow-skinny"):
         check_mlflow("sqlite:///mlflow.db")
-
-
-def test_nobody_logs_to_mlflow_unasked() -> None:
-    assert mlflow_trackers(None, "run") == {}

@@ -37,13 +37,10 @@ def is_uri(text: str) -> bool:
 
 
 def storage_uri(text: str) -> str:
-    """Return the URI of a folder of runs, which may be given as a path.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
+    """Return the URI of a folder of runs, given as a URI or a path, or raise ConfigError."""
     if not is_uri(text):
         return Path(text).absolute().as_uri()
+    parts = urlsplit(text)
     scheme, _, _ = text.partition("://")
     if scheme not in SCHEMES:
         known = ", ".join(f"{each}://" for each in SCHEMES)
@@ -51,7 +48,6 @@ def storage_uri(text: str) -> str:
             f"storage of the kind {scheme}:// is not known{did_you_mean(scheme, SCHEMES)}: "
             f"use {known} or a folder's path"
         )
-    parts = urlsplit(text)
     if parts.password is not None:
         raise ConfigError(
             "a storage's URI is kept in search.yaml and must not hold a secret: give it as the "
@@ -100,8 +96,7 @@ class RemoteRun:
         files, root = _open(self.uri)
         try:
             with files.open_input_stream(f"{root}/{name}") as file:
-                content: bytes = file.read()
-                return content
+                return bytes(file.read())
         except FileNotFoundError:
             return b""
 
@@ -140,21 +135,20 @@ class RemoteRun:
 
 @functools.cache
 def _open(uri: str) -> tuple[FileSystem, str]:
-    """Return Arrow's file system for a URI and the path in it.
+    """Return Arrow's file system for a URI and the path in it, or raise ConfigError.
 
     By default, Arrow tries for minutes to reach a bucket that does not answer.
-
-    Raises:
-        ConfigError: Arrow has no file system for it.
     """
     parts = urlsplit(uri)
-    options = {name: _FLAGS.get(value, value) for name, value in parse_qsl(parts.query)}
+    options: dict[str, Any] = {
+        name: _FLAGS.get(value, value) for name, value in parse_qsl(parts.query)
+    }
     try:
         if parts.scheme == "s3":
             return _s3(parts.netloc, options), (parts.netloc + unquote(parts.path)).rstrip("/")
         if parts.scheme == "gs":
-            query = urlencode({**options, "retry_limit_seconds": PATIENCE})
-            parts = parts._replace(query=query)
+            options["retry_limit_seconds"] = PATIENCE
+            parts = parts._replace(query=urlencode(options))
         files, root = FileSystem.from_uri(parts.geturl())
     except (ArrowException, OSError, ImportError, TypeError) as error:
         raise ConfigError(f"{uri} cannot be used: {one_line(error)}") from error
@@ -176,11 +170,7 @@ def _s3(bucket: str, options: dict[str, Any]) -> S3FileSystem:
 
 @contextlib.contextmanager
 def reaching(remote: RemoteRun) -> Iterator[None]:
-    """Turn a failure to read or write a run's copy into one clear error.
-
-    Raises:
-        RunFolderError: the copy cannot be read or written.
-    """
+    """Turn a failure to read or write a run's copy into one clear RunFolderError."""
     try:
         yield
     except (OSError, ArrowException) as error:

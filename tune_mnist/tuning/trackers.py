@@ -38,10 +38,7 @@ class Tracker(Protocol):
 class Tracking:
     """Hands the trials and epochs of a history to a tracker, in the background.
 
-    Args:
-        name: the tracker's name in messages.
-        history: what to follow.
-        start: makes the tracker, in the thread; after a failure it makes another.
+    `start` makes the tracker, in the thread; after a failure it makes another.
     """
 
     def __init__(self, name: str, history: History, start: Callable[[], Tracker]) -> None:
@@ -104,10 +101,9 @@ _SCALARS = (
 class EventFiles:
     """Curves and hyperparameters for TensorBoard: `tensorboard --logdir results/<run>`.
 
-    Each trial has a file in a folder named after its number. Every session writes all files anew,
-    so a trial that was broken off continues without a gap and without an epoch twice, whenever
-    the kill came. What an earlier session wrote comes out the same, byte by byte, so that a
-    TensorBoard which is half through a file reads on.
+    Each trial has a file in a folder named after its number. Every session writes all files anew:
+    no kill leaves a gap or an epoch twice. What an earlier session wrote comes out the same, byte
+    by byte, so that a TensorBoard which is half through a file reads on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,20 +125,18 @@ class EventFiles:
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
         self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
-        values = {**record.config.as_dict(), "seed": record.seed}
-        hparams = self._hparams(values, f"{self._run}/{record.number}", began)
+        hparams = self._hparams(_hyperparameters(record), f"{self._run}/{record.number}", began)
         self._write(record, self._event(wall_time=began, summary=hparams))
         return 0
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
-        summary = self._summary(
-            value=[
-                self._summary.Value(tag=name, simple_value=getattr(row, name))
-                for name in _SCALARS
-                if math.isfinite(getattr(row, name))
-            ]
-        )
+        scalars = [
+            self._summary.Value(tag=name, simple_value=getattr(row, name))
+            for name in _SCALARS
+            if math.isfinite(getattr(row, name))
+        ]
         when = record.started_at + row.elapsed - record.started
+        summary = self._summary(value=scalars)
         self._write(record, self._event(wall_time=when, step=row.epoch, summary=summary))
 
     def end(self, record: TrialRecord) -> None:
@@ -177,9 +171,8 @@ class MlflowRuns:
         self._metric, self._param = Metric, Param
         self._client = MlflowClient(tracking_uri)
         known = self._client.get_experiment_by_name(experiment)
-        self._experiment = (
-            known.experiment_id if known else self._client.create_experiment(experiment)
-        )
+        create = self._client.create_experiment
+        self._experiment = known.experiment_id if known else create(experiment)
         self._there = self._runs_there()
         self._run_ids: dict[int, str] = {}  # of the trials that have not ended
 
@@ -195,15 +188,14 @@ class MlflowRuns:
         else:
             self._client.update_run(run.info.run_id, "RUNNING")
         self._run_ids[record.number] = run.info.run_id
-        values = {**record.config.as_dict(), "seed": record.seed}
-        params = [self._param(name, str(value)) for name, value in values.items()]
+        values = _hyperparameters(record).items()
+        params = [self._param(name, str(value)) for name, value in values]
         self._client.log_batch(run.info.run_id, params=params)
         return int(run.data.metrics.get(_STEP, 0))
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
-        values = {name: value for name, value in row.as_dict().items() if name != "epoch"}
-        # The epoch last: if it arrived, the others did.
-        values[_STEP] = row.epoch
+        values = row.as_dict()
+        values[_STEP] = values.pop("epoch")  # last: if it arrived, the others did
         now = int(1000 * time.time())
         finite = [
             self._metric(name, float(value), now, row.epoch)
@@ -229,15 +221,17 @@ class MlflowRuns:
 
     def _runs_there(self) -> dict[tuple[str, str], Any]:
         """Return the experiment's runs by name and by when their trials started."""
-        found: list[Any] = []
-        page: Any = None
-        while page is None or page.token:
-            token = page.token if page else None
-            page = self._client.search_runs(
-                [self._experiment], max_results=_PAGE, page_token=token
-            )
+        search = partial(self._client.search_runs, [self._experiment], max_results=_PAGE)
+        page = search()
+        found = list(page)
+        while page.token:
+            page = search(page_token=page.token)
             found += page
         return {(run.info.run_name, run.data.tags.get("started_at", "")): run for run in found}
+
+
+def _hyperparameters(record: TrialRecord) -> dict[str, Any]:
+    return {**record.config.as_dict(), "seed": record.seed}
 
 
 def mlflow_trackers(tracking_uri: str | None, experiment: str) -> dict[str, Callable[[], Tracker]]:
@@ -248,11 +242,7 @@ def mlflow_trackers(tracking_uri: str | None, experiment: str) -> dict[str, Call
 
 
 def check_mlflow(tracking_uri: str) -> None:
-    """Check, before anything is started, that MLflow is installed and answers.
-
-    Raises:
-        ConfigError: it is not installed, or does not answer.
-    """
+    """Raise ConfigError, before anything starts, if MLflow is not installed or does not answer."""
     if find_spec("mlflow") is None:
         raise ConfigError(
             "--mlflow needs MLflow's client, which is not installed: pip install mlflow-skinny"
