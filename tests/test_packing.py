@@ -19,6 +19,7 @@ def node(cpus: int, gpus: int = 0, megabytes: float = 64_000) -> Node:
         (node(6), [(1, 6, 0), (2, 3, 0), (4, 1, 0), (6, 1, 0)]),
         (node(4, gpus=1), [(1, 1, 1), (2, 1, 0.5), (4, 1, 0.25), (8, 0.5, 0.125)]),
         (node(16, gpus=8), [(1, 1, 1), (2, 1, 0.5), (4, 0.5, 0.25)]),
+        (node(5, gpus=2), [(1, 1, 1), (2, 1, 0.5), (4, 0.625, 0.25)]),
     ],
 )
 def test_trials_at_once_double_until_the_machine_is_full(
@@ -27,12 +28,7 @@ def test_trials_at_once_double_until_the_machine_is_full(
     found = packings(machine)
     shares = [(each.at_once, each.resources.cpus, each.resources.gpus) for each in found]
     assert shares == expected
-
-
-def test_every_packing_fits_its_node() -> None:
-    for machine in (node(3), node(7), node(96), node(5, gpus=2), node(64, gpus=4)):
-        for packing in packings(machine):
-            assert packing.resources.slots_on(machine) >= packing.at_once
+    assert all(each.resources.slots_on(machine) >= each.at_once for each in found)
 
 
 @pytest.mark.parametrize("tightest", [120, 152])

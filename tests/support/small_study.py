@@ -4,7 +4,6 @@ import contextlib
 import copy
 import random
 import sqlite3
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_mnist.tuning import study_file
 from tune_mnist.tuning.study import SamplerSettings, Study
 from tune_mnist.tuning.study_file import StudyFile
 
@@ -95,11 +93,3 @@ def _sample(trial: optuna.Trial) -> dict[str, Any]:
         trial.suggest_categorical("nesterov", [False, True])
     trial.suggest_int("layers", 2, 10)
     return dict(trial.params)
-
-
-if __name__ == "__main__":  # without an end, for a test to kill
-    study_file.WRITE_EVERY = 0.001
-    search = SmallStudy(Path(sys.argv[1]))
-    while True:
-        search.steps(1)
-        time.sleep(0.002)

@@ -7,7 +7,6 @@ that no other file mentions such a name. Each one says what goes wrong without i
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,8 +94,7 @@ def staging_in(folder: str) -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(storage, "_get_ray_train_session_dir", lambda: folder)
 
 
-@contextlib.contextmanager
-def memory_kills_survived() -> Iterator[None]:
+def memory_kills_survived() -> contextlib.AbstractContextManager[Any]:
     """Have Tune treat a worker that Ray ended to save the machine's memory as one that died.
 
     Tune expects errors of actors and of tasks only; at any other it ends the whole search with
@@ -109,8 +107,7 @@ def memory_kills_survived() -> Iterator[None]:
             exception = RayActorError(error_msg=OUT_OF_MEMORY)
         original(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    with mock.patch.object(RayActorManager, "_actor_task_failed", failed):
-        yield
+    return mock.patch.object(RayActorManager, "_actor_task_failed", failed)
 
 
 def actor_of(trial: Trial) -> Any:

@@ -32,7 +32,6 @@ _PROBE = ".probe"
 
 
 def is_uri(text: str) -> bool:
-    """Return True if a text is a URI, False if it is a path."""
     return "://" in text
 
 
@@ -69,7 +68,6 @@ class RemoteRun:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return unquote(PurePosixPath(urlsplit(self.uri).path).name)
 
     @property
@@ -80,7 +78,6 @@ class RemoteRun:
 
     @classmethod
     def within(cls, storage: str, name: str) -> "RemoteRun":
-        """Return the run of that name in a folder of runs."""
         parts = urlsplit(storage)
         return cls(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl())
 
@@ -112,7 +109,6 @@ class RemoteRun:
                 file.write(content)
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it exists."""
         files, root = _open(self.uri)
         with contextlib.suppress(FileNotFoundError):
             files.delete_file(f"{root}/{name}")

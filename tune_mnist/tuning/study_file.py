@@ -44,7 +44,6 @@ class StudyFile:
         self._thread.start()
 
     def put(self, trial: FrozenTrial) -> None:
-        """Have a trial written as it is now."""
         with self._lock:
             self._latest[trial.number] = trial
             self._changed.add(trial.number)
@@ -62,7 +61,8 @@ class StudyFile:
 
     def _failed(self, error: Exception) -> str:
         cause = root_cause(error)
-        if not _is_lock(cause):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # without the detail in its upper bits
+        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):  # both leave the file usable
             self._close_file()
         return one_line(cause)
 
@@ -73,9 +73,7 @@ class StudyFile:
                 trial = self._latest[min(self._changed)]
             # Before each: Optuna tries for many seconds to write a file that has been deleted.
             storage = self._open_storage()
-            try:
-                self._write(storage, trial)
-            except _ContradictionError:
+            if not self._write(storage, trial):
                 self._put_aside("outdated")
                 continue
             with self._lock:
@@ -138,18 +136,19 @@ class StudyFile:
             if path.exists():
                 path.replace(self._path.with_name(f"{self._path.name}.{why}{suffix}"))
 
-    def _write(self, storage: RDBStorage, trial: FrozenTrial) -> None:
-        """Make the file's version of a trial equal to `trial`, or raise _ContradictionError."""
+    def _write(self, storage: RDBStorage, trial: FrozenTrial) -> bool:
+        """Bring the file's version of a trial up to date, or return False if it contradicts."""
         old = self._written.get(trial.number)
         if old is None:
             key = storage.create_new_trial(self._study_id, template_trial=trial)
             if storage.get_trial_number_from_id(key) != trial.number:
-                raise _ContradictionError
+                return False
         elif not _extends(trial, old):
-            raise _ContradictionError
+            return False
         elif not old.state.is_finished():
             self._update(storage, old, trial)
         self._written[trial.number] = trial
+        return True
 
     def _update(self, storage: RDBStorage, old: FrozenTrial, trial: FrozenTrial) -> None:
         """Add to an unfinished trial what it lacks, its state last."""
@@ -163,10 +162,6 @@ class StudyFile:
             storage.set_trial_intermediate_value(key, step, value)
         if trial.state != old.state:
             storage.set_trial_state_values(key, trial.state, trial.values)
-
-
-class _ContradictionError(Exception):
-    """The file's version of a trial is of another trial."""
 
 
 def is_sound(path: Path) -> bool:
@@ -209,9 +204,3 @@ def _inode(path: Path) -> int:
         return path.stat().st_ino
     except FileNotFoundError:
         return 0
-
-
-def _is_lock(error: BaseException) -> bool:
-    """Return True if an error comes from a lock, which leaves the connection usable."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the detail in its upper bits
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -251,12 +251,11 @@ def check_new_copy(remote: RemoteRun) -> None:
     """Raise RunFolderError, before anything starts, if a copy exists or cannot be written."""
     with reaching(remote):
         remote.now()
-        exists = bool(remote.read("search.yaml"))
-    if exists:
-        raise RunFolderError(
-            f"the run {remote.uri} exists and is never overwritten: "
-            f"choose another name with --run, or resume it: --resume '{remote.uri}'"
-        )
+        if remote.read("search.yaml"):
+            raise RunFolderError(
+                f"the run {remote.uri} exists and is never overwritten: "
+                f"choose another name with --run, or resume it: --resume '{remote.uri}'"
+            )
 
 
 def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
@@ -265,9 +264,8 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
     Raises RunFolderError if there is no such copy, or if the folder cannot be written.
     """
     with reaching(remote):
-        exists = bool(remote.read("search.yaml"))
-    if not exists:
-        raise RunFolderError(f"{remote.uri} is no run's copy: it has no search.yaml")
+        if not remote.read("search.yaml"):
+            raise RunFolderError(f"{remote.uri} is no run's copy: it has no search.yaml")
     path = results / remote.name
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
