@@ -53,16 +53,6 @@ def pauses(rounds: Rounds, number: int) -> list[float | None]:
     return found.lengths
 
 
-def test_a_last_round_is_done_and_known_as_such() -> None:
-    worked = threading.Event()
-    rounds = Rounds(then=worked.set)
-    rounds.thread.start()
-    assert worked.wait(PATIENCE)
-    assert rounds.thread.close() is None
-    assert rounds.closing == [False] * (len(rounds.closing) - 1) + [True]
-    assert not rounds.thread.is_alive()
-
-
 def test_a_close_as_the_thread_wakes_is_not_missed() -> None:
     class SetWhileWaking(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:

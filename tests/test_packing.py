@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from tune_mnist.errors import ConfigError
@@ -82,7 +84,7 @@ def test_a_packing_says_what_to_ask_the_search_for() -> None:
     assert str(Packing(1, TrialResources(cpus=2, gpus=0))) == "1 trial on 2 CPUs"
 
 
-@pytest.mark.parametrize("share", ["cpus_per_trial", "gpus_per_trial"])
-def test_pack_auto_and_shares_of_ones_own_exclude_each_other(share: str) -> None:
+@pytest.mark.parametrize("shares", [{"cpus_per_trial": 2}, {"gpus_per_trial": 0.5}])
+def test_pack_auto_and_shares_of_ones_own_exclude_each_other(shares: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--pack"):
-        SearchSettings(pack="auto", **{share: 0.5})
+        SearchSettings(pack="auto", **shares)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
+from support.course import Course
 from support.drivers import (
     Driver,
     Searches,
     epochs_in,
     history_of,
     notes_of,
+    outcome,
     outcome_of,
     replace,
-    searches_in,
     study_of,
 )
 from support.epochs import epoch_metrics
@@ -39,10 +39,10 @@ from tune_mnist.tuning.remote import RemoteRun
 
 pytest_plugins = ["support.ray_fixtures"]
 
-TRIALS = 5
+TRIALS, EPOCHS = 5, 10
 ONE = ("--max-concurrent", 1)
 STATE = "runs/run/checkpoints/00000.state"
-SHORT = ("--trials", TRIALS, "--epochs", 10, *ONE)
+SHORT = ("--trials", TRIALS, "--epochs", EPOCHS, *ONE)
 
 
 @pytest.fixture
@@ -51,15 +51,6 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         monkeypatch.setenv(name, value)
     with s3_server() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A search without a copy that nothing happened to."""
-    with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
-        driver = searches.start("run", *SHORT)
-        assert driver.wait() == 0, driver.output
-        yield searches.folder("run")
 
 
 def hurry(copy_every: float = 0.1) -> None:
@@ -97,7 +88,7 @@ def begin(
 
 
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
-    searches: Searches, s3: S3, uninterrupted: Path
+    searches: Searches, s3: S3, tmp_path: Path
 ) -> None:
     script: dict[str, Any] = {"seconds": 0.05, "notes": searches.notes, "state_size": 300_000}
     begin(searches, s3, **script).kill()
@@ -112,8 +103,10 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     )
     assert driver.wait() == 0, driver.output
     folder = searches.path / "elsewhere" / "run"
-    assert outcome_of(folder) == outcome_of(uninterrupted)
-    assert (folder / "best.pt").read_bytes() == (uninterrupted / "best.pt").read_bytes()
+    unbroken = Course(tmp_path / "unbroken", trials=TRIALS, epochs=EPOCHS, startup_trials=10)
+    unbroken.run(until=TRIALS)
+    assert outcome_of(folder) == outcome(unbroken.history)
+    assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
     trained = notes_of(searches.notes)
     assert trained.total() - len(trained) <= lost - kept + 1  # since the last copied state
     assert contents_of(folder) == s3.contents("runs/run")

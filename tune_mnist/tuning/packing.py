@@ -28,7 +28,6 @@ PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is 
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
 AS_GOOD = 0.97  # of two packings this close, the one with fewer trials at once is taken
 MEMORY_SHARE = 0.9  # of a node's memory, at most
-_EPOCHS = 1000  # more than any probe trains
 
 
 def settle_resources(settings: RunOn, data: Split, precision: Precision) -> TrialResources:
@@ -194,7 +193,8 @@ class _Trial:
         keep_freed_memory()
         self._on_gpu = torch.cuda.is_available()
         device = "cuda" if self._on_gpu else "cpu"
-        self._results = train(TrainConfig(), split, epochs=_EPOCHS, seed=0, device=device)
+        # More epochs than any probe trains.
+        self._results = train(TrainConfig(), split, epochs=1000, seed=0, device=device)
 
     def train_for(self, seconds: float) -> tuple[int, float, float]:
         """Train whole epochs, one at least; return how many, their seconds and megabytes held."""

@@ -61,10 +61,7 @@ def silence_dying_workers() -> None:
 
 
 def address_of_this_node() -> str:
-    """Return the HOST:PORT that `auto` means, or raise ConnectionError if not one cluster is here.
-
-    So that it is checked as any other address.
-    """
+    """Return the HOST:PORT that `auto` means; raise ConnectionError unless one cluster is here."""
     return str(canonicalize_bootstrap_address_or_die("auto"))
 
 

@@ -39,7 +39,6 @@ def storage_uri(text: str) -> str:
     """Return the URI of a folder of runs, given as a URI or a path, or raise ConfigError."""
     if not is_uri(text):
         return Path(text).absolute().as_uri()
-    parts = urlsplit(text)
     scheme, _, _ = text.partition("://")
     if scheme not in SCHEMES:
         known = ", ".join(f"{each}://" for each in SCHEMES)
@@ -47,6 +46,7 @@ def storage_uri(text: str) -> str:
             f"storage of the kind {scheme}:// is not known{did_you_mean(scheme, SCHEMES)}: "
             f"use {known} or a folder's path"
         )
+    parts = urlsplit(text)
     if parts.password is not None:
         raise ConfigError(
             "a storage's URI is kept in search.yaml and must not hold a secret: give it as the "

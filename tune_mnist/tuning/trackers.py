@@ -91,7 +91,6 @@ def _described(error: Exception, length: int) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:length]
 
 
-_NAME = "events.out.tfevents.0"  # by which TensorBoard knows its files
 _SCALARS = (
     *("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "evaluation_seconds"),
@@ -120,7 +119,7 @@ class EventFiles:
         self._run = "/".join(folder.absolute().parts[-3:-1])
 
     def begin(self, record: TrialRecord) -> int:
-        path = self._folder / f"{record.number}" / _NAME
+        path = self._folder / f"{record.number}/events.out.tfevents.0"  # by its name it is known
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
@@ -153,7 +152,6 @@ class EventFiles:
 
 
 _RETRIES = "2"  # of a request; MLflow's default takes minutes, and this module retries anyway
-_PAGE = 1000  # runs asked for at once
 _STEP = "training_iteration"  # the metric that holds the epoch, by Tune's name for it
 
 
@@ -221,7 +219,7 @@ class MlflowRuns:
 
     def _runs_there(self) -> dict[tuple[str, str], Any]:
         """Return the experiment's runs by name and by when their trials started."""
-        search = partial(self._client.search_runs, [self._experiment], max_results=_PAGE)
+        search = partial(self._client.search_runs, [self._experiment], max_results=1000)
         page = search()
         found = list(page)
         while page.token:
