@@ -53,23 +53,11 @@ def pauses(rounds: Rounds, number: int) -> list[float | None]:
     return found.lengths
 
 
-def test_a_last_round_is_done_and_known_as_such() -> None:
-    worked = threading.Event()
-    rounds = Rounds(then=worked.set)
-    rounds.thread.start()
-    assert worked.wait(PATIENCE)
-    assert rounds.thread.close() is None
-    assert rounds.closing == [False] * (len(rounds.closing) - 1) + [True]
-    assert not rounds.thread.is_alive()
-
-
 def test_a_close_as_the_thread_wakes_is_not_missed() -> None:
     class SetWhileWaking(threading.Event):
-        """Set between the end of a wait in vain and the waiter's next step."""
-
         def wait(self, timeout: float | None = None) -> bool:
             was_set = super().wait(timeout)
-            self.set()
+            self.set()  # between the end of a wait in vain and the waiter's next step
             return was_set
 
     rounds = Rounds()

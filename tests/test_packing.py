@@ -1,29 +1,16 @@
+from typing import Any
+
 import pytest
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import Mnist, split
-from tune_mnist.tuning.packing import (
-    Packing,
-    Probe,
-    best_of,
-    packings,
-    part_of,
-    probe_all,
-)
+from tune_mnist.tuning.packing import Packing, Probe, best_of, packings, part_of, probe_all
 from tune_mnist.tuning.resources import Node, TrialResources
 from tune_mnist.tuning.settings import SearchSettings
 
 
 def node(cpus: int, gpus: int = 0, megabytes: float = 64_000) -> Node:
     return Node("node", cpus, gpus, megabytes)
-
-
-def probe(at_once: int, epochs_per_hour: float, megabytes: float = 500) -> Probe:
-    return Probe(Packing(at_once, TrialResources(cpus=1, gpus=0)), epochs_per_hour, megabytes)
-
-
-def shares(node: Node) -> list[tuple[int, float, float]]:
-    return [(each.at_once, each.resources.cpus, each.resources.gpus) for each in packings(node)]
 
 
 @pytest.mark.parametrize(
@@ -34,47 +21,50 @@ def shares(node: Node) -> list[tuple[int, float, float]]:
         (node(6), [(1, 6, 0), (2, 3, 0), (4, 1, 0), (6, 1, 0)]),
         (node(4, gpus=1), [(1, 1, 1), (2, 1, 0.5), (4, 1, 0.25), (8, 0.5, 0.125)]),
         (node(16, gpus=8), [(1, 1, 1), (2, 1, 0.5), (4, 0.5, 0.25)]),
+        (node(5, gpus=2), [(1, 1, 1), (2, 1, 0.5), (4, 0.625, 0.25)]),
     ],
 )
 def test_trials_at_once_double_until_the_machine_is_full(
     machine: Node, expected: list[tuple[int, float, float]]
 ) -> None:
-    assert shares(machine) == expected
+    found = packings(machine)
+    shares = [(each.at_once, each.resources.cpus, each.resources.gpus) for each in found]
+    assert shares == expected
+    assert all(each.resources.slots_on(machine) >= each.at_once for each in found)
 
 
-def test_every_packing_fits_its_node() -> None:
-    for machine in (node(3), node(7), node(96), node(5, gpus=2), node(64, gpus=4)):
-        for packing in packings(machine):
-            assert packing.resources.slots_on(machine) >= packing.at_once
+@pytest.mark.parametrize("tightest", [120, 152])
+def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials(tightest: float) -> None:
+    rates = {1: 100, 2: 150, 4: tightest}
+    one = TrialResources(cpus=1, gpus=0)
+    probes = [Probe(Packing(at_once, one), rate, 500) for at_once, rate in rates.items()]
+    assert best_of(probes).packing.at_once == 2
 
 
-def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials() -> None:
-    assert best_of([probe(1, 100), probe(2, 150), probe(4, 120)]).packing.at_once == 2
-    assert best_of([probe(1, 100), probe(2, 150), probe(4, 152)]).packing.at_once == 2
-
-
+@pytest.mark.parametrize(
+    ("machine", "rates", "tried"),
+    [
+        (node(8), [100, 90, 200, 300], [1, 2]),
+        (node(8), [100, 190, 350, 600], [1, 2, 4, 8]),
+        (node(8, megabytes=2_100), [100, 190, 350, 600], [1, 2]),
+        (node(4, gpus=1, megabytes=2_100), [100, 190, 350, 600], [1, 2, 4, 8]),
+    ],
+)
 def test_tighter_packings_are_not_tried_once_it_gets_worse_or_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch, small_mnist: Mnist
+    monkeypatch: pytest.MonkeyPatch,
+    small_mnist: Mnist,
+    machine: Node,
+    rates: list[float],
+    tried: list[int],
 ) -> None:
-    tried: list[int] = []
+    left = iter(rates)
 
-    def script(rates: list[float]) -> None:
-        tried.clear()
+    def pretend(where: Node, packing: Packing, *_: object) -> Probe:
+        return Probe(packing, next(left), 500)
 
-        def pretend(where: Node, packing: Packing, *_: object) -> Probe:
-            tried.append(packing.at_once)
-            return Probe(packing, rates[len(tried) - 1], 500)
-
-        monkeypatch.setattr("tune_mnist.tuning.packing.probe_packing", pretend)
-
-    data = split(small_mnist, holdout=True)
-    script([100, 90, 200, 300])
-    assert len(probe_all(node(8), data, 1.0)) == 2
-    script([100, 190, 350, 600])
-    assert len(probe_all(node(8), data, 1.0)) == 4
-    script([100, 190, 350, 600])
-    assert len(probe_all(node(8, megabytes=2_100), data, 1.0)) == 2
-    assert tried == [1, 2]
+    monkeypatch.setattr("tune_mnist.tuning.packing.probe_packing", pretend)
+    probes = probe_all(machine, split(small_mnist, holdout=True))
+    assert [probe.packing.at_once for probe in probes] == tried
 
 
 def test_a_part_of_a_split_keeps_something_of_each_set(small_mnist: Mnist) -> None:
@@ -94,8 +84,7 @@ def test_a_packing_says_what_to_ask_the_search_for() -> None:
     assert str(Packing(1, TrialResources(cpus=2, gpus=0))) == "1 trial on 2 CPUs"
 
 
-def test_pack_auto_and_shares_of_ones_own_exclude_each_other() -> None:
+@pytest.mark.parametrize("shares", [{"cpus_per_trial": 2}, {"gpus_per_trial": 0.5}])
+def test_pack_auto_and_shares_of_ones_own_exclude_each_other(shares: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--pack"):
-        SearchSettings(pack="auto", cpus_per_trial=2)
-    with pytest.raises(ConfigError, match="--pack"):
-        SearchSettings(pack="auto", gpus_per_trial=0.5)
+        SearchSettings(pack="auto", **shares)

@@ -1,5 +1,8 @@
 """What the machines of a cluster have room for."""
 
+import time
+from unittest.mock import Mock
+
 import pytest
 
 from tune_mnist.errors import ClusterError
@@ -37,38 +40,29 @@ def test_a_trial_takes_something() -> None:
         TrialResources(0, 0)
 
 
-class Growing:
-    """A cluster that grows, and counts how often it is looked at."""
-
-    def __init__(self) -> None:
-        self.looks, self.nodes = 0, [node(4)]
-
-    def __call__(self) -> list[Node]:
-        self.looks += 1
-        return self.nodes
-
-
-def test_room_follows_the_cluster_without_asking_each_time(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("asked_for", "before", "after"), [(None, 4, 6), (3, 3, 3), (5, 4, 5)])
+def test_room_follows_the_cluster_up_to_what_was_asked_for_without_asking_each_time(
+    monkeypatch: pytest.MonkeyPatch, asked_for: int | None, before: int, after: int
 ) -> None:
-    cluster, now = Growing(), [0.0]
-    monkeypatch.setattr(resources, "living_nodes", cluster)
-    room = Room(TrialResources(cpus=1, gpus=0), None, clock=lambda: now[0])
-    assert [room() for _ in range(5)] == [4] * 5
-    assert cluster.looks == 1
-    cluster.nodes.append(node(2))
+    now, living_nodes = [0.0], Mock(return_value=[node(4)])
+    monkeypatch.setattr(resources, "living_nodes", living_nodes)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    room = Room(TrialResources(cpus=1, gpus=0), asked_for)
+    assert [room() for _ in range(5)] == [before] * 5
+    assert living_nodes.call_count == 1
+    living_nodes.return_value = [node(4), node(2)]
     now[0] = COUNT_EVERY
-    assert room() == 6
+    assert room() == after
 
 
-def test_room_is_at_most_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "living_nodes", Growing())
-    assert Room(TrialResources(cpus=1, gpus=0), 3)() == 3
-    assert Room(TrialResources(cpus=1, gpus=0), 9)() == 4
-
-
-def test_what_a_machine_has_is_said_in_words() -> None:
-    assert in_words(1, 0) == "1 CPU"
-    assert in_words(4, 1) == "4 CPUs and 1 GPU"
-    assert in_words(0.5, 0.25) == "0.5 CPU and 0.25 GPU"
-    assert in_words(0, 0) == "0 CPUs"
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "words"),
+    [
+        (1, 0, "1 CPU"),
+        (4, 1, "4 CPUs and 1 GPU"),
+        (0.5, 0.25, "0.5 CPU and 0.25 GPU"),
+        (0, 0, "0 CPUs"),
+    ],
+)
+def test_what_a_machine_has_is_said_in_words(cpus: float, gpus: float, words: str) -> None:
+    assert in_words(cpus, gpus) == words

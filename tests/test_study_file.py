@@ -1,7 +1,6 @@
 """`study.db` equals the study in memory, whatever happens to the file."""
 
 import contextlib
-import os
 import random
 import shutil
 import sqlite3
@@ -15,12 +14,13 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
+from support.disks import mounted
+from support.drivers import fork
 from support.small_study import SmallStudy, count_trials, wait_for
 
 from tune_mnist.tuning import study_file
 from tune_mnist.tuning.study_file import facts, is_sound
 
-TESTS = Path(__file__).parent
 HOLD = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -61,6 +61,22 @@ def close_and_compare(search: SmallStudy) -> None:
     assert TrialState.RUNNING not in {trial.state for trial in found}
 
 
+def written(path: Path, steps: int) -> SmallStudy:
+    """Begin a search of so many steps that its file has."""
+    search = SmallStudy(path)
+    search.steps(steps)
+    search.wait_until_written()
+    return search
+
+
+def closed(path: Path, steps: int, seed: int = 0) -> SmallStudy:
+    """Run a search of so many steps to its end."""
+    search = SmallStudy(path, seed)
+    search.steps(steps)
+    close_and_compare(search)
+    return search
+
+
 def aside(path: Path, why: str) -> Path:
     return path.with_name(f"study.db.{why}")
 
@@ -97,34 +113,28 @@ def spoil(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_file_says_what_the_study_in_memory_says(path: Path, seed: int) -> None:
-    search = SmallStudy(path, seed)
-    for _ in range(6):
-        search.steps(20)
-        search.wait_until_written()
-    close_and_compare(search)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["study.db"]
-
-
-def test_a_resumed_search_continues_in_the_same_file(path: Path) -> None:
+def test_the_file_says_what_the_study_in_memory_says_over_several_sessions(
+    path: Path, seed: int
+) -> None:
     earlier: list[FrozenTrial] = []
     inodes = set()
     for session in range(3):
-        search = SmallStudy(path, session, earlier)
-        search.steps(30)
+        search = SmallStudy(path, 3 * seed + session, earlier)
+        for _ in range(3):
+            search.steps(15)
+            search.wait_until_written()
         close_and_compare(search)
         inodes.add(path.stat().st_ino)
         earlier = search.recorded()
     assert len(inodes) == 1
+    assert [each.name for each in path.parent.iterdir()] == ["study.db"]
 
 
 @pytest.mark.parametrize("name", ["größe, with space", "a?b=c#d%20{x}", "it's\"so\\"])
 def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
     path = tmp_path / name / "study.db"
     path.parent.mkdir()
-    search = SmallStudy(path)
-    search.steps(15)
-    close_and_compare(search)
+    closed(path, 15)
     assert is_sound(path)
     spoil(path, "random")
     assert not is_sound(path)
@@ -132,14 +142,12 @@ def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
 
 
 def test_a_search_without_trials_leaves_an_empty_study(path: Path) -> None:
-    close_and_compare(SmallStudy(path))
+    closed(path, 0)
     assert in_file(path) == []
 
 
 def test_a_user_can_load_the_study_in_mid_search(path: Path) -> None:
-    search = SmallStudy(path)
-    search.steps(40)
-    search.wait_until_written()
+    search = written(path, 40)
     study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}")
     assert len(study.trials) == len(search.study.trials())
     assert study.best_value > 0
@@ -152,9 +160,7 @@ def test_a_user_can_load_the_study_in_mid_search(path: Path) -> None:
 def test_a_reader_who_locks_the_file_delays_nothing_and_loses_nothing(
     path: Path, how: str
 ) -> None:
-    search = SmallStudy(path)
-    search.steps(10)
-    search.wait_until_written()
+    search = written(path, 10)
     with held(path, how):
         slowest = 0.0
         for _ in range(50):
@@ -173,9 +179,7 @@ def test_a_file_that_stays_locked_ends_in_a_reason_within_bounds(
 ) -> None:
     monkeypatch.setattr(study_file, "CLOSING_PATIENCE", 0.5)
     monkeypatch.setattr(study_file, "LOCK_TIMEOUT", 0.1)
-    search = SmallStudy(path)
-    search.steps(30)
-    search.wait_until_written()
+    search = written(path, 30)
     with held(path, "BEGIN EXCLUSIVE"):
         search.report(search.live[0])
         start = time.monotonic()
@@ -186,9 +190,7 @@ def test_a_file_that_stays_locked_ends_in_a_reason_within_bounds(
 
 
 def test_a_file_deleted_in_mid_search_is_written_anew(path: Path) -> None:
-    search = SmallStudy(path)
-    search.steps(30)
-    search.wait_until_written()
+    search = written(path, 30)
     path.unlink()
     search.steps(5)
     search.wait_until_written()
@@ -198,9 +200,7 @@ def test_a_file_deleted_in_mid_search_is_written_anew(path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["random", "cut", "empty"])
 def test_a_file_spoilt_in_mid_search_is_put_aside_and_written_anew(path: Path, how: str) -> None:
-    search = SmallStudy(path)
-    search.steps(60)
-    search.wait_until_written()
+    search = written(path, 60)
     spoil(path, how)
     search.steps(10)
     close_and_compare(search)
@@ -208,9 +208,7 @@ def test_a_file_spoilt_in_mid_search_is_put_aside_and_written_anew(path: Path, h
 
 @pytest.mark.parametrize("how", ["middle", "text"])
 def test_a_file_spoilt_before_a_resume_is_put_aside_and_written_anew(path: Path, how: str) -> None:
-    search = SmallStudy(path)
-    search.steps(60)
-    close_and_compare(search)
+    search = closed(path, 60)
     spoil(path, how)
     spoilt = path.read_bytes()
     close_and_compare(SmallStudy(path, 1, earlier=search.recorded()))
@@ -219,49 +217,45 @@ def test_a_file_spoilt_before_a_resume_is_put_aside_and_written_anew(path: Path,
 
 def test_a_spoilt_files_journal_does_not_spoil_its_successor(path: Path) -> None:
     path.write_bytes(b"no database" * 1000)
-    path.with_name("study.db-journal").write_bytes(b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7" + b"x" * 99)
-    search = SmallStudy(path)
-    search.steps(20)
-    close_and_compare(search)
+    header = b"\xd9\xd5\x05\xf9\x20\xa1\x63\xd7"  # SQLite's of a journal
+    path.with_name("study.db-journal").write_bytes(header + b"x" * 99)
+    closed(path, 20)
     assert aside(path, "damaged").exists()
 
 
 def test_a_file_that_says_otherwise_of_a_finished_trial_is_put_aside(path: Path) -> None:
-    kept = []
-    for seed in (1, 2):
-        search = SmallStudy(path, seed)
-        search.steps(40)
-        close_and_compare(search)
-        kept.append([facts(trial) for trial in search.study.trials()])
-    assert [facts(trial) for trial in in_file(aside(path, "outdated"))] == kept[0]
+    kept = [facts(trial) for trial in closed(path, 40, seed=1).study.trials()]
+    closed(path, 40, seed=2)
+    assert [facts(trial) for trial in in_file(aside(path, "outdated"))] == kept
 
 
-@pytest.mark.parametrize("change", ["params", "intermediate_values"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trial_params SET param_value = 0.123 WHERE param_name = 'lr'",
+        "trial_intermediate_values SET intermediate_value = 0.123",
+        "alembic_version SET version_num = 'v2.4.0.a'",  # tables of another Optuna
+    ],
+)
 def test_a_file_that_says_otherwise_of_a_running_trial_is_put_aside(
     path: Path, change: str
 ) -> None:
     search = SmallStudy(path)
     search.report(search.start())
     close_and_compare(search)
-    (trial,) = search.recorded()
-    setattr(trial, change, {"params": {**trial.params, "lr": 0.123}}.get(change, {}))
-    close_and_compare(SmallStudy(path, earlier=[trial]))
+    alter(path, f"UPDATE {change}")
+    close_and_compare(SmallStudy(path, earlier=search.recorded()))
     assert aside(path, "outdated").exists()
 
 
 def test_a_trial_that_only_the_file_knows_does_not_stay(path: Path) -> None:
     """As when the kill came before the trial's start was in the history."""
-    search = SmallStudy(path)
-    search.steps(30)
-    search.start()
-    close_and_compare(search)
+    search = closed(path, 30)
     close_and_compare(SmallStudy(path, earlier=search.recorded()[:-1]))
 
 
 def test_a_trial_that_a_user_adds_to_the_file_goes_aside(path: Path) -> None:
-    search = SmallStudy(path)
-    search.steps(20)
-    search.wait_until_written()
+    search = written(path, 20)
     optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}").ask()
     for _ in range(3):
         search.start()
@@ -284,24 +278,10 @@ def test_what_a_user_notes_on_a_trial_stays(path: Path) -> None:
     assert in_file(path)[0].user_attrs["note"] == "look at this"
 
 
-def test_tables_of_another_optuna_are_put_aside(path: Path) -> None:
-    search = SmallStudy(path)
-    search.steps(20)
-    close_and_compare(search)
-    alter(path, "UPDATE alembic_version SET version_num = 'v2.4.0.a'")
-    close_and_compare(SmallStudy(path, earlier=search.recorded()))
-    assert aside(path, "outdated").exists()
-
-
 def test_a_full_disk_ends_in_a_reason_and_room_makes_it_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    try:
+    with mounted(tmp_path / "disk", "size=64k") as disk:
         with monkeypatch.context() as hurry:
             hurry.setattr(study_file, "CLOSING_PATIENCE", 1.0)
             search = SmallStudy(disk / "study.db")
@@ -309,8 +289,6 @@ def test_a_full_disk_ends_in_a_reason_and_room_makes_it_good(
             assert search.study.close() is not None
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
         close_and_compare(SmallStudy(disk / "study.db", earlier=search.recorded()))
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_folder_that_is_gone_ends_in_a_reason(
@@ -322,23 +300,19 @@ def test_a_folder_that_is_gone_ends_in_a_reason(
     assert search.study.close() == "unable to open database file"
 
 
-def test_two_searches_write_side_by_side(tmp_path: Path) -> None:
-    searches: list[SmallStudy] = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        searches.append(SmallStudy(tmp_path / name / "study.db", seed=len(searches)))
-    for search in searches * 3:
-        search.steps(15)
-    for search in searches:
-        close_and_compare(search)
+def search_without_end(path: Path) -> None:
+    study_file.WRITE_EVERY = 0.001
+    search = SmallStudy(path)
+    while True:
+        search.steps(1)
+        time.sleep(0.002)
 
 
 def test_killed_in_mid_write_the_file_is_brought_up_to_date(path: Path) -> None:
-    command = [sys.executable, "-m", "support.small_study", str(path)]
-    search_path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": search_path}) as writer:
-        wait_for(path, 20)
-        writer.kill()
+    writer = fork(search_without_end, path)
+    wait_for(path, 20)
+    writer.kill()
+    writer.join()
     search = SmallStudy(path)  # the same steps, and more
     while len(search.study.trials()) < 60:
         search.steps(1)

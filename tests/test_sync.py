@@ -8,20 +8,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
+from support.course import Course
 from support.drivers import (
     Driver,
     Searches,
     epochs_in,
     history_of,
     notes_of,
+    outcome,
     outcome_of,
     replace,
-    searches_in,
     study_of,
 )
 from support.epochs import epoch_metrics
@@ -38,10 +39,10 @@ from tune_mnist.tuning.remote import RemoteRun
 
 pytest_plugins = ["support.ray_fixtures"]
 
-TRIALS = 5
+TRIALS, EPOCHS = 5, 10
 ONE = ("--max-concurrent", 1)
 STATE = "runs/run/checkpoints/00000.state"
-SHORT = ("--trials", TRIALS, "--epochs", 10, *ONE)
+SHORT = ("--trials", TRIALS, "--epochs", EPOCHS, *ONE)
 
 
 @pytest.fixture
@@ -52,37 +53,23 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A search without a copy that nothing happened to."""
-    with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
-        driver = searches.start("run", *SHORT)
-        assert driver.wait() == 0, driver.output
-        yield searches.folder("run")
-
-
-def hurry() -> None:
+def hurry(copy_every: float = 0.1) -> None:
     """Have this process be as impatient as tests are."""
-    replace(sync, "COPY_EVERY", 0.1)
-    replace(sync, "CLOSING_PATIENCE", 1.0)
     replace(remote, "PATIENCE", 1)
+    replace(sync, "COPY_EVERY", copy_every)
+    replace(sync, "CLOSING_PATIENCE", 1.0)
     replace(sync, "LEASE", 2.0)
     replace(sync, "SIGN_EVERY", 0.2)
     replace(sync, "LOOK_EVERY", 0.1)
 
 
-def hurry_now_and_then() -> None:
-    hurry()
-    replace(sync, "COPY_EVERY", 1.0)
-
-
 def contents_of(folder: Path) -> dict[str, bytes]:
     """Return all that is copied of a folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
-        name: content
-        for name, content in names.items()
+        name: path.read_bytes()
+        for name, path in names.items()
         if not name.startswith(".") and not name.endswith(".before.state")
     }
 
@@ -101,11 +88,9 @@ def begin(
 
 
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
-    searches: Searches, s3: S3, uninterrupted: Path
+    searches: Searches, s3: S3, tmp_path: Path
 ) -> None:
-    notes = searches.path / "notes"
-    notes.mkdir()
-    script: dict[str, Any] = {"seconds": 0.05, "notes": notes, "state_size": 300_000}
+    script: dict[str, Any] = {"seconds": 0.05, "notes": searches.notes, "state_size": 300_000}
     begin(searches, s3, **script).kill()
     folder, lost = searches.folder("run"), epochs_in(searches.folder("run"))
     header, _, _ = s3.objects[STATE][0].partition(b"\n")
@@ -118,61 +103,63 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     )
     assert driver.wait() == 0, driver.output
     folder = searches.path / "elsewhere" / "run"
-    assert outcome_of(folder) == outcome_of(uninterrupted)
-    assert (folder / "best.pt").read_bytes() == (uninterrupted / "best.pt").read_bytes()
-    trained = notes_of(notes)
+    unbroken = Course(tmp_path / "unbroken", trials=TRIALS, epochs=EPOCHS, startup_trials=10)
+    unbroken.run(until=TRIALS)
+    assert outcome_of(folder) == outcome(unbroken.history)
+    assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
+    trained = notes_of(searches.notes)
     assert trained.total() - len(trained) <= lost - kept + 1  # since the last copied state
     assert contents_of(folder) == s3.contents("runs/run")
     assert len(study_of(folder)) == TRIALS
 
 
-def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(
+    searches: Searches, s3: S3, answers: bool
+) -> None:
     driver = begin(searches, s3, 0.05)
-    s3.refuses = True
-    assert driver.wait() == 0, driver.output
-    assert driver.output.count("warning: cannot copy to s3://bucket/runs/run") == 1
+    if answers:
+        s3.refuses = True
+    else:
+        s3.answers.clear()
+    assert driver.wait(60) == 0, driver.output
     folder = searches.folder("run")
     last = driver.output.splitlines()[-1]
     assert "is behind" in last
-    assert "ACCESS_DENIED" in last
     assert last.endswith(f"--resume {folder} brings it up to date")
+    if answers:
+        assert "ACCESS_DENIED" in last
+        assert driver.output.count("warning: cannot copy to s3://bucket/runs/run") == 1
     assert not history_of(folder).unfinished()
 
     s3.refuses = False
+    s3.answers.set()
     driver = searches.resume("run", prepare=hurry)
     assert driver.wait() == 0, driver.output
     assert contents_of(folder) == s3.contents("runs/run")
 
 
-def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
-    searches: Searches, s3: S3
+@pytest.mark.parametrize(
+    ("bucket", "refuses", "error"),
+    [
+        ("s3://pail/", False, "cannot use s3://pail/runs/run"),  # it does not exist
+        ("s3://bucket/", True, "cannot use s3://bucket/runs/run"),
+        ("file:///proc/", False, "cannot use file:///proc/runs/run"),
+        ("s3://bucket/", False, "the run s3://bucket/runs/run"),  # it exists
+    ],
+)
+def test_storage_that_cannot_be_written_or_has_the_run_is_refused_before_anything_starts(
+    searches: Searches, s3: S3, bucket: str, refuses: bool, error: str
 ) -> None:
-    driver = begin(searches, s3, 0.05)
-    s3.answers.clear()
-    assert driver.wait(60) == 0, driver.output
-    assert "is behind" in driver.output.splitlines()[-1]
-
-
-@pytest.mark.parametrize("place", ["s3 without such a bucket", "s3 without permission", "file"])
-def test_storage_that_cannot_be_written_is_refused_before_anything_starts(
-    searches: Searches, s3: S3, place: str
-) -> None:
-    uri = "file:///proc/runs" if place == "file" else s3.uri("runs")
-    if place == "s3 without such a bucket":
-        uri = uri.replace("s3://bucket/", "s3://pail/")
-    s3.refuses = True
+    s3.refuses = refuses
+    s3.objects["runs/run/search.yaml"] = b"asked: {}\n", 0.0
+    uri = "file:///proc/runs" if "file" in bucket else s3.uri("runs")
+    uri = uri.replace("s3://bucket/", bucket)
     driver = searches.start("run", "--storage", uri, prepare=hurry)
     assert driver.wait() == 2, driver.output
     (line,) = driver.output.splitlines()
-    assert line.startswith(f"error: cannot use {uri.partition('runs')[0]}runs/run")
-    assert not searches.folder("run").exists()
-
-
-def test_a_name_that_the_bucket_has_is_refused(searches: Searches, s3: S3) -> None:
-    s3.objects["runs/run/search.yaml"] = b"asked: {}\n", 0.0
-    driver = searches.start("run", "--storage", s3.uri("runs"), prepare=hurry)
-    assert driver.wait() == 2
-    assert "exists and is never overwritten" in driver.output
+    assert line.startswith(f"error: {error}")
+    assert ("exists and is never overwritten" in line) == error.startswith("the run")
     assert not searches.folder("run").exists()
 
 
@@ -189,7 +176,7 @@ def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3
 def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     searches: Searches, s3: S3
 ) -> None:
-    driver = begin(searches, s3, 0.3, hurry_now_and_then)
+    driver = begin(searches, s3, 0.3, partial(hurry, copy_every=1.0))
     rounds = s3.puts.count("runs/run/epochs.csv")
     driver.wait_until(lambda: s3.puts.count("runs/run/epochs.csv") > rounds)
     time.sleep(0.4)  # nothing of the round is under way any more
@@ -201,25 +188,6 @@ def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     assert driver.wait() == 128 + signal.SIGTERM, driver.output
     assert "is left to another driver" in driver.output.splitlines()[-1]
     assert contents_of(searches.path / "elsewhere" / "run") == s3.contents("runs/run")
-
-
-class Instants:
-    """What a copy looks like after each of its files was written."""
-
-    def __init__(self, copy: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._copy, self._kept, self._lock = copy, kept, threading.Lock()
-        self._original = RemoteRun.write
-        self.count = 0
-        monkeypatch.setattr(RemoteRun, "write", lambda *args: self._write(*args))
-
-    def folders(self) -> list[Path]:
-        return [self._kept / str(number) / "run" for number in range(self.count)]
-
-    def _write(self, remote: RemoteRun, name: str, content: bytes) -> None:
-        with self._lock:
-            self._original(remote, name, content)
-            shutil.copytree(self._copy, self._kept / str(self.count) / "run")
-            self.count += 1
 
 
 def search_alone(folder: RunFolder) -> None:
@@ -247,14 +215,21 @@ def test_a_copy_can_be_resumed_at_every_instant(
 ) -> None:
     monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
     monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
-    folder = make_run(tmp_path / "run")
-    copy = RemoteRun((tmp_path / "there" / "run").as_uri())
-    instants = Instants(tmp_path / "there" / "run", tmp_path / "instants", monkeypatch)
-    with sync.kept_in_line(folder, copy):
+    folder, copy = make_run(tmp_path / "run"), tmp_path / "there" / "run"
+    lock, original, instants = threading.Lock(), RemoteRun.write, list[Path]()
+
+    def write(remote: RemoteRun, name: str, content: bytes) -> None:
+        with lock:
+            original(remote, name, content)
+            instants.append(tmp_path / "instants" / str(len(instants)) / "run")
+            shutil.copytree(copy, instants[-1])
+
+    monkeypatch.setattr(RemoteRun, "write", write)
+    with sync.kept_in_line(folder, RemoteRun(copy.as_uri())):
         search_alone(folder)
     monkeypatch.undo()
     seen = Counter[int]()
-    for number, instant in enumerate(instants.folders()):
+    for number, instant in enumerate(instants):
         if not (instant / "search.yaml").exists():
             continue  # no run yet
         remote = RemoteRun(instant.as_uri())
@@ -284,9 +259,9 @@ def make_run(folder: Path, events: bytes = b"", epochs: bytes = b"") -> RunFolde
 
 
 def test_a_folder_that_is_behind_its_copy_is_caught_up(tmp_path: Path) -> None:
-    make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
+    there = make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
     folder = make_run(tmp_path / "run", START % 0, ROWS[0] + b"0,")
-    with sync.kept_in_line(folder, RemoteRun((tmp_path / "there" / "run").as_uri())):
+    with sync.kept_in_line(folder, RemoteRun(there.path.as_uri())):
         assert folder.epochs.read_bytes() == b"".join(ROWS)
         assert folder.events.read_bytes() == START % 0 + START % 1
 

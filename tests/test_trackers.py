@@ -31,8 +31,6 @@ from tune_mnist.tuning.trackers import (
 pytest_plugins = ["support.ray_fixtures"]
 
 PATIENCE = 60.0  # seconds that anything may take
-
-
 SO_FAR = ["begin 0", "epoch 0.1", "epoch 0.2", "end 0 stopped", "begin 1", "epoch 1.1"]
 
 
@@ -81,7 +79,6 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def show(history: History, start: Callable[[], Tracker]) -> None:
-    """Have all of a history shown."""
     assert Tracking("X", history, start).close() is None
 
 
@@ -96,8 +93,7 @@ def test_a_tracker_is_told_what_happened_and_what_happens_from_then_on(
     search.end(1, "complete")
     search.start(lr=0.03)
     assert following.close() is None
-    rest = ["epoch 1.2", "end 1 complete", "begin 2", "close"]
-    assert tracker.notes == SO_FAR + rest
+    assert tracker.notes == [*SO_FAR, "epoch 1.2", "end 1 complete", "begin 2", "close"]
 
 
 def test_epochs_that_are_there_already_are_not_told_again(search: RecordedSearch) -> None:
@@ -119,29 +115,25 @@ def test_after_a_failure_another_tracker_is_told_everything(
     assert second.notes == [*SO_FAR, "close"]
 
 
-def test_one_that_fails_to_the_end_is_a_warning(search: RecordedSearch) -> None:
-    following = Tracking("X", search.history, lambda: Notebook(fails_at="epoch 0.2"))
-    assert following.close() == (
-        "X has not got everything (OSError: [Errno 28] No space left on device); epochs.csv has"
-    )
-
-
-def test_one_that_hangs_does_not_keep_the_search_from_ending(
-    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("hangs", "why"),
+    [(False, "OSError: [Errno 28] No space left on device"), (True, "no answer within 0.2 s")],
+)
+def test_one_that_fails_to_the_end_or_hangs_is_a_warning(
+    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch, hangs: bool, why: str
 ) -> None:
-    monkeypatch.setattr(trackers, "CLOSING_PATIENCE", 0.2)
+    if hangs:
+        monkeypatch.setattr(trackers, "CLOSING_PATIENCE", 0.2)
     free = threading.Event()
 
-    def hang() -> Notebook:
-        free.wait(PATIENCE)
-        return Notebook()
+    def start() -> Notebook:
+        if hangs:
+            free.wait(PATIENCE)
+        return Notebook(fails_at="epoch 0.2")
 
-    following = Tracking("X", search.history, hang)
-    try:
-        expected = "X has not got everything (no answer within 0.2 s); epochs.csv has"
-        assert following.close() == expected
-    finally:
-        free.set()
+    following = Tracking("X", search.history, start)
+    assert following.close() == f"X has not got everything ({why}); epochs.csv has"
+    free.set()
 
 
 def shown(folder: Path, tag: str = "val_accuracy") -> dict[int, float]:
@@ -161,32 +153,26 @@ def steps(folder: Path) -> list[int]:
     return [event.step for event in events if event.HasField("summary") and event.step]
 
 
-def test_tensorboard_has_measurements_by_epoch_and_hyperparameters(tmp_path: Path) -> None:
+def test_tensorboard_has_hyperparameters_and_finite_measurements_by_epoch(tmp_path: Path) -> None:
     search = RecordedSearch(tmp_path)
     search.trial([0.9, 0.95, 0.97], lr=0.02)
-    record = search.history.trials[0]
-    show(search.history, lambda: EventFiles(search.folder.tensorboard))
-    folder = search.folder.tensorboard / "0"
-    assert shown(folder) == pytest.approx({1: 0.9, 2: 0.95, 3: 0.97})
-    assert shown(folder, "val_loss") == pytest.approx({1: 0.1, 2: 0.05, 3: 0.03})
-    accumulator = EventAccumulator(str(folder)).Reload()
-    times = [each.wall_time - record.started_at for each in accumulator.Scalars("val_loss")]
-    assert times == pytest.approx([2.5, 5.0, 7.5])
-    hparams = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert b"lr" in hparams
-    assert b"onecycle" not in hparams
-
-
-def test_tensorboard_lacks_what_is_not_finite(tmp_path: Path) -> None:
-    search = RecordedSearch(tmp_path)
     number = search.start()
     search.epoch(number, 0.9, val_accuracy=math.nan)
     search.diverged_epoch(number)
     show(search.history, lambda: EventFiles(search.folder.tensorboard))
-    folder = search.folder.tensorboard / "0"
-    assert shown(folder) == {}
-    assert set(shown(folder, "test_accuracy")) == {1}
-    assert set(shown(folder, "seconds")) == {1, 2}
+    finite, other = (search.folder.tensorboard / name for name in "01")
+    assert shown(finite) == pytest.approx({1: 0.9, 2: 0.95, 3: 0.97})
+    assert shown(finite, "val_loss") == pytest.approx({1: 0.1, 2: 0.05, 3: 0.03})
+    accumulator = EventAccumulator(str(finite)).Reload()
+    began = search.history.trials[0].started_at
+    times = [each.wall_time - began for each in accumulator.Scalars("val_loss")]
+    assert times == pytest.approx([2.5, 5.0, 7.5])
+    hparams = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"lr" in hparams
+    assert b"onecycle" not in hparams
+    assert shown(other) == {}
+    assert set(shown(other, "test_accuracy")) == {1}
+    assert set(shown(other, "seconds")) == {1, 2}
 
 
 def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
@@ -200,27 +186,6 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     show(History.load(search.folder), lambda: EventFiles(search.folder.tensorboard))
     assert file.read_bytes().startswith(before)
     assert steps(search.folder.tensorboard / "0") == [1, 2]
-
-
-def test_tensorboard_has_every_epoch_of_a_killed_and_resumed_search_once(
-    searches: Searches,
-) -> None:
-    script = Script(seconds=0.05, killed_once={1: (3,)}, notes=searches.path)
-    options = ("--trials", 6, "--epochs", 9, "--max-concurrent", 2)
-    driver = searches.start("run", *options, script=script)
-    driver.wait_until(lambda: epochs_in(searches.folder("run")) >= 8)
-    driver.kill()
-    folder = searches.folder("run")
-    again = searches.resume("run", script=script)
-    assert again.wait() == 0, again.output
-    assert "warning" not in again.output
-    records = history_of(folder).trials
-    assert len(records) == 6
-    for record in records.values():
-        trial = folder / "tensorboard" / str(record.number)
-        assert steps(trial) == [row.epoch for row in record.rows]
-        values = {row.epoch: row.val_accuracy for row in record.rows}
-        assert shown(trial) == pytest.approx(values)
 
 
 def test_a_search_whose_event_files_cannot_be_written_says_so_and_ends_well(
@@ -249,8 +214,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs_in(uri: str, experiment: str) -> dict[str, Any]:
     """Return an experiment's runs by name, each of which is there once."""
     client = MlflowClient(uri)
-    known = {each.name: each.experiment_id for each in client.search_experiments()}
-    runs = client.search_runs([known[experiment]])
+    known = client.get_experiment_by_name(experiment)
+    assert known is not None
+    runs = client.search_runs([known.experiment_id])
     found = {run.info.run_name: run for run in runs}
     assert len(found) == len(runs)
     return found
@@ -285,17 +251,15 @@ def test_a_trial_is_an_mlflow_run_with_parameters_metrics_by_epoch_and_its_state
     assert failed.data.tags["reason"] == "the worker died"
 
 
-def test_a_resumed_search_continues_in_the_same_mlflow_runs(uri: str, tmp_path: Path) -> None:
-    search = RecordedSearch(tmp_path)
-    search.trial([0.9, 0.95])
-    search.epoch(search.start(), 0.8)
-    records = search.history.trials
+def test_a_resumed_search_continues_in_the_same_mlflow_runs(
+    uri: str, search: RecordedSearch
+) -> None:
     start = partial(MlflowRuns, uri, "resumed")
     show(search.history, start)
     assert runs_in(uri, "resumed")["trial 1"].info.status == "KILLED"
     for accuracy in (0.85, 0.88):
         search.epoch(1, accuracy)
-    assert start().begin(records[1]) == 1
+    assert start().begin(search.history.trials[1]) == 1
     assert runs_in(uri, "resumed")["trial 1"].info.status == "RUNNING"
     search.end(1, "complete")
     show(search.history, start)
@@ -305,15 +269,25 @@ def test_a_resumed_search_continues_in_the_same_mlflow_runs(uri: str, tmp_path: 
     assert logged(uri, runs["trial 1"]) == {1: 0.8, 2: 0.85, 3: 0.88}
 
 
-def test_a_search_logs_to_the_mlflow_experiment_of_its_name(uri: str, searches: Searches) -> None:
-    script = Script(seconds=0.02)
-    driver = searches.start("run", "--trials", 2, "--epochs", 3, "--mlflow", uri, script=script)
-    assert driver.wait() == 0, driver.output
-    assert "warning" not in driver.output
-    records = history_of(searches.folder("run")).trials
-    runs = runs_in(uri, "run")
+def test_trackers_have_every_epoch_of_a_killed_and_resumed_search_once(
+    uri: str, searches: Searches
+) -> None:
+    script = Script(seconds=0.05, killed_once={1: (3,)}, notes=searches.path)
+    options = ("--epochs", 9, "--max-concurrent", 2, "--mlflow", uri)
+    driver = searches.start("run", "--trials", 6, *options, script=script)
+    folder = searches.folder("run")
+    driver.wait_until(lambda: epochs_in(folder) >= 8)
+    driver.kill()
+    again = searches.resume("run", "--mlflow", uri, script=script)
+    assert again.wait() == 0, again.output
+    assert "warning" not in again.output
+    records, runs = history_of(folder).trials, runs_in(uri, "run")
+    assert len(records) == 6
     for number, record in records.items():
+        trial = folder / "tensorboard" / str(number)
+        assert steps(trial) == [row.epoch for row in record.rows]
         values = {row.epoch: row.val_accuracy for row in record.rows}
+        assert shown(trial) == pytest.approx(values)
         assert logged(uri, runs[f"trial {number}"]) == pytest.approx(values)
 
 
@@ -323,11 +297,8 @@ def test_a_store_that_does_not_answer_is_refused_before_anything_starts(uri: str
         check_mlflow(uri)
 
 
-def test_without_mlflow_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_is_not_needed_until_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    assert mlflow_trackers(None, "run") == {}
     with pytest.raises(ConfigError, match="pip install mlflow-skinny"):
         check_mlflow("sqlite:///mlflow.db")
-
-
-def test_nobody_logs_to_mlflow_unasked() -> None:
-    assert mlflow_trackers(None, "run") == {}

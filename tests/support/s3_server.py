@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+Headers = dict[str, str]
+
 BUCKET = "bucket"
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "nobody",
@@ -34,7 +36,6 @@ class S3(ThreadingHTTPServer):
         self.answers.set()
 
     def uri(self, path: str) -> str:
-        """Return the URI of a folder in the bucket."""
         return f"s3://{BUCKET}/{path}?endpoint_override=127.0.0.1:{self.server_port}&scheme=http"
 
     def contents(self, folder: str) -> dict[str, bytes]:
@@ -47,7 +48,6 @@ class S3(ThreadingHTTPServer):
         }
 
     def lines(self, key: str) -> int:
-        """Count an object's lines."""
         return self.objects[key][0].count(b"\n") if key in self.objects else 0
 
 
@@ -87,12 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, when: float) -> None:
         headers = {"Last-Modified": formatdate(when, usegmt=True)}
-        unit = self.headers.get("Range")
-        if not unit:
+        if not (asked := self.headers.get("Range")):
             self._answer(200, content, headers)
             return
         total = len(content)
-        first, _, last = unit.removeprefix("bytes=").partition("-")
+        first, _, last = asked.removeprefix("bytes=").partition("-")
         content = content[int(first) : int(last or total) + 1]
         headers["Content-Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
         self._answer(206, content, headers)
@@ -126,9 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _fail(self, status: int, code: str) -> None:
         self._answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
 
-    def _answer(
-        self, status: int, content: bytes = b"", headers: dict[str, str] | None = None
-    ) -> None:
+    def _answer(self, status: int, content: bytes = b"", headers: Headers | None = None) -> None:
         self.server.answers.wait()
         self.send_response(status)
         for name, value in {"ETag": '"0"', **(headers or {})}.items():
@@ -139,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Log nothing."""
+        pass
 
 
 def _chunks(file: BufferedIOBase) -> Iterator[bytes]:

@@ -4,15 +4,14 @@ import contextlib
 import copy
 import random
 import sqlite3
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_mnist.tuning import study_file
 from tune_mnist.tuning.study import SamplerSettings, Study
 from tune_mnist.tuning.study_file import StudyFile
 
@@ -22,17 +21,13 @@ PATIENCE = 60.0  # seconds that anything may take
 class SmallStudy:
     """A search that reports made-up values, with several trials at once."""
 
-    def __init__(
-        self, path: Path, seed: int = 0, earlier: list[FrozenTrial] | None = None
-    ) -> None:
+    def __init__(self, path: Path, seed: int = 0, earlier: Sequence[FrozenTrial] = ()) -> None:
         self.path = path
         self.study = Study(SamplerSettings(0, 5), "val_accuracy", StudyFile(path, "val_accuracy"))
         self._generator = random.Random(seed)
-        self.live: list[int] = []
-        for trial in earlier or []:
+        for trial in earlier:
             self.study.add(trial)
-            if not trial.state.is_finished():
-                self.live.append(trial.number)
+        self.live = [trial.number for trial in earlier if not trial.state.is_finished()]
 
     def start(self) -> int:
         number = len(self.study.trials())
@@ -72,7 +67,6 @@ class SmallStudy:
         return trials
 
     def wait_until_written(self) -> None:
-        """Wait until the file has all trials."""
         wait_for(self.path, len(self.study.trials()))
 
 
@@ -99,11 +93,3 @@ def _sample(trial: optuna.Trial) -> dict[str, Any]:
         trial.suggest_categorical("nesterov", [False, True])
     trial.suggest_int("layers", 2, 10)
     return dict(trial.params)
-
-
-if __name__ == "__main__":  # without an end, for a test to kill
-    study_file.WRITE_EVERY = 0.001
-    search = SmallStudy(Path(sys.argv[1]))
-    while True:
-        search.steps(1)
-        time.sleep(0.002)

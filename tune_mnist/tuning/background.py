@@ -23,13 +23,10 @@ class Pace:
 
 
 class BackgroundThread(threading.Thread):
-    """Calls a function again and again, until it is closed and one last call has succeeded.
+    """Calls `do_round` again and again, until it is closed and one last call has succeeded.
 
-    Args:
-        name: the thread's.
-        pace: when to work.
-        do_round: does what has accumulated; its argument is whether this is the last round.
-        on_failure: is told what a round raised; returns it in words.
+    `do_round` is told whether this is the last round, `on_failure` what a round raised: it
+    returns that in words.
     """
 
     def __init__(
@@ -53,11 +50,7 @@ class BackgroundThread(threading.Thread):
         self._steps += 1
 
     def close(self) -> str | None:
-        """Have the last round done, and wait for it as long as it makes progress.
-
-        Returns:
-            What failed last, if nothing has succeeded since; else None.
-        """
+        """Wait for one last round, as long as it makes progress; return what failed, or None."""
         self._closing.set()
         while self.is_alive() and not self.given_up:
             before = self._steps
@@ -68,7 +61,6 @@ class BackgroundThread(threading.Thread):
         return self._failure
 
     def run(self) -> None:
-        """Work; called by `start()`."""
         pace = self._pace
         pause, retry_after = pace.every, pace.retry_after
         while not self.given_up:

@@ -3,12 +3,12 @@
 import contextlib
 import logging
 import os
-import queue
 import re
 import socket
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +29,23 @@ _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 def connected(address: str | None) -> Iterator[None]:
     """Start Ray on this machine, or join the cluster at `address`, for as long as it is needed.
 
-    Raises:
-        ClusterError: nothing answers at the address, or that cluster cannot be joined.
+    The address is `auto` or HOST:PORT on one of the cluster's nodes, ray://HOST:PORT from outside.
+    Raises ClusterError if nothing answers there, or that cluster cannot be joined.
     """
     ray_patches.silence_dying_workers()
     if address is None:
         with ray_patches.without_dashboard():
             _init(address="local", include_dashboard=False)
     else:
-        join(address)
+        _join(address)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def join(address: str) -> None:
-    """Connect this process to a cluster; its workers are given this package.
-
-    Args:
-        address: `auto` or HOST:PORT on one of the cluster's nodes, ray://HOST:PORT from outside.
-
-    Raises:
-        ClusterError: nothing answers there, or that cluster cannot be joined.
-    """
+def _join(address: str) -> None:
+    """Connect this process to a cluster, or raise ClusterError."""
     with _quiet():
         try:
             if address == "auto":
@@ -62,23 +55,23 @@ def join(address: str) -> None:
                 ray_patches.use_token()
             else:
                 _check_this_is_a_node(address)
-            _join(address)
+            _join_with_package(address)
         except ClusterError:
             raise
         except Exception as error:
             raise ClusterError(_why_not(address, error)) from error
 
 
-def _join(address: str) -> None:
+def _join_with_package(address: str) -> None:
+    """Connect this process to a cluster whose workers are given this package."""
     runtime_env = ray_patches.runtime_env_with(Path(tune_mnist.__file__).parent)
-    for last in (False, True):
-        try:
-            _init(address=address, runtime_env=runtime_env)
-            return
-        except ConnectionAbortedError as error:
-            # A busy head may take longer to start a client's own server than Ray waits.
-            if last or "Starting Ray client server failed" not in str(error):
-                raise
+    try:
+        _init(address=address, runtime_env=runtime_env)
+    except ConnectionAbortedError as error:
+        if "Starting Ray client server failed" not in str(error):
+            raise
+        # Once more: a busy head may take longer to start a client's own server than Ray waits.
+        _init(address=address, runtime_env=runtime_env)
 
 
 def _init(**options: Any) -> None:
@@ -139,25 +132,22 @@ def _check_this_is_a_node(address: str) -> None:
 
 def _head_client(address: str) -> Any:
     """Connect to a head; Ray itself waits 40 s for a port that answers in another language."""
-    answer: queue.Queue[Any] = queue.Queue()
+    client: Future[Any] = Future()
 
     def connect() -> None:
         try:
-            answer.put(ray_patches.head_client(address))
+            client.set_result(ray_patches.head_client(address))
         except Exception as error:
-            answer.put(error)
+            client.set_exception(error)
 
     threading.Thread(target=connect, daemon=True).start()
-    try:
-        found = answer.get(timeout=ANSWER_PATIENCE)
-    except queue.Empty:
+    wait([client], ANSWER_PATIENCE)
+    if not client.done():
         raise ClusterError(
             f"what listens at {address} does not answer as the head of a Ray cluster: give the "
             f"port that `ray start --head` names (6379), or {CLIENT}HOST:10001 for Ray Client"
-        ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
+        )
+    return client.result()
 
 
 def _why_not(address: str, error: Exception) -> str:

@@ -6,7 +6,7 @@ more of a processor idle the more threads one of them is given, and one of them 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,13 @@ PART_ON_CPU = 16  # an epoch there takes half a minute: one of so many parts is 
 WORSE = 0.95  # a packing this much below the best so far: still tighter ones are not tried
 AS_GOOD = 0.97  # of two packings this close, the one with fewer trials at once is taken
 MEMORY_SHARE = 0.9  # of a node's memory, at most
-_EPOCHS = 1000  # more than any probe trains
 
 
 def settle_resources(settings: RunOn, data: Split, precision: Precision) -> TrialResources:
-    """Return what one trial takes, and check that at least one fits.
+    """Return what one trial takes.
 
-    Raises:
-        ClusterError: no node has that much.
-        ConfigError: the precision asked for is a GPU's, and a trial takes none.
+    Raises ClusterError if no node has that much, and ConfigError if the precision asked for is a
+    GPU's and a trial takes none.
     """
     resources = _tried(data) if settings.pack == "auto" else _asked(settings)
     if not resources.gpus:
@@ -50,7 +48,7 @@ def _asked(settings: RunOn) -> TrialResources:
     if gpus is None:
         gpus = DEFAULT_GPU_SHARE if any(node.gpus for node in nodes) else 0.0
     resources = TrialResources(cpus=settings.cpus_per_trial, gpus=gpus)
-    if resources.slots(nodes) == 0:
+    if not any(map(resources.slots_on, nodes)):
         alike = Counter(map(str, nodes)).most_common()
         offers = ", ".join(f"{count(number, 'node')} of {each}" for each, number in alike)
         raise ClusterError(
@@ -61,10 +59,11 @@ def _asked(settings: RunOn) -> TrialResources:
 
 
 def _tried(data: Split) -> TrialResources:
-    def say(probe: "Probe") -> None:
+    probes = []
+    for probe in probe_all(largest_node(), data):
         tell(f"pack: {probe.packing}: {probe.epochs_per_hour:,.0f} epochs an hour")
-
-    best = best_of(probe_all(largest_node(), data, PACK_SECONDS, say)).packing
+        probes.append(probe)
+    best = best_of(probes).packing
     tell(f"pack: {best} it is; without trying: {best.options()}")
     return best.resources
 
@@ -97,11 +96,7 @@ class Probe:
 
 
 def largest_node() -> Node:
-    """Return the connected cluster's node with the most GPUs, else CPUs.
-
-    Raises:
-        ClusterError: no node has a CPU.
-    """
+    """Return the node with the most GPUs, else CPUs; raise ClusterError if none has a CPU."""
     node = max(living_nodes(), key=lambda each: (each.gpus, each.cpus), default=None)
     if node is None or node.cpus < 1:
         raise ClusterError("no machine of the cluster has a whole CPU: there is nothing to try")
@@ -122,38 +117,20 @@ def packings(node: Node) -> list[Packing]:
             for count in counts
         ]
     counts = sorted({2**power for power in range(cpus.bit_length())} | {cpus})
-    return [
-        Packing(count, TrialResources(cpus=float(cpus // count), gpus=0.0)) for count in counts
-    ]
+    return [Packing(count, TrialResources(float(cpus // count), gpus=0.0)) for count in counts]
 
 
-def probe_all(
-    node: Node, split: Split, seconds: float, say: Callable[[Probe], None] = lambda _: None
-) -> list[Probe]:
-    """Try a node's packings from few trials to many, as long as more may still be better.
-
-    Args:
-        node: where.
-        split: what is trained on; only a part of it on a CPU.
-        seconds: how long each is tried.
-        say: is told of each at once.
-    """
-    probes: list[Probe] = []
+def probe_all(node: Node, split: Split) -> Iterator[Probe]:
+    """Try a node's packings from few trials to many, as long as more may still be better."""
+    best = megabytes = 0.0
     for packing in packings(node):
-        if probes and not _may_be_better(packing, probes, node):
-            break
-        probes.append(probe_packing(node, packing, split, seconds))
-        say(probes[-1])
-    return probes
-
-
-def _may_be_better(packing: Packing, probes: Sequence[Probe], node: Node) -> bool:
-    """Return True if a tighter packing is worth a try after those before it."""
-    best = max(probe.epochs_per_hour for probe in probes)
-    fits = packing.resources.gpus > 0 or (
-        packing.at_once * probes[-1].megabytes < MEMORY_SHARE * node.megabytes
-    )
-    return fits and probes[-1].epochs_per_hour >= WORSE * best
+        if not node.gpus and packing.at_once * megabytes > MEMORY_SHARE * node.megabytes:
+            return
+        probe = probe_packing(node, packing, split, PACK_SECONDS)
+        yield probe
+        best, megabytes = max(best, probe.epochs_per_hour), probe.megabytes
+        if probe.epochs_per_hour < WORSE * best:
+            return
 
 
 def best_of(probes: Sequence[Probe]) -> Probe:
@@ -188,23 +165,19 @@ def probe_packing(
         for trial in trials:
             ray.kill(trial)
     rate = sum(epochs / took for epochs, took, _ in found)
+    rate *= len(part.train_labels) / len(split.train_labels)
     most = max(megabytes for _, _, megabytes in found)
-    return Probe(
-        packing=packing,
-        epochs_per_hour=3600 * rate * len(part.train_labels) / len(split.train_labels),
-        # On a GPU each sees what all of them hold there.
-        megabytes=most / packing.at_once if resources.gpus else most,
-    )
+    # On a GPU each sees what all of them hold there.
+    return Probe(packing, 3600 * rate, most / packing.at_once if resources.gpus else most)
 
 
 def part_of(split: Split, part: int) -> Split:
     """Return one of so many parts of each of a split's sets; two batches at least to train on."""
-
-    def first(name: str, array: Any) -> Any:
+    first: dict[str, Any] = {}
+    for name, array in vars(split).items():
         least = 256 if name.startswith("train") else 1
-        return array[: max(len(array) // part, least)]
-
-    return replace(split, **{name: first(name, array) for name, array in vars(split).items()})
+        first[name] = array[: max(len(array) // part, least)]
+    return replace(split, **first)
 
 
 class _Trial:
@@ -218,15 +191,16 @@ class _Trial:
         torch.set_num_threads(threads)
         self._on_gpu = torch.cuda.is_available()
         device = "cuda" if self._on_gpu else "cpu"
-        self._results = train(TrainConfig(), split, epochs=_EPOCHS, seed=0, device=device)
+        # More epochs than any probe trains.
+        self._results = train(TrainConfig(), split, epochs=1000, seed=0, device=device)
 
     def train_for(self, seconds: float) -> tuple[int, float, float]:
         """Train whole epochs, one at least; return how many, their seconds and megabytes held."""
-        began, epochs = time.perf_counter(), 0
-        while epochs == 0 or time.perf_counter() - began < seconds:
+        began, epochs, took = time.perf_counter(), 0, 0.0
+        while epochs == 0 or took < seconds:
             next(self._results)
-            epochs += 1
-        return epochs, time.perf_counter() - began, self._megabytes()
+            epochs, took = epochs + 1, time.perf_counter() - began
+        return epochs, took, self._megabytes()
 
     def _megabytes(self) -> float:
         if self._on_gpu:

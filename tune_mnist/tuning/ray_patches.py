@@ -1,29 +1,12 @@
 """Every private name of Ray that this package uses, and every variable that steers Ray's inside.
 
 All were read and tried in the versions in `CHECKED`. A test insists on one of these versions, and
-that no other file mentions such a name.
-
-    here                   in Ray                                without it
-    DRIVER_ENVIRONMENT     7 variables                           see each
-    WORKER_ENVIRONMENT     a variable                            a busy machine loses workers
-    IN_THIS_PROCESS        tune.run(_remote=False)               Ray Client: results on the head
-    NO_WORKERS_AHEAD       Cluster(_system_config=…)             a process for each CPU in a bench
-    without_dashboard      get_dashboard_dependency_error        a start takes 1 to 5 s more
-    silence_dying_workers  print_to_stdstream                    900 characters in the live view
-    address_of_this_node   canonicalize_bootstrap_address_or…    `--address auto` is not checked
-    use_token              maybe_enable_token_auth_if_token_…    a cluster with a token refuses us
-    head_client            _raylet.GcsClient                     `ray.init` may abort the process
-    runtime_env_with       2 variables of the job manager        a submitted job loses its modules
-    staging_in             _get_ray_train_session_dir            Ray Client: Tune fails
-    memory_kills_survived  RayActorManager._actor_task_failed    one trial ends the whole search
-    actor_of               Trial.temporary_state                 hung workers are never ended
-    actors_replaced        PlacementGroupAcquiredResources       `bench cluster` has no seats
+that no other file mentions such a name. Each one says what goes wrong without it.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,7 +38,7 @@ DRIVER_ENVIRONMENT = {
 # A worker that takes longer to let go of one trial is lost to the next, and Tune tells nobody: its
 # own 2 s are little on a crowded machine.
 WORKER_ENVIRONMENT = {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "120"}
-# For `tune.run`, which otherwise moves the search to the cluster's head if Ray Client is used.
+# For `tune.run`, which with Ray Client otherwise moves the search, and its results, to the head.
 IN_THIS_PROCESS: dict[str, Any] = {"_remote": False}
 # For a `Cluster`'s head, which otherwise starts a worker for each CPU as soon as a driver joins.
 NO_WORKERS_AHEAD = {"_system_config": {"prestart_worker_first_driver": False}}
@@ -73,22 +56,17 @@ def without_dashboard() -> contextlib.AbstractContextManager[Any]:
 
 
 def silence_dying_workers() -> None:
-    """Keep Ray from printing about every worker that dies, as it does with any `log_to_driver`."""
+    """Keep Ray from printing 900 characters for each worker that dies, whatever it was told."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def address_of_this_node() -> str:
-    """Return the HOST:PORT of the head that `auto` means.
-
-    Raises:
-        ConnectionError: this machine is a node of no cluster, or of several.
-    """
-    address: str = canonicalize_bootstrap_address_or_die("auto")
-    return address
+    """Return the HOST:PORT that `auto` means; raise ConnectionError unless one cluster is here."""
+    return str(canonicalize_bootstrap_address_or_die("auto"))
 
 
 def use_token() -> None:
-    """Show this machine's token, if any, to the cluster; without an address Ray does it itself."""
+    """Show this machine's token, if any, to a cluster that refuses us without one."""
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
@@ -109,15 +87,11 @@ def runtime_env_with(package: Path) -> dict[str, Any]:
 
 
 def staging_in(folder: str) -> contextlib.AbstractContextManager[Any]:
-    """Have Tune keep its own files of this process in a folder.
-
-    By default it keeps them in Ray's session folder, which a process with Ray Client lacks.
-    """
+    """Have Tune keep this process's files in a folder; with Ray Client, the default is missing."""
     return mock.patch.object(storage, "_get_ray_train_session_dir", lambda: folder)
 
 
-@contextlib.contextmanager
-def memory_kills_survived() -> Iterator[None]:
+def memory_kills_survived() -> contextlib.AbstractContextManager[Any]:
     """Have Tune treat a worker that Ray ended to save the machine's memory as one that died.
 
     Tune expects errors of actors and of tasks only; at any other it ends the whole search with
@@ -130,20 +104,15 @@ def memory_kills_survived() -> Iterator[None]:
             exception = RayActorError(error_msg=OUT_OF_MEMORY)
         original(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
-    with mock.patch.object(RayActorManager, "_actor_task_failed", failed):
-        yield
+    return mock.patch.object(RayActorManager, "_actor_task_failed", failed)
 
 
 def actor_of(trial: Trial) -> Any:
-    """Return the handle of a trial's worker, for `ray.kill`; None if it has none."""
+    """Return the handle of a trial's worker, to end one that hangs; None if it has none."""
     return trial.temporary_state.ray_actor
 
 
 def actors_replaced(stand_in: Any) -> contextlib.AbstractContextManager[Any]:
-    """Have Tune start its trials' actors by `stand_in.remote(…)`.
-
-    The method is where Tune settles on which node an actor starts.
-    """
-    return mock.patch.object(
-        PlacementGroupAcquiredResources, "_annotate_remote_entity", lambda *_, **__: stand_in
-    )
+    """Have Tune start its trials' actors by `stand_in.remote(…)`."""
+    owner, where_an_actor_is_placed = PlacementGroupAcquiredResources, "_annotate_remote_entity"
+    return mock.patch.object(owner, where_an_actor_is_placed, lambda *_, **__: stand_in)

@@ -32,16 +32,11 @@ _PROBE = ".probe"
 
 
 def is_uri(text: str) -> bool:
-    """Return True if a text is a URI, False if it is a path."""
     return "://" in text
 
 
 def storage_uri(text: str) -> str:
-    """Return the URI of a folder of runs, which may be given as a path.
-
-    Raises:
-        ConfigError: it cannot be used.
-    """
+    """Return the URI of a folder of runs, given as a URI or a path, or raise ConfigError."""
     if not is_uri(text):
         return Path(text).absolute().as_uri()
     scheme, _, _ = text.partition("://")
@@ -73,7 +68,6 @@ class RemoteRun:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return unquote(PurePosixPath(urlsplit(self.uri).path).name)
 
     @property
@@ -84,7 +78,6 @@ class RemoteRun:
 
     @classmethod
     def within(cls, storage: str, name: str) -> "RemoteRun":
-        """Return the run of that name in a folder of runs."""
         parts = urlsplit(storage)
         return cls(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl())
 
@@ -100,8 +93,7 @@ class RemoteRun:
         files, root = _open(self.uri)
         try:
             with files.open_input_stream(f"{root}/{name}") as file:
-                content: bytes = file.read()
-                return content
+                return bytes(file.read())
         except FileNotFoundError:
             return b""
 
@@ -117,7 +109,6 @@ class RemoteRun:
                 file.write(content)
 
     def delete(self, name: str) -> None:
-        """Delete a file, if it exists."""
         files, root = _open(self.uri)
         with contextlib.suppress(FileNotFoundError):
             files.delete_file(f"{root}/{name}")
@@ -140,21 +131,20 @@ class RemoteRun:
 
 @functools.cache
 def _open(uri: str) -> tuple[FileSystem, str]:
-    """Return Arrow's file system for a URI and the path in it.
+    """Return Arrow's file system for a URI and the path in it, or raise ConfigError.
 
     By default, Arrow tries for minutes to reach a bucket that does not answer.
-
-    Raises:
-        ConfigError: Arrow has no file system for it.
     """
     parts = urlsplit(uri)
-    options = {name: _FLAGS.get(value, value) for name, value in parse_qsl(parts.query)}
+    options: dict[str, Any] = {
+        name: _FLAGS.get(value, value) for name, value in parse_qsl(parts.query)
+    }
     try:
         if parts.scheme == "s3":
             return _s3(parts.netloc, options), (parts.netloc + unquote(parts.path)).rstrip("/")
         if parts.scheme == "gs":
-            query = urlencode({**options, "retry_limit_seconds": PATIENCE})
-            parts = parts._replace(query=query)
+            options["retry_limit_seconds"] = PATIENCE
+            parts = parts._replace(query=urlencode(options))
         files, root = FileSystem.from_uri(parts.geturl())
     except (ArrowException, OSError, ImportError, TypeError) as error:
         raise ConfigError(f"{uri} cannot be used: {one_line(error)}") from error
@@ -176,11 +166,7 @@ def _s3(bucket: str, options: dict[str, Any]) -> S3FileSystem:
 
 @contextlib.contextmanager
 def reaching(remote: RemoteRun) -> Iterator[None]:
-    """Turn a failure to read or write a run's copy into one clear error.
-
-    Raises:
-        RunFolderError: the copy cannot be read or written.
-    """
+    """Turn a failure to read or write a run's copy into one clear RunFolderError."""
     try:
         yield
     except (OSError, ArrowException) as error:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
@@ -37,7 +37,7 @@ class Node:
 
 def living_nodes() -> list[Node]:
     """Return the connected cluster's machines, by their addresses."""
-    nodes = [
+    nodes = (
         Node(
             id=node["NodeID"],
             cpus=node["Resources"].get("CPU", 0.0),
@@ -47,7 +47,7 @@ def living_nodes() -> list[Node]:
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"]
-    ]
+    )
     return sorted(nodes, key=lambda node: node.address)
 
 
@@ -75,13 +75,9 @@ class TrialResources:
             fits = min(fits, by_gpu)
         return int(fits)
 
-    def slots(self, nodes: Sequence[Node]) -> int:
-        """Return how many trials fit on all of the nodes."""
-        return sum(map(self.slots_on, nodes))
-
     def at_once(self, nodes: Sequence[Node], most: int | None) -> int:
         """Return how many trials run at a time on the nodes, `most` at most."""
-        slots = self.slots(nodes)
+        slots = sum(map(self.slots_on, nodes))
         return min(slots, most or slots)
 
 
@@ -91,17 +87,12 @@ class Room:
     Tune asks after every report, and Ray takes 2 ms to answer.
     """
 
-    def __init__(
-        self,
-        resources: TrialResources,
-        max_concurrent: int | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._resources, self._max_concurrent, self._clock = resources, max_concurrent, clock
+    def __init__(self, resources: TrialResources, max_concurrent: int | None) -> None:
+        self._resources, self._max_concurrent = resources, max_concurrent
         self._count, self._due = 0, -math.inf
 
     def __call__(self) -> int:
-        now = self._clock()
+        now = time.monotonic()
         if now >= self._due:
             self._count = self._resources.at_once(living_nodes(), self._max_concurrent)
             self._due = now + COUNT_EVERY

@@ -5,6 +5,7 @@ file is a copy and never a source: one that is damaged, or that contradicts the 
 (`study.db.damaged`, `study.db.outdated`) and written anew.
 """
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Mapping
@@ -43,7 +44,6 @@ class StudyFile:
         self._thread.start()
 
     def put(self, trial: FrozenTrial) -> None:
-        """Have a trial written as it is now."""
         with self._lock:
             self._latest[trial.number] = trial
             self._changed.add(trial.number)
@@ -61,20 +61,19 @@ class StudyFile:
 
     def _failed(self, error: Exception) -> str:
         cause = root_cause(error)
-        if not _is_lock(cause):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF  # without the detail in its upper bits
+        if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):  # both leave the file usable
             self._close_file()
         return one_line(cause)
 
     def _write_changes(self) -> None:
-        self._ensure_open()
+        storage = self._open_storage()
         while self._changed and not self._thread.given_up:
             with self._lock:
                 trial = self._latest[min(self._changed)]
             # Before each: Optuna tries for many seconds to write a file that has been deleted.
-            self._ensure_open()
-            try:
-                self._write(trial)
-            except _ContradictionError:
+            storage = self._open_storage()
+            if not self._write(storage, trial):
                 self._put_aside("outdated")
                 continue
             with self._lock:
@@ -90,19 +89,20 @@ class StudyFile:
             self._put_aside("outdated")
         self._write_changes()
 
-    def _ensure_open(self) -> None:
+    def _open_storage(self) -> RDBStorage:
+        """Return the open file's storage; open it again if somebody replaced or deleted it."""
         if self._storage is not None and _inode(self._path) == self._inode:
-            return
+            return self._storage
         self._close_file()
         if self._path.exists() and not is_sound(self._path):
             self._put_aside("damaged")
         try:
-            self._open_file()
+            return self._open_file()
         except RuntimeError:  # Optuna's word for tables of another version's
             self._put_aside("outdated")
-            self._open_file()
+            return self._open_file()
 
-    def _open_file(self) -> None:
+    def _open_file(self) -> RDBStorage:
         # By a connection of our own making: in a URL, a path with a ? or a % means another file.
         storage = RDBStorage("sqlite:///study.db", engine_kwargs={"creator": self._connect})
         study = optuna.create_study(
@@ -116,6 +116,7 @@ class StudyFile:
         self._storage = storage
         with self._lock:
             self._changed = set(self._latest)
+        return storage
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT)
@@ -135,33 +136,26 @@ class StudyFile:
             if path.exists():
                 path.replace(self._path.with_name(f"{self._path.name}.{why}{suffix}"))
 
-    def _write(self, trial: FrozenTrial) -> None:
-        """Make the file's version of a trial equal to `trial`.
-
-        Raises:
-            _ContradictionError: the file's version is of another trial.
-        """
-        storage = self._storage
-        if storage is None:
-            raise RuntimeError("study.db is not open")
+    def _write(self, storage: RDBStorage, trial: FrozenTrial) -> bool:
+        """Bring the file's version of a trial up to date, or return False if it contradicts."""
         old = self._written.get(trial.number)
         if old is None:
             key = storage.create_new_trial(self._study_id, template_trial=trial)
             if storage.get_trial_number_from_id(key) != trial.number:
-                raise _ContradictionError
+                return False
         elif not _extends(trial, old):
-            raise _ContradictionError
+            return False
         elif not old.state.is_finished():
             self._update(storage, old, trial)
         self._written[trial.number] = trial
+        return True
 
     def _update(self, storage: RDBStorage, old: FrozenTrial, trial: FrozenTrial) -> None:
         """Add to an unfinished trial what it lacks, its state last."""
         key = storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
         for name, value in _new(trial.params, old.params).items():
-            distribution = trial.distributions[name]
-            internal = distribution.to_internal_repr(value)
-            storage.set_trial_param(key, name, internal, distribution)
+            kind = trial.distributions[name]
+            storage.set_trial_param(key, name, kind.to_internal_repr(value), kind)
         for name, value in _new(trial.user_attrs, old.user_attrs).items():
             storage.set_trial_user_attr(key, name, value)
         for step, value in _new(trial.intermediate_values, old.intermediate_values).items():
@@ -170,18 +164,12 @@ class StudyFile:
             storage.set_trial_state_values(key, trial.state, trial.values)
 
 
-class _ContradictionError(Exception):
-    """The file contradicts the study."""
-
-
 def is_sound(path: Path) -> bool:
     """Return True if a file is an intact SQLite database; a locked one is taken for intact."""
     try:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=1)
-        try:
+        with contextlib.closing(connection):
             return bool(connection.execute("PRAGMA quick_check").fetchone() == ("ok",))
-        finally:
-            connection.close()
     except sqlite3.OperationalError:
         return True
     except sqlite3.DatabaseError:
@@ -190,14 +178,8 @@ def is_sound(path: Path) -> bool:
 
 def facts(trial: FrozenTrial) -> tuple[object, ...]:
     """Return a trial's content, without the times and ids that differ between copies."""
-    return (
-        trial.state,
-        trial.values,
-        trial.params,
-        trial.distributions,
-        trial.intermediate_values,
-        trial.user_attrs,
-    )
+    results = trial.state, trial.values, trial.intermediate_values
+    return *results, trial.params, trial.distributions, trial.user_attrs
 
 
 def _extends(trial: FrozenTrial, old: FrozenTrial) -> bool:
@@ -208,11 +190,8 @@ def _extends(trial: FrozenTrial, old: FrozenTrial) -> bool:
     if old.state.is_finished():
         same = facts(old)[:-1] == facts(trial)[:-1]
         return same and not _new(trial.user_attrs, old.user_attrs)
-    return not (
-        _new(old.params, trial.params)
-        or _new(old.distributions, trial.distributions)
-        or _new(old.intermediate_values, trial.intermediate_values)
-    )
+    parts = ("params", "distributions", "intermediate_values")
+    return not any(_new(getattr(old, part), getattr(trial, part)) for part in parts)
 
 
 def _new(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -225,9 +204,3 @@ def _inode(path: Path) -> int:
         return path.stat().st_ino
     except FileNotFoundError:
         return 0
-
-
-def _is_lock(error: BaseException) -> bool:
-    """Return True if an error comes from a lock, which leaves the connection usable."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the detail in its upper bits
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -37,17 +37,14 @@ AT_ONCE = 8  # files under way to the storage: each waits for an answer for most
 _READ_FIRST = ("*.state", "events.jsonl", "epochs.csv", "best.pt")
 _WRITTEN_FIRST = ("search.yaml", "best.pt", "epochs.csv", "events.jsonl", "*.state")
 _LOGS = ("events.jsonl", "epochs.csv")
-_Version = tuple[int, int, int]
 
 
 @contextlib.contextmanager
 def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
     """Bring folder or copy up to date, whichever is behind, then copy all changes of the folder.
 
-    Only for the one process that writes to the folder.
-
-    Raises:
-        RunFolderError: the copy cannot be reached, is in use or is another run's.
+    Only for the one process that writes to the folder. Raises RunFolderError if the copy cannot
+    be reached, is in use or is another run's.
     """
     lease = Lease(remote, folder.path)
     lease.take()
@@ -67,7 +64,7 @@ class RunSync:
 
     def __init__(self, folder: RunFolder, remote: RemoteRun, lease: "Lease") -> None:
         self._folder, self._remote, self._lease = folder, remote, lease
-        self._copied: dict[str, _Version | None] = dict.fromkeys(remote.names())
+        self._copied: dict[str, tuple[int, ...] | None] = dict.fromkeys(remote.names())
         self._gone: set[str] = set()  # copied, and missing in the folder when last looked at
         self._taken_over = ""  # what to say of it
         self._quiet = False
@@ -119,12 +116,17 @@ class RunSync:
         changed = [
             name
             for name, version in present.items()
-            if self._copied.get(name) != version and (at_end or not _is_database(name))
+            if self._copied.get(name) != version
+            # study.db is whole only once nobody writes to it; a resume rewrites it.
+            and (at_end or not PurePosixPath(name).match("study.db*"))
         ]
         if any(name.endswith(".state") for name in changed):
             # They may have grown since they were looked at, and must not be behind the states.
             changed += [name for name in _LOGS if name in present and name not in changed]
-        contents = self._read(sorted(changed, key=lambda name: _place(name, _READ_FIRST)))
+        contents = {}
+        for name in sorted(changed, key=lambda name: _place(name, _READ_FIRST)):
+            with contextlib.suppress(FileNotFoundError):
+                contents[name] = (self._folder.path / name).read_bytes()
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for place in range(len(_WRITTEN_FIRST) + 1):
                 names = [name for name in contents if _place(name, _WRITTEN_FIRST) == place]
@@ -143,9 +145,9 @@ class RunSync:
         self._thread.made_progress()
         return name
 
-    def _present(self) -> dict[str, _Version]:
+    def _present(self) -> dict[str, tuple[int, ...]]:
         """Return the files of the folder that are copied, with their present versions."""
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for path in self._folder.path.rglob("*"):
             name = path.relative_to(self._folder.path)
             if any(part.startswith(".") for part in name.parts) or name.match("*.before.state"):
@@ -153,27 +155,14 @@ class RunSync:
             with contextlib.suppress(FileNotFoundError):
                 if path.is_file():
                     status = path.stat()
-                    version = (status.st_ino, status.st_size, status.st_mtime_ns)
-                    found[name.as_posix()] = version
+                    found[name.as_posix()] = status.st_ino, status.st_size, status.st_mtime_ns
         return found
-
-    def _read(self, names: list[str]) -> dict[str, bytes]:
-        contents = {}
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                contents[name] = (self._folder.path / name).read_bytes()
-        return contents
 
 
 def _place(name: str, order: Sequence[str]) -> int:
     """Return a file's place in an order of patterns; files that match none come last."""
     path = PurePosixPath(name)
     return next((i for i, pattern in enumerate(order) if path.match(pattern)), len(order))
-
-
-def _is_database(name: str) -> bool:
-    """Return True if a file can be copied only once nobody writes to it; a resume rewrites it."""
-    return PurePosixPath(name).match("study.db*")
 
 
 LEASE = 60.0  # seconds without a sign of life after which a driver is taken for dead
@@ -193,37 +182,32 @@ class Lease:
     and rewrites it every `SIGN_EVERY` seconds. One that has not for `LEASE` seconds is taken for
     dead; if it lives after all, it sees that it was taken over and no longer writes there.
 
-    Two things are not ruled out. Two drivers may begin within the same fraction of a second; the
-    first to give its next sign of life then sees the other's and leaves the copy to it. And files
-    that were under way when a machine was suspended arrive when it wakes up.
+    Two things are not ruled out. If two drivers begin within the same fraction of a second, the
+    first to give its next sign of life leaves the copy to the other. And files that were under
+    way when a machine was suspended arrive when it wakes up.
     """
 
     def __init__(self, remote: RemoteRun, folder: Path) -> None:
         self._remote = remote
-        self._place = {"host": platform.node(), "folder": str(folder.resolve())}
-        self._me = {**self._place, "lease": uuid.uuid4().hex}
+        self._me = {
+            "host": platform.node(),
+            "folder": str(folder.resolve()),
+            "lease": uuid.uuid4().hex,
+        }
         self._next_sign = 0.0
 
     def take(self) -> None:
-        """Become the only writer; first wait until another driver's lease has run out.
+        """Become the only writer once another's lease has run out, or raise RunFolderError.
 
         Only for the one process that writes to the local folder: a lease that was taken for the
         same folder is a dead driver's.
-
-        Raises:
-            RunFolderError: another driver writes to the copy, or the copy cannot be written.
         """
         with reaching(self._remote):
             self._wait_for_other()
             self._sign()
 
     def keep(self) -> None:
-        """Give a sign of life, if it is time to.
-
-        Raises:
-            TakenOverError: another driver has taken over.
-            OSError, ArrowException: the storage did not answer.
-        """
+        """Give a sign of life, if it is time to; raise TakenOverError if another took over."""
         if time.time() >= self._next_sign:  # a clock that runs on while a machine is suspended
             if self._driver() != self._me:  # or there is none: the other driver may have ended
                 raise TakenOverError
@@ -236,7 +220,7 @@ class Lease:
 
     def _wait_for_other(self) -> None:
         now, last, other = self._remote.now(), self._remote.time_of(_DRIVER), self._driver()
-        if last is None or self._place.items() <= other.items():
+        if last is None or other == self._me | {"lease": other.get("lease")}:
             return
         left = LEASE - (now - last).total_seconds()
         if left <= 0:
@@ -260,37 +244,28 @@ class Lease:
         self._next_sign = time.time() + SIGN_EVERY
 
     def _driver(self) -> dict[str, Any]:
-        content = self._remote.read(_DRIVER)
-        driver: dict[str, Any] = json.loads(content) if content else {}
-        return driver
+        return dict(json.loads(self._remote.read(_DRIVER) or b"{}"))
 
 
 def check_new_copy(remote: RemoteRun) -> None:
-    """Refuse, before anything is started, a copy that exists or cannot be written.
-
-    Raises:
-        RunFolderError: it exists, or cannot be written.
-    """
+    """Raise RunFolderError, before anything starts, if a copy exists or cannot be written."""
     with reaching(remote):
         remote.now()
-        exists = bool(remote.read("search.yaml"))
-    if exists:
-        raise RunFolderError(
-            f"the run {remote.uri} exists and is never overwritten: "
-            f"choose another name with --run, or resume it: --resume '{remote.uri}'"
-        )
+        if remote.read("search.yaml"):
+            raise RunFolderError(
+                f"the run {remote.uri} exists and is never overwritten: "
+                f"choose another name with --run, or resume it: --resume '{remote.uri}'"
+            )
 
 
 def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
-    """Make the local folder in which a run is resumed that may exist only as a copy.
+    """Make the local folder in which a copy is resumed.
 
-    Raises:
-        RunFolderError: there is no such copy, or the folder cannot be written.
+    Raises RunFolderError if there is no such copy, or if the folder cannot be written.
     """
     with reaching(remote):
-        exists = bool(remote.read("search.yaml"))
-    if not exists:
-        raise RunFolderError(f"{remote.uri} is no run's copy: it has no search.yaml")
+        if not remote.read("search.yaml"):
+            raise RunFolderError(f"{remote.uri} is no run's copy: it has no search.yaml")
     path = results / remote.name
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -304,12 +279,11 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
 def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
     """Fetch the copy if it is ahead of the folder, as after a resume on another machine.
 
-    Raises:
-        RunFolderError: the copy cannot be reached, or is another run's.
+    Raises RunFolderError if the copy cannot be reached, or is another run's.
     """
     with reaching(remote):
         theirs = _logs(remote.read)
-    ours = _logs(lambda name: _content(folder.path / name))
+    ours = _logs(RemoteRun(folder.path.absolute().as_uri()).read)
     if _continues(ours, theirs):
         return
     if not _continues(theirs, ours):
@@ -336,13 +310,10 @@ def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {}
     for run in ("", "confirm/"):
-        events, epochs = (
-            content[: content.rfind(b"\n") + 1]
-            for content in (read(f"{run}events.jsonl"), read(f"{run}epochs.csv"))
-        )
+        names = [f"{run}{log}" for log in _LOGS]
+        events, epochs = (content[: content.rfind(b"\n") + 1] for content in map(read, names))
         started = sum(line.startswith(b'{"event": "start"') for line in events.splitlines())
-        found[f"{run}events.jsonl"] = events
-        found[f"{run}epochs.csv"] = b"".join(_rows_of(started, epochs))
+        found |= zip(names, (events, b"".join(_rows_of(started, epochs))), strict=True)
     return found
 
 
@@ -357,7 +328,3 @@ def _rows_of(trials: int, epochs: bytes) -> Iterator[bytes]:
 
 def _continues(logs: Mapping[str, bytes], others: Mapping[str, bytes]) -> bool:
     return all(log.startswith(others[name]) for name, log in logs.items())
-
-
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""

@@ -38,10 +38,7 @@ class Tracker(Protocol):
 class Tracking:
     """Hands the trials and epochs of a history to a tracker, in the background.
 
-    Args:
-        name: the tracker's name in messages.
-        history: what to follow.
-        start: makes the tracker, in the thread; after a failure it makes another.
+    `start` makes the tracker, in the thread; after a failure it makes another.
     """
 
     def __init__(self, name: str, history: History, start: Callable[[], Tracker]) -> None:
@@ -94,7 +91,6 @@ def _described(error: Exception, length: int) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:length]
 
 
-_NAME = "events.out.tfevents.0"  # by which TensorBoard knows its files
 _SCALARS = (
     *("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "evaluation_seconds"),
@@ -104,10 +100,9 @@ _SCALARS = (
 class EventFiles:
     """Curves and hyperparameters for TensorBoard: `tensorboard --logdir results/<run>`.
 
-    Each trial has a file in a folder named after its number. Every session writes all files anew,
-    so a trial that was broken off continues without a gap and without an epoch twice, whenever
-    the kill came. What an earlier session wrote comes out the same, byte by byte, so that a
-    TensorBoard which is half through a file reads on.
+    Each trial has a file in a folder named after its number. Every session writes all files anew:
+    no kill leaves a gap or an epoch twice. What an earlier session wrote comes out the same, byte
+    by byte, so that a TensorBoard which is half through a file reads on.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,25 +119,23 @@ class EventFiles:
         self._run = "/".join(folder.absolute().parts[-3:-1])
 
     def begin(self, record: TrialRecord) -> int:
-        path = self._folder / f"{record.number}" / _NAME
+        path = self._folder / f"{record.number}/events.out.tfevents.0"  # by its name it is known
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
         self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
-        values = {**record.config.as_dict(), "seed": record.seed}
-        hparams = self._hparams(values, f"{self._run}/{record.number}", began)
+        hparams = self._hparams(_hyperparameters(record), f"{self._run}/{record.number}", began)
         self._write(record, self._event(wall_time=began, summary=hparams))
         return 0
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
-        summary = self._summary(
-            value=[
-                self._summary.Value(tag=name, simple_value=getattr(row, name))
-                for name in _SCALARS
-                if math.isfinite(getattr(row, name))
-            ]
-        )
+        scalars = [
+            self._summary.Value(tag=name, simple_value=getattr(row, name))
+            for name in _SCALARS
+            if math.isfinite(getattr(row, name))
+        ]
         when = record.started_at + row.elapsed - record.started
+        summary = self._summary(value=scalars)
         self._write(record, self._event(wall_time=when, step=row.epoch, summary=summary))
 
     def end(self, record: TrialRecord) -> None:
@@ -159,7 +152,6 @@ class EventFiles:
 
 
 _RETRIES = "2"  # of a request; MLflow's default takes minutes, and this module retries anyway
-_PAGE = 1000  # runs asked for at once
 _STEP = "training_iteration"  # the metric that holds the epoch, by Tune's name for it
 
 
@@ -177,9 +169,8 @@ class MlflowRuns:
         self._metric, self._param = Metric, Param
         self._client = MlflowClient(tracking_uri)
         known = self._client.get_experiment_by_name(experiment)
-        self._experiment = (
-            known.experiment_id if known else self._client.create_experiment(experiment)
-        )
+        create = self._client.create_experiment
+        self._experiment = known.experiment_id if known else create(experiment)
         self._there = self._runs_there()
         self._run_ids: dict[int, str] = {}  # of the trials that have not ended
 
@@ -195,15 +186,14 @@ class MlflowRuns:
         else:
             self._client.update_run(run.info.run_id, "RUNNING")
         self._run_ids[record.number] = run.info.run_id
-        values = {**record.config.as_dict(), "seed": record.seed}
-        params = [self._param(name, str(value)) for name, value in values.items()]
+        values = _hyperparameters(record).items()
+        params = [self._param(name, str(value)) for name, value in values]
         self._client.log_batch(run.info.run_id, params=params)
         return int(run.data.metrics.get(_STEP, 0))
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
-        values = {name: value for name, value in row.as_dict().items() if name != "epoch"}
-        # The epoch last: if it arrived, the others did.
-        values[_STEP] = row.epoch
+        values = row.as_dict()
+        values[_STEP] = values.pop("epoch")  # last: if it arrived, the others did
         now = int(1000 * time.time())
         finite = [
             self._metric(name, float(value), now, row.epoch)
@@ -229,15 +219,17 @@ class MlflowRuns:
 
     def _runs_there(self) -> dict[tuple[str, str], Any]:
         """Return the experiment's runs by name and by when their trials started."""
-        found: list[Any] = []
-        page: Any = None
-        while page is None or page.token:
-            token = page.token if page else None
-            page = self._client.search_runs(
-                [self._experiment], max_results=_PAGE, page_token=token
-            )
+        search = partial(self._client.search_runs, [self._experiment], max_results=1000)
+        page = search()
+        found = list(page)
+        while page.token:
+            page = search(page_token=page.token)
             found += page
         return {(run.info.run_name, run.data.tags.get("started_at", "")): run for run in found}
+
+
+def _hyperparameters(record: TrialRecord) -> dict[str, Any]:
+    return {**record.config.as_dict(), "seed": record.seed}
 
 
 def mlflow_trackers(tracking_uri: str | None, experiment: str) -> dict[str, Callable[[], Tracker]]:
@@ -248,11 +240,7 @@ def mlflow_trackers(tracking_uri: str | None, experiment: str) -> dict[str, Call
 
 
 def check_mlflow(tracking_uri: str) -> None:
-    """Check, before anything is started, that MLflow is installed and answers.
-
-    Raises:
-        ConfigError: it is not installed, or does not answer.
-    """
+    """Raise ConfigError, before anything starts, if MLflow is not installed or does not answer."""
     if find_spec("mlflow") is None:
         raise ConfigError(
             "--mlflow needs MLflow's client, which is not installed: pip install mlflow-skinny"
