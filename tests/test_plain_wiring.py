@@ -15,7 +15,8 @@ from ray import tune
 from ray.cluster_utils import Cluster
 from support.drivers import (
     PATIENCE,
-    die_at,
+    act_at,
+    die,
     fork,
     history_of,
     notes_of,
@@ -129,7 +130,7 @@ def ours_killed(
     with searches_in(tmp_path_factory.mktemp("ours-killed"), cluster.address) as searches:
         script = replace(SCRIPT, notes=searches.notes)
         call = stopped_in(ours)[0].number + 1
-        prepare = partial(die_at, History, "start_trial", call, after=True)
+        prepare = partial(act_at, History, "start_trial", call, die, after=True)
         driver = searches.start("run", *OURS, script=script, prepare=prepare)
         assert driver.wait() == -signal.SIGKILL, driver.output
         driver = searches.resume("run", "--trials", 9, "--max-concurrent", 1, script=script)
