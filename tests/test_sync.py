@@ -100,6 +100,7 @@ def begin(
     return driver
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     searches: Searches, s3: S3, uninterrupted: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     assert len(study_of(folder)) == TRIALS
 
 
+@pytest.mark.slow
 def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
     driver = begin(searches, s3, 0.05)
     s3.refuses = True
@@ -144,6 +146,7 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches,
     assert contents_of(folder) == s3.contents("runs/run")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
     searches: Searches, s3: S3
 ) -> None:
@@ -176,6 +179,7 @@ def test_a_name_that_the_bucket_has_is_refused(searches: Searches, s3: S3) -> No
     assert not searches.folder("run").exists()
 
 
+@pytest.mark.slow
 def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3: S3) -> None:
     driver = begin(searches, s3, 0.3)
     other = searches.resume_at(s3.uri("runs/run"), "elsewhere", prepare=hurry)
@@ -186,6 +190,7 @@ def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3
     assert contents_of(searches.folder("run")) == s3.contents("runs/run")
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     searches: Searches, s3: S3
 ) -> None:

@@ -202,6 +202,7 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     assert steps(search.folder.tensorboard / "0") == [1, 2]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_epoch_of_a_killed_and_resumed_search_once(
     searches: Searches,
 ) -> None:
@@ -223,6 +224,7 @@ def test_tensorboard_has_every_epoch_of_a_killed_and_resumed_search_once(
         assert shown(trial) == pytest.approx(values)
 
 
+@pytest.mark.slow
 def test_a_search_whose_event_files_cannot_be_written_says_so_and_ends_well(
     searches: Searches,
 ) -> None:
@@ -305,6 +307,7 @@ def test_a_resumed_search_continues_in_the_same_mlflow_runs(uri: str, tmp_path: 
     assert logged(uri, runs["trial 1"]) == {1: 0.8, 2: 0.85, 3: 0.88}
 
 
+@pytest.mark.slow
 def test_a_search_logs_to_the_mlflow_experiment_of_its_name(uri: str, searches: Searches) -> None:
     script = Script(seconds=0.02)
     driver = searches.start("run", "--trials", 2, "--epochs", 3, "--mlflow", uri, script=script)
