@@ -114,6 +114,7 @@ def test_trivial_trials_report_what_real_ones_do_and_resume_from_a_state(
     assert all(0 < each.idle <= each.resident + 50 for each in worker)
 
 
+@pytest.mark.slow
 def test_step_prints_the_ratios_last(capsys: pytest.CaptureFixture[str]) -> None:
     step.step(settings.StepSettings(quick=True, rounds=2, steps=1))
     found = last_line(capsys)
@@ -141,6 +142,7 @@ def test_turnaround_prints_its_keys_last(
     assert found["trial_added_mb"] == 200.0
 
 
+@pytest.mark.slow
 def test_a_real_search_can_be_watched() -> None:
     seen = watched.watch_search("trivial", ["--space", "sgd", "--trials", "4", "--images", "200"])
     assert {each.trial for notes in seen.workers for each in notes} == {0, 1, 2, 3}

@@ -22,6 +22,7 @@ def test_reports_count_from_when_all_trials_are_there_until_the_first_is_at_its_
     assert steady(marks, at_once=3, epochs=3) == (3.0, 1.5, 3)
 
 
+@pytest.mark.slow
 def test_a_search_on_three_nodes_is_measured(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

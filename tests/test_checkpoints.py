@@ -113,6 +113,7 @@ def test_a_diverged_epochs_row_is_read_as_it_was_written(folder: RunFolder) -> N
     assert repr(loaded.row) == repr(row)
 
 
+@pytest.mark.root
 def test_a_disk_without_room_leaves_both_states(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=64k") as disk:
         folder = RunFolder.create(disk / "run")

@@ -39,6 +39,7 @@ def test_an_address_that_nothing_answers_at_is_refused_within_seconds() -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_ray_of_ones_own_has_no_web_server_to_wait_for() -> None:
     # In a process of its own: Ray leaves its token in the environment of the one it starts in.
     asked = subprocess.run(

@@ -1,15 +1,13 @@
-import os
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from ray.cluster_utils import Cluster
-from support.drivers import epochs_in
+from support.drivers import act_at
 from support.reported import all_failed, rich
 from support.scripted import Script
 from support.scripted_search import send_scripts_to_workers
@@ -25,7 +23,7 @@ from tune_mnist.tuning.settings import ConfirmSettings
 
 pytest_plugins = ["support.ray_fixtures"]
 
-SCRIPT = Script(seconds=0.01)
+SCRIPT = Script(seconds=0.0)
 
 
 @pytest.fixture
@@ -43,27 +41,6 @@ def settings(cluster: Cluster, tmp_path: Path) -> Iterator[ConfirmSettings]:
 def _history(settings: ConfirmSettings) -> History:
     assert settings.run is not None
     return History.load(RunFolder.open(settings.run / "confirm"))
-
-
-@contextmanager
-def _interrupted_after(epochs: int, settings: ConfirmSettings) -> Iterator[None]:
-    """Press Ctrl-C once so many epochs are on disk."""
-    assert settings.run is not None
-    folder, over = settings.run / "confirm", threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            if epochs_in(folder) >= epochs:
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
@@ -98,11 +75,14 @@ def test_winners_and_baseline_are_trained_again_on_the_same_fresh_seeds(
     assert "Confirmed on fresh seeds" in page.read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_is_resumed_and_more_seeds_add_to_it(
-    settings: ConfirmSettings, capsys: pytest.CaptureFixture[str]
+    settings: ConfirmSettings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _interrupted_after(20, settings):
-        assert confirm(settings, Script(seconds=0.1)) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "add_epoch", History.add_epoch)  # puts it back in the end
+        act_at(History, "add_epoch", 20, partial(signal.raise_signal, signal.SIGINT))
+        assert confirm(settings, SCRIPT) == 130
     assert "resume it with the same command" in capsys.readouterr().out
     first = _history(settings)
     assert first.closed_as == "SIGINT"

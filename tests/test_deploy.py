@@ -135,6 +135,7 @@ def test_every_file_names_the_image_of_this_version() -> None:
         assert images or path.name == "slurm.sh", path
 
 
+@pytest.mark.network
 def test_the_image_gets_all_files_that_it_takes_to_install_the_package(tmp_path: Path) -> None:
     """The Dockerfile's COPY lines make a folder from which the package can be built."""
     context = tmp_path / "context"

@@ -1,20 +1,26 @@
-"""What can happen to a search's trials, machines and disk: each for real, and what comes of it."""
+"""What can happen to a search's driver, trials, machines and disk, each for real."""
 
 import contextlib
 import os
+import random
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
+from support.course import Course
+from support.disks import mount, mounted
 from support.drivers import (
     Driver,
     Searches,
     epochs_in,
     history_of,
     notes_of,
+    outcome,
+    outcome_of,
     replace,
     searches_in,
     study_of,
@@ -22,6 +28,7 @@ from support.drivers import (
 )
 from support.scripted import Script
 
+from tune_mnist.runs.space import load_space
 from tune_mnist.tuning import study_file
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 
@@ -162,32 +169,19 @@ def test_trials_of_a_killed_node_are_resumed_on_the_node_that_is_left(
     assert notes_of(searches.notes).total() - len(history.rows) <= 2
 
 
-@contextlib.contextmanager
-def mounted(*arguments: str, at: Path) -> Iterator[None]:
-    """Mount a file system for as long as it is needed, or skip the test."""
-    command = ["mount", *arguments, str(at)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"may not mount here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)
-
-
 @pytest.mark.root
 def test_a_full_disk_ends_a_search_that_is_resumed_once_there_is_room(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     with (
-        mounted("-t", "tmpfs", "-o", "size=4m", "tmpfs", at=tmp_path),
-        searches_in(tmp_path, cluster.address) as searches,
+        mounted(tmp_path / "disk", "size=4m") as disk,
+        searches_in(disk, cluster.address) as searches,
     ):
         script = Script(seconds=0.02, state_size=100_000)
         driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
         folder = searches.folder("run")
         driver.wait_until(lambda: epochs_in(folder) > 5)
-        filler = tmp_path / "filler"
+        filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
@@ -206,7 +200,7 @@ def test_a_folder_gone_read_only_ends_a_search_that_is_resumed_later(searches: S
     driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
     folder = searches.folder("run")
     driver.wait_until(lambda: epochs_in(folder) > 5)
-    with mounted("--bind", str(folder), at=folder):
+    with mount("--bind", str(folder), at=folder):
         # A second mount over the first: that one is in use and would refuse to become so.
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
         check_it_ends_in_order(driver, folder, "Read-only file system")
@@ -241,3 +235,74 @@ def check_it_is_whole(folder: Path, trials: int) -> None:
     assert {trial.state for trial in study_of(folder)} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert len(study_of(folder)) == trials
     assert set(table_of(folder)) == set(range(trials))
+
+
+class Killer:
+    """Kills a driver at random moments: some counted in time, some in epochs."""
+
+    def __init__(self, seed: int) -> None:
+        self._random, self.log = random.Random(seed), [f"seed {seed}"]
+
+    def strike(self, driver: Driver, folder: Path) -> bool:
+        """Kill the driver of the run in `folder`, or return False where it ended before."""
+        before = _sessions(folder)
+        driver.wait_until(lambda: _sessions(folder) > before)
+        if self._random.random() < 0.6:
+            delay = self._random.uniform(0, 1.5)
+            self.log.append(f"killed {delay:.3f} s after its start")
+        else:
+            more, delay = self._random.randint(1, 25), self._random.uniform(0, 0.02)
+            self.log.append(f"killed {delay:.4f} s after {more} epochs")
+            goal = epochs_in(folder) + more
+            with contextlib.suppress(pytest.fail.Exception):
+                driver.wait_until(lambda: epochs_in(folder) >= goal)
+        deadline = time.monotonic() + delay
+        while time.monotonic() < deadline and driver.is_alive:
+            time.sleep(0.0005)
+        if not driver.is_alive:
+            assert driver.wait() == 0, driver.output
+            return False
+        driver.kill()
+        return True
+
+
+def _sessions(folder: Path) -> int:
+    events = folder / "events.jsonl"
+    return events.read_bytes().count(b'"session"') if events.exists() else 0
+
+
+def search_with_kills(
+    searches: Searches, *, seed: int, kills: int, trials: int, at_once: int
+) -> Path:
+    """Kill a search `kills` times, resume it each time, and let it finish."""
+    script = Script(seconds=0.005, notes=searches.notes)
+    killer, folder = Killer(seed), searches.folder("killed")
+    limit = ("--max-concurrent", at_once)
+    driver = searches.start("killed", "--trials", trials, *limit, script=script)
+    for _ in range(kills):
+        assert killer.strike(driver, folder), ("it had finished before", killer.log)
+        driver = searches.resume("killed", *limit, script=script)
+    assert driver.wait() == 0, (killer.log, driver.output)
+    history = history_of(folder)  # which refuses rows that are doubled or out of order
+    trained = notes_of(searches.notes)
+    assert {f"{record.number} {row.epoch}" for record, row in history.rows} == set(trained)
+    assert trained.total() - len(history.rows) <= kills * at_once  # only what was under way
+    assert len(history.trials) == trials
+    assert not history.unfinished()
+    return folder
+
+
+def test_one_trial_at_a_time_comes_to_what_the_unbroken_search_does(
+    searches: Searches, tmp_path: Path
+) -> None:
+    folder = search_with_kills(searches, seed=1, kills=18, trials=30, at_once=1)
+    epochs = load_space("sgd").epochs
+    unbroken = Course(tmp_path / "unbroken", trials=30, epochs=epochs, startup_trials=10)
+    unbroken.run(until=30)
+    assert outcome_of(folder) == outcome(unbroken.history)
+    assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_two_trials_at_a_time_lose_and_repeat_nothing(searches: Searches) -> None:
+    search_with_kills(searches, seed=2, kills=7, trials=25, at_once=2)

@@ -66,6 +66,7 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert stat.S_ISCHR(null.stat().st_mode)
 
 
+@pytest.mark.root
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(small_disk: Path) -> None:
     path, before = small_disk / "file", small_disk / "before"
     replace_file(path, "old", keep_as=before)
@@ -145,6 +146,7 @@ def test_a_first_line_that_was_never_finished_counts_as_none(tmp_path: Path, res
     assert path.read_bytes() == b"one\n"
 
 
+@pytest.mark.root
 def test_a_line_that_does_not_fit_leaves_the_log_as_it_was_and_room_makes_it_fit(
     small_disk: Path,
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
         RunFolder.open(results / "run")
 
 
+@pytest.mark.root
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro") as disk:
         for refuse in (check_new_run, RunFolder.create):

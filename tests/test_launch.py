@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from support.drivers import (
     Searches,
+    act_at,
     epochs_in,
     history_of,
     outcome_of,
@@ -177,7 +178,9 @@ def test_a_used_up_time_budget_says_so_and_can_be_raised(searches: Searches, hel
 def test_a_resume_says_what_has_changed_since(searches: Searches) -> None:
     space = searches.path / "mine.yaml"
     space.write_text("epochs: 4\nparameters:\n  lr: {low: 0.001, high: 0.1, log: true}\n")
-    driver = searches.start("run", "--trials", 2, space=space, prepare=partial(stop_after, 3))
+    stop = partial(signal.raise_signal, signal.SIGTERM)
+    prepare = partial(act_at, History, "add_epoch", 3, stop)
+    driver = searches.start("run", "--trials", 2, space=space, prepare=prepare)
     assert driver.wait() == 128 + signal.SIGTERM, driver.output
     search = searches.folder("run") / "search.yaml"
     code = yaml.safe_load(search.read_text())["versions"]["code"]
@@ -188,19 +191,6 @@ def test_a_resume_says_what_has_changed_since(searches: Searches) -> None:
     output = " ".join(driver.output.split())
     assert f"code was 0123456789ab, is now {code}" in output
     assert re.search(r"mine.yaml: parameters.lr.high was 0.1, is now 0.2", output)
-
-
-def stop_after(epochs: int) -> None:
-    """Have this process take SIGTERM after so many epochs."""
-    left = [epochs]
-
-    def counting(*args: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
-
-    original = replace(History, "add_epoch", counting)
 
 
 def stop_before_the_first_trial() -> None:

@@ -13,7 +13,8 @@ from optuna.trial import TrialState
 from support.course import Course
 from support.drivers import (
     Searches,
-    die_at,
+    act_at,
+    die,
     history_of,
     notes_of,
     outcome,
@@ -123,7 +124,7 @@ def test_a_real_training_that_was_killed_ends_as_the_unbroken_one_to_the_last_di
         *("run", "--trials", 2, *ONE),
         space=space,
         script=train_little,
-        prepare=partial(die_at, History, "add_epoch", 5, after=True),  # in the second trial
+        prepare=partial(act_at, History, "add_epoch", 5, die, after=True),  # in the second trial
     )
     assert driver.wait() == -signal.SIGKILL, driver.output
     driver = searches.resume("run", *ONE, script=train_little)

@@ -87,6 +87,7 @@ def begin(
     return driver
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     searches: Searches, s3: S3, tmp_path: Path
 ) -> None:
@@ -113,10 +114,15 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     assert len(study_of(folder)) == TRIALS
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(
     searches: Searches, s3: S3, answers: bool
 ) -> None:
+=======
+@pytest.mark.slow
+def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
+>>>>>>> h7
     driver = begin(searches, s3, 0.05)
     if answers:
         s3.refuses = True
@@ -139,6 +145,7 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(
     assert contents_of(folder) == s3.contents("runs/run")
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("bucket", "refuses", "error"),
     [
@@ -150,6 +157,11 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(
 )
 def test_storage_that_cannot_be_written_or_has_the_run_is_refused_before_anything_starts(
     searches: Searches, s3: S3, bucket: str, refuses: bool, error: str
+=======
+@pytest.mark.slow
+def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
+    searches: Searches, s3: S3
+>>>>>>> h7
 ) -> None:
     s3.refuses = refuses
     s3.objects["runs/run/search.yaml"] = b"asked: {}\n", 0.0
@@ -163,6 +175,7 @@ def test_storage_that_cannot_be_written_or_has_the_run_is_refused_before_anythin
     assert not searches.folder("run").exists()
 
 
+@pytest.mark.slow
 def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3: S3) -> None:
     driver = begin(searches, s3, 0.3)
     other = searches.resume_at(s3.uri("runs/run"), "elsewhere", prepare=hurry)
@@ -173,6 +186,7 @@ def test_of_two_drivers_on_one_copy_the_second_is_refused(searches: Searches, s3
     assert contents_of(searches.folder("run")) == s3.contents("runs/run")
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_taken_for_dead_leaves_the_copy_to_its_successor(
     searches: Searches, s3: S3
 ) -> None:

@@ -1,4 +1,4 @@
-"""Small or read-only disks, mounted for a test."""
+"""Disks that are mounted for a test: small ones, or folders in another place."""
 
 import contextlib
 import subprocess
@@ -10,13 +10,20 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(path: Path, options: str) -> Iterator[Path]:
-    """Mount a disk in memory at a new folder; skip the test where that is not allowed."""
+    """Mount a disk in memory at a new folder."""
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    with mount("-t", "tmpfs", "-o", options, "tmpfs", at=path):
+        yield path
+
+
+@contextlib.contextmanager
+def mount(*arguments: str, at: Path) -> Iterator[None]:
+    """Mount something; skip the test where that is not allowed."""
+    command = ["mount", *arguments, str(at)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"mounting a disk needs root: {done.stderr.strip()}")
     try:
-        yield path
+        yield
     finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
+        subprocess.run(["umount", "--lazy", str(at)], check=True)

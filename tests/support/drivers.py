@@ -220,21 +220,27 @@ def replace(owner: object, name: str, replacement: Any) -> Any:
     return original
 
 
-def die_at(owner: type, method: str, call: int, *, after: bool) -> None:
-    """Have this process kill itself at a call of a method, before or after it."""
-    original = getattr(owner, method)
+def act_at(
+    owner: type, method: str, call: int, act: Callable[[], object], *, after: bool = False
+) -> None:
+    """Act once, before or after a method is called for this many times, in this process."""
     left = [call]
 
-    def dying(*args: Any, **kwargs: Any) -> Any:
+    def acting(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            act()
         result = original(*args, **kwargs)
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if left[0] == 0 and after:
+            act()
         return result
 
-    setattr(owner, method, dying)
+    original = replace(owner, method, acting)
+
+
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _search(
