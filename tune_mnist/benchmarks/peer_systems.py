@@ -102,9 +102,9 @@ class Task:
             yield accuracy
 
 
-def read_progress(folder: str) -> list[tuple[float, float]]:
+def read_progress(folder: Path) -> list[tuple[float, float]]:
     """Return when each epoch of a trial ended, s since 1970, and its validation accuracy."""
-    path = Path(folder) / PROGRESS
+    path = folder / PROGRESS
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [(float(ended), float(accuracy)) for ended, accuracy in csv.reader(lines)]
 
