@@ -118,10 +118,8 @@ def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, 
 def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
     """Start a cluster with a CPU for each trial; yields its address and a folder."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-") as name:  # sockets need a short path
-        node: dict[str, Any] = {
-            "num_cpus": math.ceil(at_once / NODES),
-            "object_store_memory": 300 << 20,
-        }
+        cpus = math.ceil(at_once / NODES)
+        node: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 300 << 20}
         head = {"include_dashboard": False, "temp_dir": name, **NO_WORKERS_AHEAD}
         nodes = Cluster(initialize_head=True, head_node_args=node | head)
         try:
