@@ -15,10 +15,21 @@ import pytest
 import torch
 
 from tune_mnist.bench import PARTS
-from tune_mnist.benchmarks import gpu, pack, peers, settings, step, textbook, turnaround, watched
+from tune_mnist.benchmarks import (
+    cluster,
+    gpu,
+    pack,
+    peers,
+    settings,
+    step,
+    textbook,
+    turnaround,
+    watched,
+)
 from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.benchmarks.peer_systems import Task, read_progress
 from tune_mnist.benchmarks.watched import Note, Trivial, Watched
+from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, default_data_dir, split
@@ -27,6 +38,7 @@ from tune_mnist.mnist.optim import learning_rates
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.packing import Packing, Probe
 from tune_mnist.tuning.resources import Node, TrialResources
+from tune_mnist.tuning.settings import SearchSettings
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -80,21 +92,15 @@ def test_numbers_are_shown_as_medians_with_quartiles_and_n(
         *("part,one,step_ms,0,3", "part,one,step_ms,1,1", "part,one,step_ms,2,2"),
         'part,"two, too",step_ms,0,5',
     ]
-
-
-def test_numbers_that_cannot_be_kept_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--save"):
-        Measurements("part").finish({}, tmp_path / "nowhere" / "part.csv")
+        measured.finish({}, tmp_path / "nowhere" / "part.csv")
 
 
-def test_turnarounds_and_busy_shares_are_of_each_workers_own_time() -> None:
+def test_turnarounds_and_busy_shares_are_of_each_workers_own_time(tmp_path: Path) -> None:
     assert turnaround.turnarounds(two_workers()) == pytest.approx([0.2, 0.3])
     share, steps = turnaround.busy_shares(two_workers())
     assert share == pytest.approx((10 + 9.9 + 9.8 + 10 + 9.7) / 50)
     assert steps == pytest.approx(share - 2 / 50)
-
-
-def test_a_runs_busy_share_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(TuneMnistError, match="no run"):
         turnaround.busy_shares_of_run(tmp_path)
 
@@ -143,26 +149,25 @@ def test_turnaround_prints_its_keys_last(
 
 
 @pytest.mark.slow
-def test_a_real_search_can_be_watched() -> None:
-    seen = watched.watch_search("trivial", ["--space", "sgd", "--trials", "4", "--images", "200"])
+def test_a_real_search_can_be_watched_and_one_that_fails_is_one_clear_error() -> None:
+    seen = watched.watch_search("trivial", *turnaround.TRIVIAL, "--trials", "4")
     assert {each.trial for notes in seen.workers for each in notes} == {0, 1, 2, 3}
     assert max(seen.driver_megabytes) > 100
-
-
-def test_a_search_that_fails_while_it_is_watched_is_one_clear_error() -> None:
     with pytest.raises(TuneMnistError, match="nowhere"):
-        watched.watch_search("trivial", ["--space", "nowhere"])
+        watched.watch_search("trivial", "--space", "nowhere")
 
 
-def test_peers_compares_every_system_with_ours(
+def test_peers_compares_others_with_ours_and_leaves_out_one_that_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended = {"ours": 30.0, "ray": 120.0}
-    epochs = [(20.0, 0.5)] * 10
-    monkeypatch.setattr(
-        peers, "run", lambda system, task: peers.outcome(0.0, ended[system], epochs, task.images)
-    )
-    peers.peers(settings.PeersSettings(systems=("ours", "ray"), rounds=2))
+    def run(system: str, task: Task) -> dict[str, float]:
+        if system == "optuna_threads":
+            raise TuneMnistError("optuna_threads failed with 1: no space left")
+        ended = {"ours": 30.0, "ray": 120.0}[system]
+        return peers.outcome(0.0, ended, [(20.0, 0.5)] * 10, task.images)
+
+    monkeypatch.setattr(peers, "run", run)
+    peers.peers(settings.PeersSettings(systems=("ours", "optuna_threads", "ray"), rounds=2))
     found = last_line(capsys)
     assert found["epochs_per_hour"] == {"ours": 1200.0, "ray": 300.0}
     assert found["images_per_second"] == {"ours": 2000.0, "ray": 500.0}
@@ -176,40 +181,13 @@ def test_the_seconds_to_99_percent_end_with_the_first_such_epoch() -> None:
     assert found["seconds_to_99%"] == 6.0
 
 
-def test_a_peer_that_fails_is_left_out_and_the_others_count(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(system: str, task: Task) -> dict[str, float]:
-        if system == "ray":
-            raise TuneMnistError("ray failed with 1: no space left")
-        return peers.outcome(0.0, 60.0, [(20.0, 0.5)], task.images)
-
-    monkeypatch.setattr(peers, "run", run)
-    peers.peers(settings.PeersSettings(systems=("ours", "ray", "optuna_threads"), rounds=2))
-    assert last_line(capsys)["ratio"] == {"optuna_threads": 1.0}
-
-
 def test_peers_refuses_a_space_that_not_all_can_express() -> None:
     with pytest.raises(ConfigError, match="conditions"):
         peers.peers(settings.PeersSettings(space="default"))
 
 
-def task(folder: Path, images: int = 600, tests: bool = False) -> Task:
-    return Task("quick", 2, images, 2, 1, 0, tests, str(default_data_dir()), str(folder))
-
-
-def test_peers_train_on_the_images_that_ours_does(mnist: Mnist, tmp_path: Path) -> None:
-    given = task(tmp_path)
-    given.write()
-    ours = split(mnist, holdout=True, images=600)
-    for name, images in (("train", ours.train_images), ("val", ours.val_images)):
-        chosen = np.load(tmp_path / f"{name}.npy")
-        assert np.array_equal(mnist.train_images[chosen], images)
-    assert Task.read(given.file) == given
-
-
 @pytest.mark.parametrize(("tests", "evaluated"), [(False, [5_000]), (True, [10_000, 5_000])])
-def test_peers_record_their_epochs_and_evaluate_on_the_test_images_where_asked_to(
+def test_peers_train_on_the_images_that_ours_does_and_record_their_epochs(
     mnist: Mnist,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -223,12 +201,18 @@ def test_peers_record_their_epochs_and_evaluate_on_the_test_images_where_asked_t
         return 0.5
 
     monkeypatch.setattr(textbook, "evaluate_textbook", evaluate)
-    given = task(tmp_path, images=150, tests=tests)
-    given.write()
-    assert read_progress(given.folder) == []
+    task = Task("quick", 2, 150, 2, 1, 0, tests, str(default_data_dir()), str(tmp_path))
+    task.write()
+    given = Task.read(task.file)
+    assert given == task
+    ours = split(mnist, holdout=True, images=150)
+    for name, images in (("train", ours.train_images), ("val", ours.val_images)):
+        chosen = np.load(tmp_path / f"{name}.npy")
+        assert np.array_equal(mnist.train_images[chosen], images)
+    assert read_progress(tmp_path) == []
     next(given.train(TrainConfig()))
     assert sizes == evaluated
-    assert [accuracy for _, accuracy in read_progress(given.folder)] == [0.5]
+    assert [accuracy for _, accuracy in read_progress(tmp_path)] == [0.5]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "onecycle"])
@@ -249,9 +233,9 @@ def test_gpu_is_skipped_where_there_is_none(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.gpu(settings.GpuSettings(quick=True))
-    out = capsys.readouterr().out
-    assert "skipped: torch finds no GPU" in out
-    found = json.loads(out.splitlines()[-1])
+    *told, last = capsys.readouterr().out.splitlines()
+    assert "skipped: torch finds no GPU that it can use here" in told
+    found = json.loads(last)
     assert (found["part"], found["n"], found["epoch_s"], found["device"]) == ("gpu", 0, None, None)
 
 
@@ -259,12 +243,8 @@ def test_gpu_compares_variants_precisions_and_accuracies(small_mnist: Mnist) -> 
     data = split(small_mnist, holdout=True, images=20)
     few = {name: array[:20] for name, array in vars(data).items() if "train" not in name}
     measured = Measurements("gpu")
-    gpu.measure(
-        measured,
-        replace(data, **few),
-        settings.GpuSettings(rounds=1, seeds=1, epochs=1),
-        device="cpu",
-    )
+    asked = settings.GpuSettings(rounds=1, seeds=1, epochs=1)
+    gpu.measure(measured, replace(data, **few), asked, device="cpu")
     found = gpu.keys_of(measured)
     assert found["n"] == 1
     assert found["speedup"] == pytest.approx(found["eager_epoch_s"] / found["epoch_s"])
@@ -302,30 +282,63 @@ def test_mps_is_advised_only_where_it_is_clearly_better() -> None:
         ]
 
     assert pack.best_way({"": probes(100, 150)})[1].packing.at_once == 2
-    way, best = pack.best_way({"": probes(100, 150), " (MPS)": probes(101, 200)})
-    assert (way, best.epochs_per_hour) == (" (MPS)", 200)
-    way, best = pack.best_way({"": probes(100, 150), " (MPS)": probes(101, 152)})
-    assert (way, best.epochs_per_hour) == ("", 150)
+    for rate, expected in ((200, (" (MPS)", 200)), (152, ("", 150))):
+        way, best = pack.best_way({"": probes(100, 150), " (MPS)": probes(101, rate)})
+        assert (way, best.epochs_per_hour) == expected
 
 
-def test_mps_is_skipped_where_it_cannot_be_started(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mps_is_skipped_where_it_cannot_be_started_and_ended_after_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    node = Node("node", 4, 1, 8000.0)
     monkeypatch.setattr(pack, "MPS", "no-such-program")
-    for is_local in (True, False):
-        with pack.cuda_mps(Node("node", 4, 1, 8000.0), is_local=is_local) as environment:
+    for is_local, reason in ((True, "is not on this machine"), (False, "is not ours to start")):
+        with pack.cuda_mps(node, is_local=is_local) as environment:
             assert environment is None
-    assert capsys.readouterr().out.count("MPS: skipped") == 2
-
-
-def test_mps_is_ended_after_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert capsys.readouterr().out == f"MPS: skipped, no-such-program {reason}\n"
     program = tmp_path / "mps"
     log = tmp_path / "log"
     program.write_text(f'#!/bin/sh\n[ "$1" = -d ] && echo start >> {log} || cat >> {log}\n')
     program.chmod(0o755)
     monkeypatch.setattr(pack, "MPS", str(program))
-    with pack.cuda_mps(Node("node", 4, 1, 8000.0), is_local=True) as environment:
+    with pack.cuda_mps(node, is_local=True) as environment:
         assert environment is not None
         assert Path(environment["CUDA_MPS_PIPE_DIRECTORY"]).is_dir()
         assert log.read_text() == "start\n"
     assert log.read_text() == "start\nquit\n"
+
+
+def test_reports_count_from_when_all_trials_are_there_until_the_first_is_at_its_last_epoch() -> (
+    None
+):
+    epochs = (1, 1, 1, 2, 2, 3, 2, 3, 3)  # of three trials, in the order they were told
+    marks = [cluster.Mark(epoch, float(at), at / 2) for at, epoch in enumerate(epochs)]
+    assert cluster.steady(marks, at_once=3, epochs=3) == (3.0, 1.5, 3)
+
+
+@pytest.mark.slow
+def test_a_search_on_three_nodes_is_measured(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cluster.cluster(
+        settings.ClusterSettings(at_once=(6,), quick=True, save=tmp_path / "cluster.csv")
+    )
+    found = last_line(capsys)
+    rate, wall = found["reports_per_second"]["6"], found["ms_per_report"]["6"]
+    assert rate == pytest.approx(1e3 / wall, rel=1e-2)
+    assert found["driver_ms_per_report"]["6"] > 0
+    assert found["nodes"] == 3
+    assert (tmp_path / "cluster.csv").read_text().count("\n") == 4
+
+
+def test_a_search_that_fails_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(settings: SearchSettings) -> int:
+        tell("no luck")
+        return 1
+
+    monkeypatch.setattr(cluster, "search", fail)
+    monkeypatch.setattr(cluster, "three_nodes", lambda _: nullcontext(("nowhere", tmp_path)))
+    with pytest.raises(TuneMnistError, match="ended with 1: no luck"):
+        cluster.measure(3, 4)

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import optuna
 import pandas as pd
 import pytest
-from support.epochs import epoch_metrics
+import yaml
+from support.course import Course
 
 from tune_mnist.benchmarks.curves import Recording, curves, record
 from tune_mnist.benchmarks.replay import (
@@ -26,12 +25,7 @@ from tune_mnist.benchmarks.replay_systems import Ours, Random, line_up
 from tune_mnist.benchmarks.settings import CurvesSettings, ReplaySettings
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.runs.checkpoints import Checkpoints
-from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History
 from tune_mnist.runs.space import SearchSpace, load_space
-from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.study import SamplerSettings, Study
 
 EPOCHS = 9
 DIVERGING = 5  # the configuration that does, after its second epoch
@@ -54,23 +48,19 @@ def space() -> SearchSpace:
 
 def table(rising: Rising = steady, configs: int = 24) -> pd.DataFrame:
     """Make up what `bench curves` would have recorded: the higher the rate the better."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    proposed = Random(space(), EPOCHS, seed=1)
     rows = []
     for number in range(configs):
-        config = space().config(space().sample(study.ask()))
+        config = proposed.propose(number)
         quality = (np.log10(config.lr) + 3) / 2.2
         for epoch in range(1, EPOCHS + 1):
             diverged = number == DIVERGING and epoch > 2
             accuracy = np.nan if diverged else rising(quality, epoch)
             last = accuracy if epoch == EPOCHS else np.nan
             scores = {"val_accuracy": accuracy, "val_loss": 1 - accuracy, "test_accuracy": last}
-            row: dict[str, Any] = {"config": number, "epoch": epoch}
-            rows.append(
-                row
-                | scores
-                | {f"averaged_{name}": value for name, value in scores.items()}
-                | {f"config_{name}": value for name, value in config.as_dict().items()}
-            )
+            averaged = {f"averaged_{name}": value for name, value in scores.items()}
+            values = {f"config_{name}": value for name, value in config.as_dict().items()}
+            rows.append({"config": number, "epoch": epoch, **scores, **averaged, **values})
             if diverged:
                 break
     return pd.DataFrame(rows)
@@ -82,20 +72,16 @@ def recorded(rising: Rising = steady) -> RecordedCurves:
 
 def test_a_recorded_configuration_stands_in_for_itself_and_for_its_kind() -> None:
     known = recorded()
+    assert np.isnan(known.val_accuracy[DIVERGING, 2:]).all()
+    assert known.test_accuracy[DIVERGING] == 0.1  # no better than a guess
     assert [known.nearest(config) for config in known.configs] == list(range(len(known.configs)))
     kinds = {(config.optimizer, config.schedule) for config in known.configs}
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2))
-    for _ in range(50):
-        asked = space().config(space().sample(study.ask()))
+    proposed = Random(space(), EPOCHS, seed=2)
+    for number in range(50):
+        asked = proposed.propose(number)
         found = known.configs[known.nearest(asked)]
         if (asked.optimizer, asked.schedule) in kinds:
             assert (found.optimizer, found.schedule) == (asked.optimizer, asked.schedule)
-
-
-def test_a_diverged_configuration_ends_no_better_than_a_guess() -> None:
-    known = recorded()
-    assert known.test_accuracy[DIVERGING] == 0.1
-    assert np.isnan(known.val_accuracy[DIVERGING, 2:]).all()
 
 
 def test_the_pick_is_the_highest_so_far_and_of_equals_the_lower_loss() -> None:
@@ -121,13 +107,11 @@ def test_trials_take_turns_and_an_ended_one_makes_room() -> None:
 
 
 def test_picking_after_one_epoch_goes_wrong_where_the_order_turns() -> None:
-    regrets = {}
-    for name, rising in (("steady", steady), ("late", late)):
+    for rising, goes_wrong in ((steady, False), (late, True)):
         known = recorded(rising)
         (pick,) = picks(Random(space(), 1, 0), known, budgets=(200,), at_once=4)
-        regrets[name] = known.test_accuracy.max() - known.test_accuracy[pick]
-    assert regrets["steady"] < 0.002
-    assert regrets["late"] > 0.02
+        regret = known.test_accuracy.max() - known.test_accuracy[pick]
+        assert regret > 0.02 if goes_wrong else regret < 0.002
 
 
 @pytest.mark.parametrize("compared", ["systems", "stopping", "sampling"])
@@ -153,52 +137,39 @@ class Real:
     """The object that runs a real search, with the same settings."""
 
     def __init__(self, path: Path) -> None:
-        folder = RunFolder.create(path / "run")
-        rules = Rules(
-            space=space(),
-            metric="val_accuracy",
-            trials=1000,
-            epochs=EPOCHS,
-            time_budget=float("inf"),
-            grace_epochs=1,
-            reduction_factor=3,
-            startup_trials=6,
-            seed=0,
-        )
-        study = Study(SamplerSettings(0, 6), "val_accuracy", None)
-        history = History(folder)
-        history.open_session({"trials": 1000, "elapsed": 0.0})
-        self._experiment = Experiment(rules, history, study, Checkpoints(folder))
+        file = path / "default.yaml"
+        file.write_text(yaml.safe_dump(space().as_dict()))
+        rules = {"epochs": EPOCHS, "trials": 1000, "reduction_factor": 3, "startup_trials": 6}
+        self._course = Course(path / "run", space=str(file), **rules)
 
     def propose(self, number: int) -> TrainConfig:
-        return self._experiment.next_trial(str(number)).config
+        return self._course.experiment.next_trial(str(number)).config
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        metrics = epoch_metrics(epoch, value, val_loss=0.5)
-        return self._experiment.report(number, metrics, b"", None)
+        return self._course.epoch(number, value, val_loss=0.5)
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        self._experiment.finish(number)
+        self._course.experiment.finish(number)
 
 
 def test_a_replay_compares_with_ours_pair_by_pair(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "curves.csv"
+    file, save = tmp_path / "curves.csv", tmp_path / "all.csv"
     table(late).to_csv(file, index=False)
-    settings = ReplaySettings(
-        curves=file, compare="sampling", repetitions=3, budgets=(40, 60), save=tmp_path / "all.csv"
+    replay(
+        ReplaySettings(curves=file, compare="sampling", repetitions=3, budgets=(40, 60), save=save)
     )
-    replay(settings)
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert found["n"] == 3 and found["epochs"] == 60
     assert found["behind_ours"]["ours"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    saved = pd.read_csv(tmp_path / "all.csv")
+    saved = pd.read_csv(save)
     ours = saved[(saved["subject"] == "ours") & (saved["quantity"] == "regret_at_60")]["value"]
     assert len(ours) == 3
     assert found["regret"]["ours"] == pytest.approx(ours.mean(), rel=1e-3)
     assert "rank correlation with the end" in out
+    assert "regret, percentage points" in out
 
 
 def test_rank_correlations_tell_steady_curves_from_turning_ones() -> None:

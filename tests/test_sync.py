@@ -114,15 +114,11 @@ def test_a_run_whose_machine_is_lost_is_resumed_from_its_bucket(
     assert len(study_of(folder)) == TRIALS
 
 
-<<<<<<< HEAD
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(
     searches: Searches, s3: S3, answers: bool
 ) -> None:
-=======
-@pytest.mark.slow
-def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches, s3: S3) -> None:
->>>>>>> h7
     driver = begin(searches, s3, 0.05)
     if answers:
         s3.refuses = True
@@ -145,7 +141,7 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches,
     assert contents_of(folder) == s3.contents("runs/run")
 
 
-<<<<<<< HEAD
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bucket", "refuses", "error"),
     [
@@ -157,11 +153,6 @@ def test_a_bucket_that_fails_delays_nothing_and_is_caught_up(searches: Searches,
 )
 def test_storage_that_cannot_be_written_or_has_the_run_is_refused_before_anything_starts(
     searches: Searches, s3: S3, bucket: str, refuses: bool, error: str
-=======
-@pytest.mark.slow
-def test_a_bucket_that_never_answers_does_not_keep_a_search_from_ending(
-    searches: Searches, s3: S3
->>>>>>> h7
 ) -> None:
     s3.refuses = refuses
     s3.objects["runs/run/search.yaml"] = b"asked: {}\n", 0.0

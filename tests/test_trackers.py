@@ -188,32 +188,6 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     assert steps(search.folder.tensorboard / "0") == [1, 2]
 
 
-<<<<<<< HEAD
-=======
-@pytest.mark.slow
-def test_tensorboard_has_every_epoch_of_a_killed_and_resumed_search_once(
-    searches: Searches,
-) -> None:
-    script = Script(seconds=0.05, killed_once={1: (3,)}, notes=searches.path)
-    options = ("--trials", 6, "--epochs", 9, "--max-concurrent", 2)
-    driver = searches.start("run", *options, script=script)
-    driver.wait_until(lambda: epochs_in(searches.folder("run")) >= 8)
-    driver.kill()
-    folder = searches.folder("run")
-    again = searches.resume("run", script=script)
-    assert again.wait() == 0, again.output
-    assert "warning" not in again.output
-    records = history_of(folder).trials
-    assert len(records) == 6
-    for record in records.values():
-        trial = folder / "tensorboard" / str(record.number)
-        assert steps(trial) == [row.epoch for row in record.rows]
-        values = {row.epoch: row.val_accuracy for row in record.rows}
-        assert shown(trial) == pytest.approx(values)
-
-
-@pytest.mark.slow
->>>>>>> h7
 def test_a_search_whose_event_files_cannot_be_written_says_so_and_ends_well(
     searches: Searches,
 ) -> None:
@@ -295,7 +269,7 @@ def test_a_resumed_search_continues_in_the_same_mlflow_runs(
     assert logged(uri, runs["trial 1"]) == {1: 0.8, 2: 0.85, 3: 0.88}
 
 
-<<<<<<< HEAD
+@pytest.mark.slow
 def test_trackers_have_every_epoch_of_a_killed_and_resumed_search_once(
     uri: str, searches: Searches
 ) -> None:
@@ -310,16 +284,6 @@ def test_trackers_have_every_epoch_of_a_killed_and_resumed_search_once(
     assert "warning" not in again.output
     records, runs = history_of(folder).trials, runs_in(uri, "run")
     assert len(records) == 6
-=======
-@pytest.mark.slow
-def test_a_search_logs_to_the_mlflow_experiment_of_its_name(uri: str, searches: Searches) -> None:
-    script = Script(seconds=0.02)
-    driver = searches.start("run", "--trials", 2, "--epochs", 3, "--mlflow", uri, script=script)
-    assert driver.wait() == 0, driver.output
-    assert "warning" not in driver.output
-    records = history_of(searches.folder("run")).trials
-    runs = runs_in(uri, "run")
->>>>>>> h7
     for number, record in records.items():
         trial = folder / "tensorboard" / str(number)
         assert steps(trial) == [row.epoch for row in record.rows]

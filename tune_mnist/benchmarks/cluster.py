@@ -13,11 +13,13 @@ from one node's object store to another's.
 import asyncio
 import contextlib
 import io
+import math
 import os
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,10 +67,9 @@ def cluster(settings: ClusterSettings) -> None:
 
 
 def measure(at_once: int, epochs: int) -> tuple[float, float, float]:
-    """Run a search whose trials all report that many epochs; return the QUANTITIES.
+    """Return the QUANTITIES of a search whose trials all report that many epochs.
 
-    Raises:
-        TuneMnistError: the search failed.
+    Raises TuneMnistError if the search fails.
     """
     with three_nodes(at_once) as (address, folder):
         asked = SearchSettings(
@@ -83,9 +84,9 @@ def measure(at_once: int, epochs: int) -> tuple[float, float, float]:
             run="run",
             report=False,
         )
-        data = split(load_mnist(), holdout=True, images=asked.images)
+        seats = Seats(at_once, split(load_mnist(), holdout=True, images=asked.images))
         said = io.StringIO()
-        with seated(at_once, data) as seats, contextlib.redirect_stdout(said):
+        with actors_replaced(seats), contextlib.redirect_stdout(said):
             code = search(asked)
         if code != 0:
             raise TuneMnistError(f"the search ended with {code}: {said.getvalue()[-500:]}")
@@ -117,18 +118,13 @@ def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, 
 def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
     """Start a cluster with a CPU for each trial; yields its address and a folder."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-") as name:  # sockets need a short path
-        cpus, store = -(-at_once // NODES), 300 << 20
-        head = {
-            "num_cpus": cpus,
-            "object_store_memory": store,
-            "include_dashboard": False,
-            "temp_dir": name,
-            **NO_WORKERS_AHEAD,
-        }
-        nodes = Cluster(initialize_head=True, head_node_args=head)
+        cpus = math.ceil(at_once / NODES)
+        node: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 300 << 20}
+        head = {"include_dashboard": False, "temp_dir": name, **NO_WORKERS_AHEAD}
+        nodes = Cluster(initialize_head=True, head_node_args=node | head)
         try:
             for _ in range(NODES - 1):
-                nodes.add_node(num_cpus=cpus, object_store_memory=store)
+                nodes.add_node(**node)
             yield nodes.address, Path(name) / "results"
         finally:
             nodes.shutdown()  # type: ignore[no-untyped-call]
@@ -164,11 +160,13 @@ class Host:
 
 
 class Seats:
-    """Replaces the class of Tune's actors and records when the driver tells them to train."""
+    """Replaces the class of Tune's actors and records when the driver tells them to train.
+
+    The trials all begin to train once `at_once` seats are taken.
+    """
 
     def __init__(self, at_once: int, split: Split) -> None:
         self._at_once, self._split = at_once, split
-        self._hosts: list[Any] = []
         self._taken = 0
         self._epochs: Counter[int] = Counter()  # by seat, those it was told to train
         self.marks: list[Mark] = []
@@ -176,7 +174,7 @@ class Seats:
     def remote(self, **kwargs: Any) -> SimpleNamespace:
         """Return what Tune uses as the handle of a trial's actor."""
         seat, self._taken = self._taken, self._taken + 1
-        host = self._host(seat)
+        host = self._hosts[seat % NODES]
 
         def begin(config: dict[str, Any], **_: Any) -> Any:
             return host.begin.remote(seat, config["assignment"])
@@ -201,21 +199,16 @@ class Seats:
             **{name: SimpleNamespace(remote=call) for name, call in calls.items()}
         )
 
-    def _host(self, seat: int) -> Any:
-        if not self._hosts:
-            for node in ray.nodes():  # type: ignore[no-untyped-call]
-                actor = ray.remote(Host).options(
-                    num_cpus=0,
-                    max_concurrency=self._at_once + 1,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-                )
-                self._hosts.append(actor.remote(self._split))
-        return self._hosts[seat % len(self._hosts)]
-
-
-@contextlib.contextmanager
-def seated(at_once: int, split: Split) -> Iterator[Seats]:
-    """Make Tune's trials take seats, which all begin to train once `at_once` are taken."""
-    seats = Seats(at_once, split)
-    with actors_replaced(seats):
-        yield seats
+    @cached_property
+    def _hosts(self) -> list[Any]:
+        """An actor on each node; Ray is connected once Tune asks for the first seat."""
+        return [
+            ray.remote(Host)
+            .options(
+                num_cpus=0,
+                max_concurrency=self._at_once + 1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            )
+            .remote(self._split)
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+        ]

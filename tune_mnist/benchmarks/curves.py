@@ -6,10 +6,10 @@ interrupted recording resumes where it was.
 """
 
 import math
-import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def curves(settings: CurvesSettings) -> None:
     recorded = pd.read_csv(settings.save) if settings.save.exists() else pd.DataFrame()
     known = set() if recorded.empty else set(recorded["config"])
     waiting = [each for each in _drawn(settings) if each.number not in known]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.at_once or usable_cores(), mp_context=context) as pool:
+    at_once = settings.at_once or usable_cores()
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(record, each) for each in waiting]):
             curve = pd.DataFrame(future.result())
             recorded = pd.concat([recorded, curve], ignore_index=True)
@@ -78,10 +78,6 @@ def _drawn(settings: CurvesSettings) -> list[Recording]:
 def record(recording: Recording) -> list[dict[str, Any]]:
     """Train one configuration and return its rows, one an epoch."""
     torch.set_num_threads(1)
-    return list(_rows(recording))
-
-
-def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
     data = split(load_mnist(recording.data_dir), holdout=True, images=recording.images)
     tensors = SplitTensors.on(data, "cpu")
     # The test images are scored once, at the end: they take most of an evaluation's time.
@@ -90,11 +86,9 @@ def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
     steps = math.ceil(recording.images / int(recording.config["batch_size"]))
     decay = 1 - 1 / max(steps, 2)
     config = TrainConfig.from_mapping({**recording.config, "ema_decay": decay})
-    columns = {
-        f"config_{name}": value
-        for name, value in recording.config.items()
-        if name != "ema_decay"  # both kinds of weights are recorded
-    }
+    columns = {f"config_{name}": value for name, value in recording.config.items()}
+    del columns["config_ema_decay"]  # both kinds of weights are recorded
+    rows = []
     for result in train(config, data, epochs=recording.epochs, seed=recording.number):
         metrics = result.metrics
         raw = _score(raw_weights(result.state), result, tensors.val_images, tensors.val_labels)
@@ -113,7 +107,8 @@ def _rows(recording: Recording) -> Iterator[dict[str, Any]]:
             test = tensors.test_images, tensors.test_labels
             row["test_accuracy"] = _score(raw_weights(result.state), result, *test).accuracy
             row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
-        yield {**row, "diverged_step": metrics.diverged_step, **columns}
+        rows.append({**row, "diverged_step": metrics.diverged_step, **columns})
+    return rows
 
 
 def _score(weights: bytes, result: EpochResult, images: Tensor, labels: Tensor) -> Score:

@@ -68,9 +68,8 @@ def measure(measured: Measurements, data: Split, settings: GpuSettings, device: 
             for quantity, value in found.items():
                 measured.add(name, quantity, value)
     other = replace(CONFIG, lr=0.01, dropout=0.1, nesterov=False, rotation=3)
-    measured.add(
-        NEXT, "first_epoch_s", next(timed(run_of(EXACT, data, 1, device, other)))["epoch_s"]
-    )
+    first = next(timed(run_of(EXACT, data, 1, device, other)))
+    measured.add(NEXT, "first_epoch_s", first["epoch_s"])
     time_trial(measured, data, settings.rounds, device)
     for seed in range(settings.seeds):
         for name in (name for name, (_, captured) in VARIANTS.items() if captured):
@@ -118,7 +117,7 @@ def time_trial(measured: Measurements, data: Split, epochs: int, device: str) ->
 
 def keys_of(measured: Measurements) -> dict[str, Any]:
     """Return the values of the line of JSON, NaN where nothing was measured."""
-    epoch = {name: measured.median(name, "epoch_s") for name in VARIANTS}
+    epoch = measured.medians(VARIANTS, "epoch_s")
     exact = measured.median(EXACT, "test_accuracy")
     return {
         "epoch_s": epoch[EXACT],

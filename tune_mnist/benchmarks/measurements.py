@@ -3,26 +3,25 @@
 A number is only ever shown as the median of n with the quartiles beside it.
 """
 
-import csv
-import io
 import json
 import math
 import os
 import platform
 import re
 import statistics
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
 from tune_mnist.runs.files import replace_file
+
+_KEY = ["subject", "quantity"]
 
 
 @dataclass
@@ -48,12 +47,14 @@ class Measurements:
         values = self.values(subject, quantity)
         return statistics.median(values) if values else math.nan
 
+    def medians(self, subjects: Iterable[str], quantity: str) -> dict[str, float]:
+        return {subject: self.median(subject, quantity) for subject in subjects}
+
     def table(self) -> str:
         """Return a line for each subject and quantity: median, quartiles, n."""
         lines = [f"{'':<34} {'':<24} {'median':>10} {'quartiles':>21} {'n':>6}"]
-        for subject, quantity in dict.fromkeys((each[0], each[1]) for each in self.samples):
-            values = self.values(subject, quantity)
-            low, middle, high = (_short(each) for each in np.quantile(values, [0.25, 0.5, 0.75]))
+        for (subject, quantity), values in self._frame().groupby(_KEY, sort=False)["value"]:
+            low, middle, high = map(_short, values.quantile([0.25, 0.5, 0.75]))
             lines.append(
                 f"{subject:<34} {quantity:<24} {middle:>10} {low:>10} {high:>10} {len(values):>6}"
             )
@@ -61,46 +62,33 @@ class Measurements:
 
     def csv(self) -> str:
         """Return all numbers, one a row, counted within their subject and quantity."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("part", "subject", "quantity", "round", "value"))
-        rounds: Counter[tuple[str, str]] = Counter()
-        for subject, quantity, value in self.samples:
-            turn = rounds[subject, quantity]
-            writer.writerow((self.part, subject, quantity, turn, f"{value:.6g}"))
-            rounds[subject, quantity] += 1
-        return file.getvalue()
+        frame = self._frame()
+        frame.insert(0, "part", self.part)
+        frame.insert(3, "round", frame.groupby(_KEY).cumcount())
+        return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
-    def finish(self, keys: Mapping[str, Any], save: Path | None) -> None:
-        """Print the table, write the CSV where one is asked for, print the line of JSON last.
+    def _frame(self) -> pd.DataFrame:
+        return pd.DataFrame(self.samples, columns=[*_KEY, "value"])
 
-        Raises:
-            ConfigError: the CSV cannot be written.
-        """
-        tell(self.table())
+    def finish(self, keys: Mapping[str, Any], save: Path | None, table: str | None = None) -> None:
+        """Print the table, this one or `self.table()`; write the CSV if asked; print JSON last."""
+        tell(table or self.table())
         if save is not None:
             write_file(save, self.csv())
-        tell(json_line({"part": self.part, **keys, "machine": describe_machine()}))
+        line = {"part": self.part, **keys, "machine": describe_machine()}
+        tell(json.dumps(_plain(line), allow_nan=False))
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write the file that --save names.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write the file that --save names, or raise ConfigError."""
     try:
         replace_file(path, content)
     except OSError as error:
         raise ConfigError(f"--save: cannot write {path} ({error.strerror})") from error
 
 
-def json_line(keys: Mapping[str, Any]) -> str:
-    """Return values on one line of JSON, four significant digits each, null for NaN."""
-    return json.dumps(_plain(keys), allow_nan=False)
-
-
 def _plain(value: Any) -> Any:
+    """Return what JSON can hold, numbers with four significant digits, null for NaN."""
     match value:
         case float():
             return float(f"{value:.4g}") if math.isfinite(value) else None

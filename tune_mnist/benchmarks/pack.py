@@ -10,12 +10,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.benchmarks.settings import PackSettings
 from tune_mnist.cli import tell
-from tune_mnist.mnist.data import Split, load_mnist, split
+from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.packing import (
     AS_GOOD,
@@ -32,8 +33,6 @@ MPS = "nvidia-cuda-mps-control"
 MPS_PATIENCE = 10.0  # seconds that its daemon may take to start, and to end
 PLAIN, UNDER_MPS = "", " (MPS)"  # what a packing's name ends with
 
-Ways = Mapping[str, dict[str, str] | None]  # the variables that each gives its processes
-
 
 def pack(settings: PackSettings) -> None:
     data = split(load_mnist(settings.data_dir), holdout=True)
@@ -43,34 +42,12 @@ def pack(settings: PackSettings) -> None:
     with connected(settings.address):
         node = largest_node()
         with cuda_mps(node, is_local=settings.address is None) as variables:
-            ways: Ways = {PLAIN: None} | ({UNDER_MPS: variables} if variables else {})
-            for _ in range(rounds):
-                measure(measured, node, data, seconds, ways)
-    finish(measured, packings(node), ways, settings.save)
-
-
-def measure(measured: Measurements, node: Node, data: Split, seconds: float, ways: Ways) -> None:
-    """Try each packing once, in each way."""
-    for packing in packings(node):
-        for way, variables in ways.items():
-            probe = probe_packing(node, packing, data, seconds, variables)
-            measured.add(f"{packing}{way}", "epochs_per_hour", probe.epochs_per_hour)
-            measured.add(f"{packing}{way}", "mb_per_trial", probe.megabytes)
-
-
-def finish(measured: Measurements, tried: list[Packing], ways: Ways, save: Path | None) -> None:
-    """Print what was measured and the options that the search needs for the best."""
-    found = {
-        way: [
-            Probe(
-                packing,
-                measured.median(f"{packing}{way}", "epochs_per_hour"),
-                measured.median(f"{packing}{way}", "mb_per_trial"),
-            )
-            for packing in tried
-        ]
-        for way in ways
-    }
+            ways = {PLAIN: None} | ({UNDER_MPS: variables} if variables else {})
+            for _, packing, way in product(range(rounds), packings(node), ways):
+                probe = probe_packing(node, packing, data, seconds, ways[way])
+                measured.add(f"{packing}{way}", "epochs_per_hour", probe.epochs_per_hour)
+                measured.add(f"{packing}{way}", "mb_per_trial", probe.megabytes)
+    found = {way: [median_probe(measured, each, way) for each in packings(node)] for way in ways}
     way, best = best_way(found)
     daemon = f"with {MPS} running, " if way else ""
     tell(f"best: {best.packing}: {daemon}python -m tune_mnist.search {best.packing.options()}")
@@ -87,7 +64,12 @@ def finish(measured: Measurements, tried: list[Packing], ways: Ways, save: Path 
         "mb_per_trial": {str(each.packing.at_once): each.megabytes for each in found[PLAIN]},
         "epochs_per_hour_mps": rates.get(UNDER_MPS),
     }
-    measured.finish(keys, save)
+    measured.finish(keys, settings.save)
+
+
+def median_probe(measured: Measurements, packing: Packing, way: str) -> Probe:
+    median = partial(measured.median, f"{packing}{way}")
+    return Probe(packing, median("epochs_per_hour"), median("mb_per_trial"))
 
 
 def best_way(found: Mapping[str, list[Probe]]) -> tuple[str, Probe]:
@@ -106,20 +88,10 @@ def cuda_mps(node: Node, *, is_local: bool) -> Iterator[dict[str, str] | None]:
     Yields the variables by which processes find it, or None where there is no GPU or it cannot be
     started.
     """
-    if not node.gpus:
-        tell("MPS: skipped, there is no GPU")
-        yield None
-        return
-    if not is_local or shutil.which(MPS) is None:
-        tell(f"MPS: skipped, {MPS} is not " + ("on this machine" if is_local else "ours to start"))
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="tune_mnist-mps-") as folder:
         variables = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-        try:
-            _control(variables, "-d")
-        except (OSError, subprocess.SubprocessError) as error:
-            tell(f"MPS: skipped, it could not be started ({error})")
+        if reason := _cannot_start(variables, node, is_local):
+            tell(f"MPS: skipped, {reason}")
             yield None
             return
         try:
@@ -127,6 +99,21 @@ def cuda_mps(node: Node, *, is_local: bool) -> Iterator[dict[str, str] | None]:
         finally:
             with suppress(subprocess.SubprocessError):  # it ends with its last client
                 _control(variables, order=b"quit\n")
+
+
+def _cannot_start(variables: dict[str, str], node: Node, is_local: bool) -> str | None:
+    """Start the daemon, or return why it cannot be."""
+    if not node.gpus:
+        return "there is no GPU"
+    if not is_local:
+        return f"{MPS} is not ours to start"
+    if shutil.which(MPS) is None:
+        return f"{MPS} is not on this machine"
+    try:
+        _control(variables, "-d")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"it could not be started ({error})"
+    return None
 
 
 def _control(variables: dict[str, str], *arguments: str, order: bytes | None = None) -> None:

@@ -11,16 +11,16 @@ trial trains, as in a user's script. Syne Tune starts this file itself for each 
 
 import csv
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import optuna
@@ -61,7 +61,7 @@ class Task:
         return str(Path(self.folder) / "task.json")
 
     @classmethod
-    def read(cls, file: str) -> "Task":
+    def read(cls, file: str) -> Self:
         return cls(**json.loads(Path(file).read_text("utf-8")))
 
     def write(self) -> None:
@@ -75,11 +75,7 @@ class Task:
             np.save(Path(self.folder) / f"{name}.npy", indices)
 
     def load_space(self) -> SearchSpace:
-        """Return the search space.
-
-        Raises:
-            ConfigError: it has conditions, which not all systems can express.
-        """
+        """Return the search space, or raise ConfigError if it has conditions."""
         space = load_space(self.space)
         if conditional := [name for name, each in space.parameters.items() if each.when]:
             raise ConfigError(
@@ -102,20 +98,17 @@ class Task:
             yield accuracy
 
 
-def read_progress(folder: str) -> list[tuple[float, float]]:
+def read_progress(folder: Path) -> list[tuple[float, float]]:
     """Return when each epoch of a trial ended, s since 1970, and its validation accuracy."""
-    path = Path(folder) / PROGRESS
+    path = folder / PROGRESS
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [(float(ended), float(accuracy)) for ended, accuracy in csv.reader(lines)]
 
 
 def domains(space: SearchSpace, words: Any, *, excluded: int) -> dict[str, Any]:
-    """Return the space in the terms of Ray Tune or Syne Tune, which have the same names.
+    """Return the space in the terms of `words`, the module of Ray Tune or of Syne Tune.
 
-    Args:
-        space: the search space.
-        words: the module that defines them.
-        excluded: 1 where the upper end of an integer's range does not belong to it.
+    `excluded` is 1 where the upper end of an integer's range does not belong to it.
     """
 
     def domain(distribution: Distribution) -> Any:
@@ -150,22 +143,19 @@ def search_with_ray(task: Task) -> None:
 
     space = domains(task.load_space(), tune, excluded=1)
     ray.init(address="local")  # by itself it would join whatever cluster this machine runs
-    tuner = tune.Tuner(
+    tune.Tuner(
         tune.with_resources(train_for_ray, {"cpu": 1}),
         param_space={**space, "task": task.file},
         tune_config=tune.TuneConfig(
             metric="val_accuracy",
             mode="max",
             search_alg=OptunaSearch(seed=task.seed),
-            scheduler=ASHAScheduler(
-                max_t=task.epochs, grace_period=1, reduction_factor=REDUCTION_FACTOR
-            ),
+            scheduler=ASHAScheduler(max_t=task.epochs, reduction_factor=REDUCTION_FACTOR),
             num_samples=task.trials,
             max_concurrent_trials=task.at_once,
         ),
         run_config=tune.RunConfig(storage_path=str(Path(task.folder) / "ray_results")),
-    )
-    tuner.fit()
+    ).fit()
 
 
 def objective(task: Task, space: SearchSpace, trial: optuna.Trial) -> float:
@@ -198,8 +188,7 @@ def search_in_threads(task: Task) -> None:
 
 def search_in_processes(task: Task) -> None:
     """Search as in the tutorial on parallel optimization: one journal file, n processes."""
-    context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(task.at_once, mp_context=context) as pool:
+    with ProcessPoolExecutor(task.at_once, mp_context=get_context("spawn")) as pool:
         list(pool.map(work, [task] * task.at_once, range(task.at_once)))
 
 
@@ -208,7 +197,7 @@ def work(task: Task, number: int) -> None:
     storage = JournalStorage(JournalFileBackend(str(Path(task.folder) / "journal.log")))
     study = make_study(task, storage, task.seed + number)
     states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-    enough = MaxTrialsCallback(task.trials, states=states)
+    enough = MaxTrialsCallback(task.trials, states)
     study.optimize(partial(objective, task, task.load_space()), callbacks=[enough])
 
 
@@ -219,7 +208,7 @@ def search_with_syne_tune(task: Task) -> None:
     baselines = import_module("syne_tune.optimizer.baselines")
     backend = import_module("syne_tune.backend")
     space = domains(task.load_space(), import_module("syne_tune.config_space"), excluded=0)
-    tuner = syne_tune.Tuner(
+    syne_tune.Tuner(
         trial_backend=backend.LocalBackend(entry_point=__file__),
         scheduler=baselines.ASHA(
             config_space={**space, "task": task.file},
@@ -233,8 +222,7 @@ def search_with_syne_tune(task: Task) -> None:
         stop_criterion=syne_tune.StoppingCriterion(max_num_trials_finished=task.trials),
         n_workers=task.at_once,
         trial_backend_path=str(Path(task.folder) / "syne_tune"),
-    )
-    tuner.run()
+    ).run()
 
 
 def train_for_syne_tune(arguments: Sequence[str]) -> None:
@@ -257,16 +245,11 @@ SEARCHES: dict[str, Callable[[Task], None]] = {
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one search, or one trial of Syne Tune's."""
-    if arguments[0].startswith("--"):
-        train_for_syne_tune(arguments)
-    else:
-        system, file = arguments
-        SEARCHES[system](Task.read(file))
-
-
 if __name__ == "__main__":
+    # Under its real name, by which workers import its functions.
     from tune_mnist.benchmarks import peer_systems
 
-    peer_systems.main(sys.argv[1:])  # under its real name, by which workers import its functions
+    if sys.argv[1].startswith("--"):
+        peer_systems.train_for_syne_tune(sys.argv[1:])
+    else:
+        peer_systems.SEARCHES[sys.argv[1]](peer_systems.Task.read(sys.argv[2]))

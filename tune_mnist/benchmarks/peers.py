@@ -5,9 +5,6 @@ one command from its start to its end. The searches differ in what they draw and
 compared by the training images that a second of the whole command trains on.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -18,6 +15,7 @@ from typing import Any
 from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.peer_systems import Task, read_progress
 from tune_mnist.benchmarks.settings import PeersSettings, System
+from tune_mnist.benchmarks.watched import last_words, own_run, started
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import default_data_dir, load_mnist
@@ -42,7 +40,10 @@ def peers(settings: PeersSettings) -> None:
         folder="",
     )
     task.load_space()  # refuses a space with conditions before anything runs
-    systems = [system for system in settings.systems if is_there(system)]
+    systems = list(settings.systems)
+    if "syne_tune" in systems and find_spec("syne_tune") is None:
+        tell("syne_tune: skipped, as it is not installed (pip install syne-tune)")
+        systems.remove("syne_tune")
     measured = Measurements("peers")
     for turn in range(1 if settings.quick else settings.rounds):
         for system in list(systems):
@@ -60,38 +61,19 @@ def peers(settings: PeersSettings) -> None:
     measured.finish(_keys(measured, systems), settings.save)
 
 
-def is_there(system: System) -> bool:
-    """Return True if a system can run here, and tell where it cannot."""
-    if system == "syne_tune" and find_spec("syne_tune") is None:
-        tell("syne_tune: skipped, as it is not installed (pip install syne-tune)")
-        return False
-    return True
-
-
 def run(system: System, task: Task) -> dict[str, float]:
-    """Run one system's search in a process of its own; return its `outcome`.
-
-    Raises:
-        TuneMnistError: it failed.
-    """
-    with tempfile.TemporaryDirectory(prefix="tune_mnist-peer-") as folder:
-        task = replace(task, folder=folder)
+    """Return the `outcome` of one system's command, or raise TuneMnistError."""
+    with tempfile.TemporaryDirectory(prefix="tune_mnist-peer-") as name:
+        folder = Path(name)
+        task = replace(task, folder=name)
         task.write()
-        output = Path(folder) / "output"
         began = time.time()
-        with output.open("wb") as file:
-            done = subprocess.run(
-                [sys.executable, "-m", *_command(system, task)],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"SYNETUNE_FOLDER": folder},
-                check=False,
-            )
+        with started(system, _command(system, task), folder, SYNETUNE_FOLDER=name):
+            pass
         ended = time.time()
-        read = _own_progress if system == "ours" else read_progress
-        if done.returncode != 0 or not (progress := read(folder)):
-            said = " ".join(output.read_text("utf-8", errors="replace").split())[-600:]
-            raise TuneMnistError(f"{system} failed with {done.returncode}: {said}")
+        progress = (_own_progress if system == "ours" else read_progress)(folder)
+        if not progress:
+            raise TuneMnistError(f"{system} recorded no epoch: {last_words(folder)}")
     found = outcome(began, ended, progress, task.images)
     tell(f"{system:<18} {len(progress):>4} epochs in {found['seconds']:.0f} s")
     return found
@@ -115,17 +97,17 @@ def _command(system: System, task: Task) -> list[str]:
     if system != "ours":
         return ["tune_mnist.benchmarks.peer_systems", system, task.file]
     return [
-        *("tune_mnist.search", "--results-dir", task.folder, "--run", "run"),
+        *("tune_mnist.search", *own_run(Path(task.folder))),  # the others draw no report either
         *("--space", task.space, "--trials", str(task.trials)),
         *("--images", str(task.images), "--epochs", str(task.epochs)),
         *("--max-concurrent", str(task.at_once), "--seed", str(task.seed)),
-        *("--data-dir", task.data_dir, "--no-report"),  # the others draw none
+        *("--data-dir", task.data_dir),
     ]
 
 
-def _own_progress(folder: str) -> list[tuple[float, float]]:
+def _own_progress(folder: Path) -> list[tuple[float, float]]:
     """Do as `read_progress`; our clock starts with each trial's record at a known time."""
-    history = History.load(RunFolder.open(Path(folder) / "run"))
+    history = History.load(RunFolder.open(folder / "run"))
     return [
         (record.started_at + row.elapsed - record.started, row.val_accuracy)
         for record, row in history.rows
@@ -133,15 +115,12 @@ def _own_progress(folder: str) -> list[tuple[float, float]]:
 
 
 def _keys(measured: Measurements, systems: list[System]) -> dict[str, Any]:
-    def by_system(quantity: str) -> dict[str, float]:
-        return {system: measured.median(system, quantity) for system in systems}
-
-    rates = by_system("epochs_per_hour")
+    rates = measured.medians(systems, "epochs_per_hour")
     ours = rates.get("ours", float("nan"))
     return {
         "epochs_per_hour": rates,
-        "images_per_second": by_system("images_per_second"),
+        "images_per_second": measured.medians(systems, "images_per_second"),
         "ratio": {system: ours / rate for system, rate in rates.items() if system != "ours"},
-        "seconds_to_99": by_system("seconds_to_99%"),
+        "seconds_to_99": measured.medians(systems, "seconds_to_99%"),
         "n": len(measured.values(systems[0], "seconds")) if systems else 0,
     }

@@ -12,7 +12,6 @@ configurations of one schedule and over all.
 
 import logging
 import math
-import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -20,15 +19,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from tune_mnist.benchmarks.measurements import Measurements, json_line, usable_cores, write_file
+from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.replay_systems import OURS, Search, Weights, line_up
 from tune_mnist.benchmarks.settings import ReplaySettings
 from tune_mnist.cli import tell
@@ -52,16 +52,13 @@ def replay(settings: ReplaySettings) -> None:
     names = list(line_up(settings.compare))
     searches = [(name, seed) for name in names for seed in range(settings.repetitions)]
     measured = Measurements("replay")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
+    with ProcessPoolExecutor(usable_cores(), mp_context=get_context("spawn")) as pool:
         found = pool.map(partial(regrets, settings), searches, chunksize=CHUNK)
         for (name, _), values in zip(searches, found, strict=True):
             for budget, regret in zip(settings.budgets, values, strict=True):
                 measured.add(name, f"regret_at_{budget}", regret)
-    tell(_table(measured, settings, names))
-    if settings.save is not None:
-        write_file(settings.save, measured.csv())
-    tell(json_line({"part": "replay", **_keys(measured, settings, names)}))
+    table = _table(measured, settings, names)
+    measured.finish(_keys(measured, settings, names), settings.save, table)
 
 
 def regrets(settings: ReplaySettings, search: tuple[str, int]) -> list[float]:
@@ -130,20 +127,15 @@ def epochs_of(search: Search, curves: "RecordedCurves", at_once: int) -> Iterato
 
 
 def read_curves(path: Path) -> pd.DataFrame:
-    """Read the rows that `bench curves` has recorded: one a configuration and epoch.
-
-    Raises:
-        ConfigError: there is no such file, or it is another kind of file.
-    """
+    """Return the recorded rows, one a configuration and epoch, or raise ConfigError."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--curves: cannot read {path} ({error}): python -m tune_mnist.bench curves makes it"
         ) from error
-    needed = {"config", "epoch", "config_schedule"} | {
-        f"{prefix}{column}" for prefix in PREFIX.values() for column in SCORES
-    }
+    scores = {f"{prefix}{column}" for prefix in PREFIX.values() for column in SCORES}
+    needed = {"config", "epoch", "config_schedule"} | scores
     if missing := needed - set(table.columns):
         raise ConfigError(f"--curves: {path} has no column {min(missing)}: not recorded curves")
     return table
@@ -169,12 +161,9 @@ class RecordedCurves:
         prefix = PREFIX[weights]
         test = _by_epoch(table, f"{prefix}test_accuracy").to_numpy()[:, -1]
         firsts = table.sort_values(["config", "epoch"]).drop_duplicates("config")
-        configs = [
-            TrainConfig.from_mapping(
-                {name: row[key] for name in CONFIG_FIELDS if (key := f"config_{name}") in row}
-            )
-            for row in firsts.to_dict("records")  # with Python's own types
-        ]
+        names = {f"config_{name}": name for name in CONFIG_FIELDS}
+        rows: Any = firsts.filter(items=list(names)).rename(columns=names).to_dict("records")
+        configs = [TrainConfig.from_mapping(row) for row in rows]
         return cls(
             space,
             configs,
@@ -189,14 +178,10 @@ class RecordedCurves:
         return int(self.val_accuracy.shape[1])
 
     def nearest(self, config: TrainConfig, taken: Collection[int] = ()) -> int:
-        """Return the recorded configuration that stands in for `config`.
+        """Return the recorded configuration, none of `taken`, that stands in for `config`.
 
         It has the same values of the parameters on which conditions depend (optimizer and
         schedule), where any has, and is the nearest in the numbers, each scaled to its range.
-
-        Args:
-            config: what a search proposes.
-            taken: the ones that it has had, not all there are.
         """
         # NaN where it is inactive in the one or the other, as with another optimizer or schedule.
         distances = np.nan_to_num(self._places - _place(self.space, config))
@@ -217,12 +202,11 @@ def _by_epoch(table: pd.DataFrame, column: str) -> pd.DataFrame:
 def _place(space: SearchSpace, config: TrainConfig) -> Floats:
     """Return where a configuration lies, each searched parameter on a scale from 0 to 1, [D]."""
     values = config.as_dict()
-    return np.array(
-        [
-            _scaled(parameter.distribution, values[name]) if parameter.active(values) else np.nan
-            for name, parameter in space.parameters.items()
-        ]
-    )
+    place = [
+        _scaled(parameter.distribution, values[name]) if parameter.active(values) else np.nan
+        for name, parameter in space.parameters.items()
+    ]
+    return np.array(place)
 
 
 def _scaled(distribution: BaseDistribution, value: object) -> float:
@@ -237,17 +221,18 @@ def _scaled(distribution: BaseDistribution, value: object) -> float:
 
 def rank_correlations(curves: pd.DataFrame) -> str:
     """Return a line for each schedule and each kind of weights that `bench curves` recorded."""
-    heads = "".join(f"{f'epoch {epoch}':>10}" for epoch in YOUNG)
-    lines = [f"{'rank correlation with the end':<32}{'weights':<10}{heads}{'n':>6}"]
+    rows = {}
     for schedule in ("all", *sorted(curves["config_schedule"].unique())):
-        rows = curves if schedule == "all" else curves[curves["config_schedule"] == schedule]
+        chosen = curves if schedule == "all" else curves[curves["config_schedule"] == schedule]
         for weights, prefix in PREFIX.items():
-            values = _by_epoch(rows, f"{prefix}val_accuracy")
-            final = _by_epoch(rows, f"{prefix}test_accuracy").iloc[:, -1]
+            values = _by_epoch(chosen, f"{prefix}val_accuracy")
+            final = _by_epoch(chosen, f"{prefix}test_accuracy").iloc[:, -1]
             found = values.reindex(columns=YOUNG).corrwith(final, method="spearman")
-            cells = "".join(f"{each:>10.2f}" for each in found)
-            lines.append(f"{schedule:<32}{weights:<10}{cells}{len(values):>6}")
-    return "\n".join([*lines, _gain(curves)])
+            rows[f"{schedule} {weights}"] = [*found, str(len(values))]
+    columns = [*(f"epoch {epoch}" for epoch in YOUNG), "n"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    table = table.rename_axis(columns="rank correlation with the end")
+    return f"{table.to_string(float_format='%.2f')}\n{_gain(curves)}"
 
 
 def _gain(curves: pd.DataFrame) -> str:
@@ -262,12 +247,12 @@ def _gain(curves: pd.DataFrame) -> str:
 
 def _table(measured: Measurements, settings: ReplaySettings, names: Sequence[str]) -> str:
     """Return each search's mean regret at the budgets, in points, with its 95% interval."""
-    header = "".join(f"{f'{budget} epochs':>24}" for budget in settings.budgets)
-    lines = [f"{'regret, percentage points':<32}{header}"]
-    for name in names:
-        cells = [_cell(measured.values(name, f"regret_at_{each}")) for each in settings.budgets]
-        lines.append(f"{name:<32}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+    cells = {
+        f"{budget} epochs": [_cell(measured.values(name, f"regret_at_{budget}")) for name in names]
+        for budget in settings.budgets
+    }
+    table = pd.DataFrame(cells, index=names).rename_axis(columns="regret, percentage points")
+    return table.to_string()
 
 
 def _cell(regrets: Sequence[float]) -> str:
@@ -279,16 +264,15 @@ def _keys(
     measured: Measurements, settings: ReplaySettings, names: Sequence[str]
 ) -> dict[str, object]:
     """Return mean regrets, and by how much others' exceed ours, paired by seed."""
-    budget = f"regret_at_{max(settings.budgets)}"
-    ours = measured.values(OURS, budget)
-    behind = {}
-    for name in names:
-        pairs = zip(measured.values(name, budget), ours, strict=True)
-        intervals = interval([theirs - our for theirs, our in pairs])
-        behind[name] = dict(zip(("mean", "low", "high"), intervals, strict=True))
+    quantity = f"regret_at_{max(settings.budgets)}"
+    regrets = {name: np.array(measured.values(name, quantity)) for name in names}
+    behind = {name: interval((regrets[name] - regrets[OURS]).tolist()) for name in names}
     return {
-        "regret": {name: interval(measured.values(name, budget))[0] for name in names},
-        "behind_ours": behind,
+        "regret": {name: float(values.mean()) for name, values in regrets.items()},
+        "behind_ours": {
+            name: {"mean": mean, "low": low, "high": high}
+            for name, (mean, low, high) in behind.items()
+        },
         "epochs": max(settings.budgets),
         "n": settings.repetitions,
     }

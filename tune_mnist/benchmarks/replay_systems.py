@@ -74,17 +74,19 @@ class RayAsha(Random):
         super().__post_init__()
         # It draws a trial's bracket from NumPy's global numbers; there is one bracket.
         self._asha = ASHAScheduler("training_iteration", METRIC, "max", max_t=self.epochs)
-        self._trials: dict[int, Any] = {}
-        self._controller: Any = None  # an argument that the scheduler never looks at
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        if number not in self._trials:
-            self._trials[number] = SimpleNamespace(trial_id=str(number))
-            self._asha.on_trial_add(self._controller, self._trials[number])
-        result = {"training_iteration": epoch, METRIC: value}
-        trial = self._trials[number]
-        action = self._asha.on_trial_result(self._controller, trial, result)
+        trial: Any = SimpleNamespace(trial_id=str(number))  # all that the scheduler looks at
+        controller: Any = None
+        if epoch == 1:
+            self._asha.on_trial_add(controller, trial)
+        action = self._asha.on_trial_result(controller, trial, _result(epoch, value))
         return bool(action == TrialScheduler.STOP)
+
+
+def _result(epoch: int, value: float) -> dict[str, Any]:
+    """Return what Tune would hand on of an epoch."""
+    return {"training_iteration": epoch, METRIC: value}
 
 
 class Ray(RayAsha):
@@ -105,8 +107,7 @@ class Ray(RayAsha):
     def report(self, number: int, epoch: int, value: float) -> bool:
         stop = super().report(number, epoch, value)
         if not stop:  # in Tune, too, the searcher is told of all but the last report
-            result = {"training_iteration": epoch, METRIC: value}
-            self._searcher.on_trial_result(str(number), result)
+            self._searcher.on_trial_result(str(number), _result(epoch, value))
         return stop
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
@@ -116,18 +117,19 @@ class Ray(RayAsha):
 
 @dataclass
 class Optuna:
-    """Optuna alone: its TPE and one of its pruners."""
+    """Optuna alone: its TPE and one of its pruners, made for the epochs of a trial."""
 
     space: SearchSpace
+    epochs: int
     seed: int
-    pruner: BasePruner
+    pruner: Callable[[int], BasePruner]
 
     def __post_init__(self) -> None:
         self._study = optuna.create_study(
             study_name=str(self.seed),  # Hyperband draws a trial's bracket from it
             direction="maximize",
             sampler=TPESampler(seed=self.seed),
-            pruner=self.pruner,
+            pruner=self.pruner(self.epochs),
         )
         self._trials: dict[int, optuna.Trial] = {}
 
@@ -142,10 +144,8 @@ class Optuna:
         return self._trials[number].should_prune()
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
-        if complete:
-            self._study.tell(self._trials[number], value)
-        else:
-            self._study.tell(self._trials[number], state=TrialState.PRUNED)
+        state = TrialState.COMPLETE if complete else TrialState.PRUNED
+        self._study.tell(self._trials[number], value if complete else None, state)
 
 
 @dataclass
@@ -166,16 +166,14 @@ class Ours:
         self._reported: set[int] = set()
 
     def propose(self, number: int) -> TrainConfig:
-        if self.baseline and number == 0:
-            config = self.space.baseline()
-            params, distributions = self.space.frozen_params(config) or ({}, {})
-            trial = create_trial(
-                state=TrialState.RUNNING, params=params, distributions=distributions
-            )
-            trial.number = 0
-            self._study.add(trial)
-            return config
-        return self.space.config(self._study.ask(number, self.space.sample, {}, {}))
+        if number or not self.baseline:
+            return self.space.config(self._study.ask(number, self.space.sample, {}, {}))
+        config = self.space.baseline()
+        params, distributions = self.space.frozen_params(config) or ({}, {})
+        trial = create_trial(state=TrialState.RUNNING, params=params, distributions=distributions)
+        trial.number = 0
+        self._study.add(trial)
+        return config
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         if math.isnan(value):
@@ -203,42 +201,36 @@ class Entry:
 
 def line_up(name: LineUp) -> Mapping[str, Entry]:
     """Return the searches of a comparison by name; our defaults are in each, as `ours`."""
-    ours = Entry(_ours())
+    ours = _ours()
     match name:
         case "systems":
+            halving = partial(Optuna, pruner=lambda epochs: SuccessiveHalvingPruner())
+            hyperband = partial(Optuna, pruner=lambda epochs: HyperbandPruner(max_resource=epochs))
             others = {
                 "random": Entry(Random),
                 "random, one epoch each": Entry(lambda space, _, seed: Random(space, 1, seed)),
                 "random + Ray's ASHA": Entry(RayAsha),
                 "Ray's OptunaSearch + ASHA": Entry(Ray),
-                "Optuna TPE + SuccessiveHalving": Entry(
-                    lambda space, _, seed: Optuna(space, seed, SuccessiveHalvingPruner())
-                ),
-                "Optuna TPE + Hyperband": Entry(
-                    lambda space, epochs, seed: Optuna(
-                        space, seed, HyperbandPruner(max_resource=epochs)
-                    )
-                ),
+                "Optuna TPE + SuccessiveHalving": Entry(halving),
+                "Optuna TPE + Hyperband": Entry(hyperband),
                 "ours, raw weights": replace(ours, weights="raw"),
-                "ours, no baseline": Entry(_ours(baseline=False)),
+                "ours, no baseline": _ours(baseline=False),
             }
         case "stopping":
             others = {
-                f"grace {grace}, factor {factor}": Entry(
-                    _ours(grace_epochs=grace, reduction_factor=factor)
+                f"grace {grace}, factor {factor}": _ours(
+                    grace_epochs=grace, reduction_factor=factor
                 )
                 for grace in (1, 2, 3, 5)
                 for factor in (2, 3, 4)
             }
         case "sampling":
-            others = {
-                f"{count} random first": Entry(_ours(startup_trials=count))
-                for count in (5, 10, 20, 1000)
-            }
+            counts = (5, 10, 20, 1000)
+            others = {f"{count} random first": _ours(startup_trials=count) for count in counts}
     return {OURS: ours} | others
 
 
-def _ours(**changed: Any) -> Build:
+def _ours(**changed: Any) -> Entry:
     defaults = SearchSettings()
     names = ("grace_epochs", "reduction_factor", "startup_trials")
-    return partial(Ours, **{name: getattr(defaults, name) for name in names} | changed)
+    return Entry(partial(Ours, **{name: getattr(defaults, name) for name in names} | changed))

@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from torch import nn
@@ -86,8 +88,8 @@ def step(settings: StepSettings) -> None:
     measured.finish(_keys(measured), settings.save)
 
 
-def _keys(measured: Measurements) -> dict[str, Any]:
-    textbook, ours, conv_only = (measured.median(name, "step_ms") for name in NEEDED)
+def _keys(measured: Measurements) -> dict[str, float]:
+    textbook, ours, conv_only = measured.medians(NEEDED, "step_ms").values()
     evaluation = measured.median("evaluation", "evaluation_s")
     return {
         "textbook_ms": textbook,
@@ -106,8 +108,7 @@ def _keys(measured: Measurements) -> dict[str, Any]:
 def worker(variant: str, data_dir: Path) -> Iterator[Callable[[int], dict[str, float]]]:
     """Start a process of one variant; yields a function that takes steps and returns the mean.
 
-    Raises:
-        TuneMnistError: by that function, if the process has ended.
+    That function raises TuneMnistError if the process has ended.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, variant, str(data_dir)],
@@ -135,42 +136,28 @@ def worker(variant: str, data_dir: Path) -> Iterator[Callable[[int], dict[str, f
         process.communicate()
 
 
-class Turns:
-    """Counts steps: waits for a request, lets as many steps pass, writes the mean of one."""
-
-    def __init__(self, warm_up: int) -> None:
-        self._left, self._steps = warm_up, 0
-        self._began, self._faults = 0.0, 0  # when and after how many the turn began
-
-    def __call__(self) -> None:
-        """Count a step; after a turn's last one wait for the next request, or exit without one."""
-        self._left -= 1
-        if self._left > 0:
-            return
-        if self._steps:
-            seconds = time.perf_counter() - self._began
-            found = {
-                "ms": seconds * 1e3 / self._steps,
-                "faults": (_page_faults() - self._faults) / self._steps,
-            }
-            tell(json.dumps(found))
-        line = sys.stdin.readline()
-        if not line:
-            sys.exit(0)
-        self._left = self._steps = int(line)
-        self._faults = _page_faults()
-        self._began = time.perf_counter()
+def turns(warm_up: int) -> Iterator[None]:
+    """Yield before each step; time as many as a line of stdin asks for, or exit after the last."""
+    yield from repeat(None, warm_up)
+    for line in sys.stdin:
+        steps = int(line)
+        faults, began = _page_faults(), time.perf_counter()
+        yield from repeat(None, steps)
+        seconds = time.perf_counter() - began
+        faults = _page_faults() - faults
+        tell(json.dumps({"ms": seconds * 1e3 / steps, "faults": faults / steps}))
+    sys.exit(0)
 
 
 def step_forever(variant: str, data_dir: Path) -> None:
     """Take steps of a variant (or passes over 15,000 images) until nobody asks for more."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    on_step = Turns(1 if variant.endswith("evaluation") else WARM_UP)
-    if variant == "textbook":
-        return _textbook(data_dir, on_step)
-    if variant == "textbook_evaluation":
-        return _textbook_evaluation(data_dir, on_step)
+    turn = turns(1 if variant.endswith("evaluation") else WARM_UP)
+    next(turn)
+    on_step = partial(next, turn)
+    if variant.startswith("textbook"):
+        return (_textbook if variant == "textbook" else _textbook_evaluation)(data_dir, on_step)
     data = split(load_mnist(data_dir), holdout=True)
     if variant not in ("tensors", "channels_last", "default_malloc"):
         keep_freed_memory()

@@ -25,6 +25,8 @@ from tune_mnist.runs.history import History
 
 EPOCHS = 5  # of a trivial trial, all of which train to their end
 FEW = 100  # trials of the searches that a long one is compared with
+QUICK = ("--space", "quick", "--images", "1280")
+TRIVIAL = ("--space", "sgd", "--images", "200")
 
 
 def turnaround(settings: TurnaroundSettings) -> None:
@@ -35,10 +37,8 @@ def turnaround(settings: TurnaroundSettings) -> None:
     measure_turnaround(measured, 8 if settings.quick else 24, data)
     few = min(FEW, settings.trials // 4)
     measure_reports(measured, few, 4 * few if settings.quick else settings.trials, data)
-    if settings.run is not None:
-        share, steps = busy_shares_of_run(settings.run)
-    else:
-        share, steps = measure_busy(settings, data)
+    run = settings.run
+    share, steps = busy_shares_of_run(run) if run else measure_busy(settings, data)
     measured.add("real trials", "busy_share", share)
     measured.add("real trials", "steps_share", steps)
     measured.finish(_keys(measured), settings.save)
@@ -49,19 +49,14 @@ def measure_start(measured: Measurements, times: int, data: tuple[str, ...]) -> 
     tell("starting searches until their first training step")
     # The first one fills the caches: of files, and of compiled loops.
     for subject in ["search command, first of all", *["search command"] * times]:
-        seconds = time_to_first_step(
-            ["--space", "quick", "--trials", "2", "--epochs", "1", "--images", "1280", *data]
-        )
+        seconds = time_to_first_step(*QUICK, "--trials", "2", "--epochs", "1", *data)
         measured.add(subject, "first_step_s", seconds)
 
 
 def measure_turnaround(measured: Measurements, trials: int, data: tuple[str, ...]) -> None:
     """From a trial's last report to the next one's first step, and the memory of a trial."""
     tell(f"running {trials} real trials of few images")
-    seen = watch_search(
-        "real",
-        ["--space", "quick", "--trials", str(trials), "--epochs", "2", "--images", "1280", *data],
-    )
+    seen = watch_search("real", *QUICK, "--trials", str(trials), "--epochs", "2", *data)
     measured.add("real trials", "turnaround_s", *turnarounds(seen.workers))
     for notes in seen.workers:
         most = max(note.resident for note in notes)
@@ -72,14 +67,9 @@ def measure_turnaround(measured: Measurements, trials: int, data: tuple[str, ...
 def measure_reports(measured: Measurements, few: int, many: int, data: tuple[str, ...]) -> None:
     """Per report, in short searches and over a long one between them."""
     tell(f"running {few}, {many:,} and {few} trivial trials of {EPOCHS} epochs")
+    epochs = ("--epochs", str(EPOCHS), "--grace-epochs", str(EPOCHS))
     for subject, trials in (("few trials", few), ("many trials", many), ("few trials", few)):
-        seen = watch_search(
-            "trivial",
-            [
-                *("--space", "sgd", "--trials", str(trials), "--epochs", str(EPOCHS)),
-                *("--grace-epochs", str(EPOCHS), "--images", "200", *data),
-            ],
-        )
+        seen = watch_search("trivial", *TRIVIAL, "--trials", str(trials), *epochs, *data)
         reports = sorted(note.ended for notes in seen.workers for note in notes)
         measured.add(subject, "ms_per_report", ms_per_report(reports))
         measured.add(subject, "ms_between_reports", *ms_between_reports(seen.workers))
@@ -97,7 +87,7 @@ def measure_busy(settings: TurnaroundSettings, data: tuple[str, ...]) -> tuple[f
     tell(f"searching for {minutes:g} minutes")
     images = ("--images", "6000") if settings.quick else ()
     budget = ("--time-budget", f"{minutes * 60:g}s", "--trials", "1000")
-    seen = watch_search("real", ["--space", "quick", *budget, *images, *data])
+    seen = watch_search("real", "--space", "quick", *budget, *images, *data)
     return busy_shares(seen.workers)
 
 
@@ -113,11 +103,8 @@ def busy_shares_of_run(path: Path) -> tuple[float, float]:
     """Return the same for a run in its folder, as seen by its driver.
 
     A run's files do not tell which slot ran a trial: slots are as many as epochs overlapped, from
-    the first epoch's start to the last report.
-
-    Raises:
-        RunFolderError: it is no run's folder.
-        ConfigError: it has too few epochs.
+    the first epoch's start to the last report. Raises RunFolderError if the folder holds no run,
+    ConfigError if the run has too few epochs.
     """
     rows = [row for _, row in History.load(RunFolder.open(path)).rows]
     if len(rows) < 2:
@@ -158,9 +145,8 @@ def _keys(measured: Measurements) -> dict[str, Any]:
     per_report = measured.median("few trials", "ms_per_report")
     many = measured.median("many trials", "ms_per_report")
     between = measured.median("many trials", "ms_between_reports")
-    first, last = (
-        measured.median(f"{side} quarter", "ms_per_report") for side in ("first", "last")
-    )
+    first = measured.median("first quarter", "ms_per_report")
+    last = measured.median("last quarter", "ms_per_report")
     return {
         "turnaround_s": measured.median("real trials", "turnaround_s"),
         "first_step_s": measured.median("search command", "first_step_s"),

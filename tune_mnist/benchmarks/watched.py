@@ -30,6 +30,7 @@ from tune_mnist.tuning.worker import EpochSource, TrialEpoch
 
 LOOK_EVERY = 0.005  # seconds
 LOOK_AT_MEMORY_EVERY = 0.5  # seconds
+OUTPUT = "output"  # file: what a process prints
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,19 @@ class Trivial:
         skill = (assignment.number * 0.6180339887) % 1  # evenly spread and in no order
         for epoch in range(done + 1, assignment.epochs + 1):
             accuracy = 0.9 + 0.05 * skill + 0.04 * epoch / assignment.epochs
-            yield TrialEpoch(
-                metrics=EpochMetrics(
-                    epoch=epoch,
-                    train_loss=1 - accuracy,
-                    val_loss=1 - accuracy,
-                    val_accuracy=accuracy,
-                    test_loss=1 - accuracy,
-                    test_accuracy=accuracy,
-                    test_correct=round(10_000 * accuracy),
-                    seconds=0.0,
-                    evaluation_seconds=0.0,
-                ),
-                state=f"{epoch} ".encode().ljust(self.state_size, b"."),
-                model=partial(bytes, self.model_size),
+            metrics = EpochMetrics(
+                epoch=epoch,
+                train_loss=1 - accuracy,
+                val_loss=1 - accuracy,
+                val_accuracy=accuracy,
+                test_loss=1 - accuracy,
+                test_accuracy=accuracy,
+                test_correct=round(10_000 * accuracy),
+                seconds=0.0,
+                evaluation_seconds=0.0,
             )
+            state = f"{epoch} ".encode().ljust(self.state_size, b".")
+            yield TrialEpoch(metrics, state, model=partial(bytes, self.model_size))
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,14 @@ class Watched:
     loads_torch: bool = False  # before the first note: a trial's memory excludes the imports
 
     def __call__(self, assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
-        """Report what the source reports."""
         if self.loads_torch:
             import tune_mnist.mnist.training  # noqa: F401
         idle = resident_megabytes()
         for epoch in self.source(assignment, split):
             ended = time.time()
             training = epoch.metrics.seconds
-            note = Note(
-                trial=assignment.number,
-                began=ended - training - epoch.metrics.evaluation_seconds,
-                ended=ended,
-                training=training,
-                resident=resident_megabytes(),
-                idle=idle,
-            )
+            began = ended - training - epoch.metrics.evaluation_seconds
+            note = Note(assignment.number, began, ended, training, resident_megabytes(), idle)
             with (self.folder / str(os.getpid())).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(note)) + "\n")
             yield epoch
@@ -135,38 +127,33 @@ class Observation:
     driver_megabytes: list[float]  # resident, every half second
 
 
-def watch_search(source: str, arguments: Sequence[str]) -> Observation:
-    """Run a search whose trials are `trivial` or `real` to its end.
-
-    Raises:
-        TuneMnistError: it failed.
-    """
+def watch_search(source: str, *arguments: str) -> Observation:
+    """Run a search whose trials are `trivial` or `real` to its end, or raise TuneMnistError."""
     with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
         notes = Path(name) / "notes"
         notes.mkdir()
-        module = ["tune_mnist.benchmarks.watched", source, str(notes)]
         megabytes: list[float] = []
-        with started([*module, *arguments], Path(name)) as process:
+        module = [__name__, source, str(notes), *arguments, *own_run(Path(name))]
+        with started("a search that was to be measured", module, Path(name)) as process:
             while process.poll() is None:
                 megabytes.append(resident_megabytes(process.pid))
                 time.sleep(LOOK_AT_MEMORY_EVERY)
         return Observation(read_notes(notes), megabytes)
 
 
-def time_to_first_step(arguments: Sequence[str]) -> float:
-    """Run the real search command and return the seconds until its first training step.
+def time_to_first_step(*arguments: str) -> float:
+    """Return the seconds of a search command until its first training step.
 
     The first line of epochs.csv holds the seconds of its epoch, and the file's time is when that
-    epoch was recorded; the report's way to the driver counts as well.
-
-    Raises:
-        TuneMnistError: it failed.
+    epoch was recorded; the report's way to the driver counts as well. Raises TuneMnistError if the
+    search fails.
     """
     with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
         epochs = Path(name) / "run" / "epochs.csv"
         written = 0.0
         began = time.time()
-        with started(["tune_mnist.search", *arguments], Path(name)) as process:
+        module = ["tune_mnist.search", *arguments, *own_run(Path(name))]
+        with started("a search that was to be measured", module, Path(name)) as process:
             while not written and process.poll() is None:
                 time.sleep(LOOK_EVERY)
                 if epochs.exists() and epochs.read_bytes().count(b"\n") > 1:  # after the header
@@ -175,18 +162,25 @@ def time_to_first_step(arguments: Sequence[str]) -> float:
         return written - float(row["seconds"]) - float(row["evaluation_seconds"]) - began
 
 
-@contextmanager
-def started(module: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a module that searches, its run in the folder `run`, and wait for its end.
+def own_run(folder: Path) -> list[str]:
+    """Return the search command's options for a run in the folder `run` of this one."""
+    return ["--results-dir", str(folder), "--run", "run", "--no-report"]
 
-    Raises:
-        TuneMnistError: it failed.
+
+@contextmanager
+def started(
+    name: str, module: Sequence[str], folder: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module that prints into a file of the folder, and wait for its end.
+
+    Raises TuneMnistError if it fails.
     """
-    output = folder / "output"
-    where = ["--results-dir", str(folder), "--run", "run", "--no-report"]
-    with output.open("wb") as file:
+    with (folder / OUTPUT).open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *module, *where], stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *module],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
         )
         try:
             yield process
@@ -195,8 +189,12 @@ def started(module: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[by
             process.terminate()  # does nothing to one that has ended
             process.wait()
     if code != 0:
-        said = " ".join(output.read_text("utf-8", errors="replace").split())[-500:]
-        raise TuneMnistError(f"a search that was to be measured failed with {code}: {said}")
+        raise TuneMnistError(f"{name} failed with {code}: {last_words(folder)}")
+
+
+def last_words(folder: Path) -> str:
+    """Return the end of what `started` has kept of a module's output."""
+    return " ".join((folder / OUTPUT).read_text("utf-8", errors="replace").split())[-600:]
 
 
 def main(source: str, notes: str, arguments: Sequence[str]) -> int:
