@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -139,7 +140,12 @@ class Real:
     def __init__(self, path: Path) -> None:
         file = path / "default.yaml"
         file.write_text(yaml.safe_dump(space().as_dict()))
-        rules = {"epochs": EPOCHS, "trials": 1000, "reduction_factor": 3, "startup_trials": 6}
+        rules: dict[str, Any] = {
+            "epochs": EPOCHS,
+            "trials": 1000,
+            "reduction_factor": 3,
+            "startup_trials": 6,
+        }
         self._course = Course(path / "run", space=str(file), **rules)
 
     def propose(self, number: int) -> TrainConfig:

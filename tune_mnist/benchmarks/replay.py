@@ -251,8 +251,8 @@ def _table(measured: Measurements, settings: ReplaySettings, names: Sequence[str
         f"{budget} epochs": [_cell(measured.values(name, f"regret_at_{budget}")) for name in names]
         for budget in settings.budgets
     }
-    table = pd.DataFrame(cells, index=names).rename_axis(columns="regret, percentage points")
-    return table.to_string()
+    table = pd.DataFrame(cells, index=pd.Index(names))
+    return str(table.rename_axis(columns="regret, percentage points").to_string())
 
 
 def _cell(regrets: Sequence[float]) -> str:

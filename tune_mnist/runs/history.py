@@ -1,7 +1,9 @@
 """What happened in a search: its trials and their epochs, as its files tell it.
 
-`events.jsonl` and `epochs.csv` only ever grow and are the whole truth of a run; every other file
-can be made again from them. One process writes (the search's driver), any number may read.
+`events.jsonl` and `epochs.csv` only ever grow. With `search.yaml`, what was asked, they are the
+whole truth of a run: the tables, `study.db` and the report can be made again from them, but
+neither `best.pt` nor the states in `checkpoints/`. One process writes, the search's driver; any
+number may read.
 """
 
 import json
