@@ -114,7 +114,7 @@ def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) ->
         "val_accuracy": (0.9, 0.5),
         "test_accuracy": (0.5, 0.9),
     }
-    for _ in range(2):  # the second, better by the metric and worse by the other, goes on
+    for _ in range(2):  # the second, better by the metric and worse by the other, continues
         number = course.start()
         for epoch in range(EPOCHS):
             val, test = (value * (1 + number / 100) for value in values[metric])

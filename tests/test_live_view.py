@@ -163,16 +163,13 @@ def test_before_the_first_epoch_the_view_is_short(recorded: RecordedSearch) -> N
     ]
 
 
-def test_where_the_test_set_steers_only_its_accuracy_is_shown(recorded: RecordedSearch) -> None:
+def test_only_what_was_measured_and_steers_is_shown(recorded: RecordedSearch) -> None:
     recorded.epoch(recorded.start(), math.nan, 0.97)
+    recorded.diverged_epoch(recorded.start())
     view = _view(recorded, metric="test_accuracy")
     assert "best      test 97.00%  trial 0 at epoch 1" in view
-    assert view[-1].split()[:4] == ["0", "1/20", "97.00%", "2.5"]
-
-
-def test_a_diverged_epoch_of_a_running_trial_is_a_dash(recorded: RecordedSearch) -> None:
-    recorded.diverged_epoch(recorded.start())
-    assert _view(recorded)[-1].split()[:4] == ["0", "1/20", "-", "2"]
+    assert view[-2].split()[:4] == ["0", "1/20", "97.00%", "2.5"]
+    assert view[-1].split()[:4] == ["1", "1/20", "-", "2"]
 
 
 @pytest.mark.parametrize("height", [5, 8, 9, 10, 12, 30])
@@ -196,18 +193,16 @@ def test_a_line_is_cut_where_the_terminal_is_narrow(recorded: RecordedSearch) ->
     assert max(map(len, lines)) <= 50
 
 
-def test_a_finished_trial_is_one_line(recorded: RecordedSearch) -> None:
+def test_a_finished_trial_is_one_line_with_its_reason(recorded: RecordedSearch) -> None:
     recorded.trial([0.98, 0.97], [0.981, 0.97], state="stopped", lr=0.02, nesterov=True)
-    assert finished_line(_tally(recorded), recorded.history.trials[0], 200.0) == (
-        "[3 min 20 s] 1/50 done: trial 0 stopped after 2 epochs, "
+    recorded.end(recorded.start(), "failed", "RuntimeError: no such device")
+    tally, trials = _tally(recorded), recorded.history.trials
+    assert finished_line(tally, trials[0], 200.0) == (
+        "[3 min 20 s] 2/50 done: trial 0 stopped after 2 epochs, "
         "val 98.00%, test 98.10% at epoch 1, lr 0.02, nesterov"
     )
-
-
-def test_a_failed_trial_is_one_line_with_its_reason(recorded: RecordedSearch) -> None:
-    recorded.end(recorded.start(), "failed", "RuntimeError: no such device")
-    assert finished_line(_tally(recorded), recorded.history.trials[0], 9.0) == (
-        "[9 s] 1/50 done: trial 0 failed (RuntimeError: no such device) after 0 epochs, "
+    assert finished_line(tally, trials[1], 9.0) == (
+        "[9 s] 2/50 done: trial 1 failed (RuntimeError: no such device) after 0 epochs, "
         "no epoch to judge it by, as the baseline"
     )
 

@@ -37,7 +37,7 @@ def conditional_search(path: Path) -> Course:
 
 
 def advance(experiment: Experiment, number: int, generator: random.Random) -> bool:
-    """Let a trial train an epoch, diverge or fail, and return whether it goes on."""
+    """Let a trial train an epoch, diverge or fail, and return True if it continues."""
     fate = generator.random()
     if fate < 0.03:
         experiment.fail(number, "the worker died")
@@ -177,7 +177,7 @@ def test_numbers_are_the_searchs_own_or_an_error() -> None:
 
 
 def test_a_trial_once_handed_out_never_changes() -> None:
-    """The mirror's thread reads trials while the search goes on."""
+    """The thread that writes study.db reads trials while the search runs."""
     study = new_study()
     ask(study, 0)
     before = study.trials()[0]

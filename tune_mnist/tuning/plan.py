@@ -23,7 +23,7 @@ from tune_mnist.tuning.settings import SearchOptions, SearchSettings
 
 DEFAULT_TRIALS = 50
 CONFIRMING = 0.5  # of a time budget: what --confirm may use of it
-_ASKED = tuple(entry.name for entry in fields(SearchOptions))
+_OPTIONS = tuple(entry.name for entry in fields(SearchOptions))
 _BESIDE_RULES = ("storage", "confirm", "precision")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
@@ -52,7 +52,7 @@ class Plan:
             SearchSpaceError: its space cannot be used.
         """
         space = load_space(settings.space)
-        asked = {name: getattr(settings, name) for name in _ASKED}
+        asked = {name: getattr(settings, name) for name in _OPTIONS}
         asked["trials"] = settings.trials or DEFAULT_TRIALS
         asked["epochs"] = settings.epochs or space.epochs
         return cls(Rules(space=space, **asked)).changed_by(settings)
@@ -99,7 +99,7 @@ class Plan:
 
     def save(self, folder: RunFolder) -> None:
         rules = self.rules
-        asked = {name: getattr(rules, name) for name in _ASKED}
+        asked = {name: getattr(rules, name) for name in _OPTIONS}
         folder.write_search(
             {
                 "asked": {name: None if v == math.inf else v for name, v in asked.items()},
@@ -134,9 +134,9 @@ def _asked(values: Any) -> dict[str, Any]:
     """Return the entry `asked` of search.yaml; KeyError or TypeError if it is damaged."""
     if not isinstance(values, Mapping):
         raise TypeError(f"asked must be a mapping, but got {values!r}")
-    if unknown := values.keys() - set(_ASKED):
+    if unknown := values.keys() - set(_OPTIONS):
         raise TypeError(f"asked.{min(unknown, key=str)} is not known to this version")
-    return _checked({name: values[name] for name in _ASKED}, Rules, prefix="asked.")
+    return _checked({name: values[name] for name in _OPTIONS}, Rules, prefix="asked.")
 
 
 def _checked(values: dict[str, Any], record: type, prefix: str = "") -> dict[str, Any]:
