@@ -2,9 +2,9 @@
 
 Asynchronous successive halving (Li et al., "A System for Massively Parallel Hyperparameter
 Tuning", MLSys 2020), in the variant that stops trials; the paper's algorithm 2 promotes them. It
-decides as Ray's AsyncHyperBandScheduler with one bracket does, with one exception: a rung stops nothing
-before it has seen as many trials as the reduction factor. Ray-free, so that a resumed search, the
-tests and the benchmarks replay it.
+decides as Ray's AsyncHyperBandScheduler with one bracket does, with one exception: a rung stops
+nothing before it has seen as many trials as the reduction factor. Ray-free, so that a resumed
+search, the tests and the benchmarks replay it.
 """
 
 import math
