@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,8 +139,13 @@ class Real:
 
     def __init__(self, path: Path) -> None:
         file = path / "default.yaml"
-        file.write_text(yaml.safe_dump(space().as_dict()))
-        rules = {"epochs": EPOCHS, "trials": 1000, "reduction_factor": 3, "startup_trials": 6}
+        file.write_text(yaml.safe_dump(space().as_dict(), sort_keys=False))
+        rules: dict[str, Any] = {
+            "epochs": EPOCHS,
+            "trials": 1000,
+            "reduction_factor": 3,
+            "startup_trials": 6,
+        }
         self._course = Course(path / "run", space=str(file), **rules)
 
     def propose(self, number: int) -> TrainConfig:
@@ -190,7 +196,7 @@ def test_a_file_that_holds_no_curves_is_refused(tmp_path: Path) -> None:
 def test_a_recorded_curve_scores_raw_and_averaged_weights_each_epoch_and_tests_at_the_end() -> (
     None
 ):
-    config = TrainConfig(lr=0.05, dropout=0.0).as_dict()
+    config = TrainConfig(lr=0.05, dropout=0.0)
     first, last = record(Recording(0, config, epochs=2, images=640, data_dir=None))
     assert np.isnan(first["test_accuracy"]) and np.isnan(first["averaged_test_accuracy"])
     assert 0.1 < last["test_accuracy"] <= 1 and 0.1 < last["averaged_test_accuracy"] <= 1
