@@ -50,11 +50,10 @@ def note(trial: int, began: float, ended: float, training: float | None = None) 
     return Note(trial, began, ended, training or ended - began, resident=700.0, idle=500.0)
 
 
-def two_workers() -> list[list[Note]]:
-    return [
-        [note(0, 0.0, 10.0), note(0, 10.1, 20.0), note(2, 20.2, 30.0)],
-        [note(1, 0.0, 10.0, training=8.0), note(3, 10.3, 20.0)],
-    ]
+TWO_WORKERS = [
+    [note(0, 0.0, 10.0), note(0, 10.1, 20.0), note(2, 20.2, 30.0)],
+    [note(1, 0.0, 10.0, training=8.0), note(3, 10.3, 20.0)],
+]
 
 
 @pytest.mark.parametrize("part", [[], ["cluster"]])
@@ -97,8 +96,8 @@ def test_numbers_are_shown_as_medians_with_quartiles_and_n(
 
 
 def test_turnarounds_and_busy_shares_are_of_each_workers_own_time(tmp_path: Path) -> None:
-    assert turnaround.turnarounds(two_workers()) == pytest.approx([0.2, 0.3])
-    share, steps = turnaround.busy_shares(two_workers())
+    assert turnaround.turnarounds(TWO_WORKERS) == pytest.approx([0.2, 0.3])
+    share, steps = turnaround.busy_shares(TWO_WORKERS)
     assert share == pytest.approx((10 + 9.9 + 9.8 + 10 + 9.7) / 50)
     assert steps == pytest.approx(share - 2 / 50)
     with pytest.raises(TuneMnistError, match="no run"):
@@ -134,7 +133,7 @@ def test_turnaround_prints_its_keys_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     even = [note(5, epoch - 1.0, epoch + 0.5) for epoch in range(1, 19)]
-    seen = watched.Observation([*two_workers(), even], [300.0, 320.0])
+    seen = [*TWO_WORKERS, even], [300.0, 320.0]
     monkeypatch.setattr(turnaround, "watch_search", lambda *_: seen)
     monkeypatch.setattr(turnaround, "time_to_first_step", lambda *_: 7.0)
     turnaround.turnaround(settings.TurnaroundSettings(quick=True, trials=8))
@@ -150,9 +149,9 @@ def test_turnaround_prints_its_keys_last(
 
 @pytest.mark.slow
 def test_a_real_search_can_be_watched_and_one_that_fails_is_one_clear_error() -> None:
-    seen = watched.watch_search("trivial", *turnaround.TRIVIAL, "--trials", "4")
-    assert {each.trial for notes in seen.workers for each in notes} == {0, 1, 2, 3}
-    assert max(seen.driver_megabytes) > 100
+    workers, megabytes = watched.watch_search("trivial", *turnaround.TRIVIAL, "--trials", "4")
+    assert {each.trial for notes in workers for each in notes} == {0, 1, 2, 3}
+    assert max(megabytes) > 100
     with pytest.raises(TuneMnistError, match="nowhere"):
         watched.watch_search("trivial", "--space", "nowhere")
 
@@ -174,11 +173,8 @@ def test_peers_compares_others_with_ours_and_leaves_out_one_that_fails(
     assert found["ratio"] == {"ray": 4.0}
     assert found["seconds_to_99"] == {"ours": None, "ray": None}
     assert found["n"] == 2
-
-
-def test_the_seconds_to_99_percent_end_with_the_first_such_epoch() -> None:
-    found = peers.outcome(5.0, 70.0, [(10.0, 0.5), (12.0, 0.991), (11.0, 0.995)], images=600)
-    assert found["seconds_to_99%"] == 6.0
+    progress = [(10.0, 0.5), (12.0, 0.991), (11.0, 0.995)]
+    assert peers.outcome(5.0, 70.0, progress, images=600)["seconds_to_99%"] == 6.0
 
 
 def test_peers_refuses_a_space_that_not_all_can_express() -> None:

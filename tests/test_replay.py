@@ -139,7 +139,7 @@ class Real:
 
     def __init__(self, path: Path) -> None:
         file = path / "default.yaml"
-        file.write_text(yaml.safe_dump(space().as_dict()))
+        file.write_text(yaml.safe_dump(space().as_dict(), sort_keys=False))
         rules: dict[str, Any] = {
             "epochs": EPOCHS,
             "trials": 1000,
@@ -196,7 +196,7 @@ def test_a_file_that_holds_no_curves_is_refused(tmp_path: Path) -> None:
 def test_a_recorded_curve_scores_raw_and_averaged_weights_each_epoch_and_tests_at_the_end() -> (
     None
 ):
-    config = TrainConfig(lr=0.05, dropout=0.0).as_dict()
+    config = TrainConfig(lr=0.05, dropout=0.0)
     first, last = record(Recording(0, config, epochs=2, images=640, data_dir=None))
     assert np.isnan(first["test_accuracy"]) and np.isnan(first["averaged_test_accuracy"])
     assert 0.1 < last["test_accuracy"] <= 1 and 0.1 < last["averaged_test_accuracy"] <= 1

@@ -6,7 +6,6 @@ interrupted recording resumes where it was.
 """
 
 import math
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -22,7 +21,7 @@ from tune_mnist.benchmarks.measurements import usable_cores, write_file
 from tune_mnist.benchmarks.settings import CurvesSettings
 from tune_mnist.cli import tell
 from tune_mnist.mnist.checkpoint import load_weights, raw_weights
-from tune_mnist.mnist.config import TrainConfig, Value
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.cpu import backend
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.mnist.forward import Score, evaluate
@@ -36,7 +35,7 @@ class Recording:
     """One curve to be recorded."""
 
     number: int
-    config: Mapping[str, Value]
+    config: TrainConfig
     epochs: int
     images: int
     data_dir: Path | None
@@ -70,7 +69,7 @@ def _drawn(settings: CurvesSettings) -> list[Recording]:
     configs = [space.config(space.sample(study.ask())) for _ in range(settings.configs)]
     epochs = settings.epochs or space.epochs
     return [
-        Recording(number, config.as_dict(), epochs, settings.images, settings.data_dir)
+        Recording(number, config, epochs, settings.images, settings.data_dir)
         for number, config in enumerate(configs)
     ]
 
@@ -83,15 +82,19 @@ def record(recording: Recording) -> list[dict[str, Any]]:
     # The test images are scored once, at the end: they take most of an evaluation's time.
     data = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
     # The average looks back over one epoch, however many steps that has.
-    steps = math.ceil(recording.images / int(recording.config["batch_size"]))
-    decay = 1 - 1 / max(steps, 2)
-    config = TrainConfig.from_mapping({**recording.config, "ema_decay": decay})
-    columns = {f"config_{name}": value for name, value in recording.config.items()}
+    steps = math.ceil(recording.images / recording.config.batch_size)
+    config = replace(recording.config, ema_decay=1 - 1 / max(steps, 2))
+    columns = {f"config_{name}": value for name, value in config.as_dict().items()}
     del columns["config_ema_decay"]  # both kinds of weights are recorded
     rows = []
     for result in train(config, data, epochs=recording.epochs, seed=recording.number):
         metrics = result.metrics
         raw = _score(raw_weights(result.state), result, tensors.val_images, tensors.val_labels)
+        tested = averaged_tested = Score()
+        if metrics.epoch == recording.epochs:
+            test = tensors.test_images, tensors.test_labels
+            tested = _score(raw_weights(result.state), result, *test)
+            averaged_tested = _score(result.weights, result, *test)
         row = {
             "config": recording.number,
             "epoch": metrics.epoch,
@@ -100,14 +103,11 @@ def record(recording: Recording) -> list[dict[str, Any]]:
             "val_loss": _rounded(raw.loss),
             "averaged_val_accuracy": metrics.val_accuracy,
             "averaged_val_loss": _rounded(metrics.val_loss),
-            "test_accuracy": math.nan,
-            "averaged_test_accuracy": math.nan,
+            "test_accuracy": tested.accuracy,
+            "averaged_test_accuracy": averaged_tested.accuracy,
+            "diverged_step": metrics.diverged_step,
         }
-        if metrics.epoch == recording.epochs:
-            test = tensors.test_images, tensors.test_labels
-            row["test_accuracy"] = _score(raw_weights(result.state), result, *test).accuracy
-            row["averaged_test_accuracy"] = _score(result.weights, result, *test).accuracy
-        rows.append({**row, "diverged_step": metrics.diverged_step, **columns})
+        rows.append({**row, **columns})
     return rows
 
 

@@ -245,7 +245,7 @@ def _gain(curves: pd.DataFrame) -> str:
     )
 
 
-def _table(measured: Measurements, settings: ReplaySettings, names: Sequence[str]) -> str:
+def _table(measured: Measurements, settings: ReplaySettings, names: list[str]) -> str:
     """Return each search's mean regret at the budgets, in points, with its 95% interval."""
     cells = {
         f"{budget} epochs": [_cell(measured.values(name, f"regret_at_{budget}")) for name in names]
@@ -260,9 +260,7 @@ def _cell(regrets: Sequence[float]) -> str:
     return f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _keys(
-    measured: Measurements, settings: ReplaySettings, names: Sequence[str]
-) -> dict[str, object]:
+def _keys(measured: Measurements, settings: ReplaySettings, names: list[str]) -> dict[str, object]:
     """Return mean regrets, and by how much others' exceed ours, paired by seed."""
     quantity = f"regret_at_{max(settings.budgets)}"
     regrets = {name: np.array(measured.values(name, quantity)) for name in names}

@@ -56,9 +56,9 @@ def measure_start(measured: Measurements, times: int, data: tuple[str, ...]) -> 
 def measure_turnaround(measured: Measurements, trials: int, data: tuple[str, ...]) -> None:
     """From a trial's last report to the next one's first step, and the memory of a trial."""
     tell(f"running {trials} real trials of few images")
-    seen = watch_search("real", *QUICK, "--trials", str(trials), "--epochs", "2", *data)
-    measured.add("real trials", "turnaround_s", *turnarounds(seen.workers))
-    for notes in seen.workers:
+    workers, _ = watch_search("real", *QUICK, "--trials", str(trials), "--epochs", "2", *data)
+    measured.add("real trials", "turnaround_s", *turnarounds(workers))
+    for notes in workers:
         most = max(note.resident for note in notes)
         measured.add("real trials", "worker_mb", most)
         measured.add("real trials", "trial_added_mb", most - notes[0].idle)
@@ -69,12 +69,14 @@ def measure_reports(measured: Measurements, few: int, many: int, data: tuple[str
     tell(f"running {few}, {many:,} and {few} trivial trials of {EPOCHS} epochs")
     epochs = ("--epochs", str(EPOCHS), "--grace-epochs", str(EPOCHS))
     for subject, trials in (("few trials", few), ("many trials", many), ("few trials", few)):
-        seen = watch_search("trivial", *TRIVIAL, "--trials", str(trials), *epochs, *data)
-        reports = sorted(note.ended for notes in seen.workers for note in notes)
+        workers, driver_megabytes = watch_search(
+            "trivial", *TRIVIAL, "--trials", str(trials), *epochs, *data
+        )
+        reports = sorted(note.ended for notes in workers for note in notes)
         measured.add(subject, "ms_per_report", ms_per_report(reports))
-        measured.add(subject, "ms_between_reports", *ms_between_reports(seen.workers))
-        measured.add(subject, "turnaround_s", *turnarounds(seen.workers))
-        measured.add(subject, "driver_mb", max(seen.driver_megabytes))
+        measured.add(subject, "ms_between_reports", *ms_between_reports(workers))
+        measured.add(subject, "turnaround_s", *turnarounds(workers))
+        measured.add(subject, "driver_mb", max(driver_megabytes))
         if subject == "many trials":
             quarter = len(reports) // 4
             measured.add("first quarter", "ms_per_report", ms_per_report(reports[:quarter]))
@@ -87,8 +89,8 @@ def measure_busy(settings: TurnaroundSettings, data: tuple[str, ...]) -> tuple[f
     tell(f"searching for {minutes:g} minutes")
     images = ("--images", "6000") if settings.quick else ()
     budget = ("--time-budget", f"{minutes * 60:g}s", "--trials", "1000")
-    seen = watch_search("real", "--space", "quick", *budget, *images, *data)
-    return busy_shares(seen.workers)
+    workers, _ = watch_search("real", "--space", "quick", *budget, *images, *data)
+    return busy_shares(workers)
 
 
 def busy_shares(workers: list[list[Note]]) -> tuple[float, float]:

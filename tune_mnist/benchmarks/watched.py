@@ -119,26 +119,21 @@ def resident_megabytes(process: int | str = "self") -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-@dataclass(frozen=True)
-class Observation:
-    """What was seen of a search."""
+def watch_search(source: str, *arguments: str) -> tuple[list[list[Note]], list[float]]:
+    """Run a search of `trivial` or `real` trials to its end, or raise TuneMnistError.
 
-    workers: list[list[Note]]  # by worker, in order
-    driver_megabytes: list[float]  # resident, every half second
-
-
-def watch_search(source: str, *arguments: str) -> Observation:
-    """Run a search whose trials are `trivial` or `real` to its end, or raise TuneMnistError."""
+    Returns each worker's notes, and the driver's resident memory in MB every half second.
+    """
     with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
         notes = Path(name) / "notes"
         notes.mkdir()
         megabytes: list[float] = []
         module = [__name__, source, str(notes), *arguments, *own_run(Path(name))]
-        with started("a search that was to be measured", module, Path(name)) as process:
+        with started("a search to be measured", module, Path(name)) as process:
             while process.poll() is None:
                 megabytes.append(resident_megabytes(process.pid))
                 time.sleep(LOOK_AT_MEMORY_EVERY)
-        return Observation(read_notes(notes), megabytes)
+        return read_notes(notes), megabytes
 
 
 def time_to_first_step(*arguments: str) -> float:
@@ -153,7 +148,7 @@ def time_to_first_step(*arguments: str) -> float:
         written = 0.0
         began = time.time()
         module = ["tune_mnist.search", *arguments, *own_run(Path(name))]
-        with started("a search that was to be measured", module, Path(name)) as process:
+        with started("a search to be measured", module, Path(name)) as process:
             while not written and process.poll() is None:
                 time.sleep(LOOK_EVERY)
                 if epochs.exists() and epochs.read_bytes().count(b"\n") > 1:  # after the header
