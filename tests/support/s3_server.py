@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase, BytesIO
@@ -10,6 +9,8 @@ from time import gmtime, strftime, time
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import pytest
 
 Headers = dict[str, str]
 
@@ -148,9 +149,11 @@ def _chunks(file: BufferedIOBase) -> Iterator[bytes]:
         pass
 
 
-@contextmanager
-def s3_server() -> Iterator[S3]:
-    """Serve an empty bucket."""
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """An empty bucket and the credentials for it."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
     with S3() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:

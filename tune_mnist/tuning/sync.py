@@ -52,11 +52,8 @@ def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
     with reaching(remote):
         sync = RunSync(folder, remote, lease)
     tell(f"{short_path(folder.path)} is copied to {remote.uri} as it grows")
-    try:
+    with contextlib.closing(sync):
         yield
-    finally:
-        if failure := sync.close():
-            tell(f"warning: {failure}")
 
 
 class RunSync:
@@ -72,16 +69,17 @@ class RunSync:
         self._thread = BackgroundThread("storage", pace, self._work, self._failed)
         self._thread.start()
 
-    def close(self) -> str | None:
-        """Copy what is left; return a warning if that failed, else None."""
-        self._quiet = True  # what still holds is the returned warning
+    def close(self) -> None:
+        """Copy what is left, or warn that it could not be copied."""
+        self._quiet = True  # what still holds is said here
         failure = self._thread.close()
-        if failure:
-            failure = (
-                f"{self._remote.uri} is behind ({failure}); nothing is lost: "
+        if self._taken_over:
+            tell(f"warning: {self._taken_over}")
+        elif failure:
+            tell(
+                f"warning: {self._remote.uri} is behind ({failure}); nothing is lost: "
                 f"--resume {self._folder.path} brings it up to date"
             )
-        return self._taken_over or failure
 
     def _work(self, closing: bool) -> None:
         if self._taken_over:
