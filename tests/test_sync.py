@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from support.drivers import (
     study_of,
 )
 from support.epochs import epoch_metrics
-from support.s3_server import S3
+from support.s3_server import S3, s3_server
 from support.scripted import Script
 
 from tune_mnist.errors import RunFolderError
@@ -37,12 +37,18 @@ from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning import remote, sync
 from tune_mnist.tuning.remote import RemoteRun
 
-pytest_plugins = ["support.ray_fixtures", "support.s3_server"]
+pytest_plugins = ["support.ray_fixtures"]
 
 TRIALS, EPOCHS = 5, 10
 ONE = ("--max-concurrent", 1)
 STATE = "runs/run/checkpoints/00000.state"
 SHORT = ("--trials", TRIALS, "--epochs", EPOCHS, *ONE)
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    with s3_server() as server:
+        yield server
 
 
 def hurry(copy_every: float = 0.1) -> None:

@@ -1,16 +1,17 @@
 """A small S3: as much of its protocol as Arrow speaks to keep, list and delete whole files."""
 
+import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase, BytesIO
 from time import gmtime, strftime, time
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+from unittest import mock
 from xml.sax.saxutils import escape
-
-import pytest
 
 Headers = dict[str, str]
 
@@ -149,12 +150,10 @@ def _chunks(file: BufferedIOBase) -> Iterator[bytes]:
         pass
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    """An empty bucket and the credentials for it."""
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    with S3() as server:
+@contextmanager
+def s3_server() -> Iterator[S3]:
+    """Serve an empty bucket, with the credentials for it in the environment."""
+    with mock.patch.dict(os.environ, CREDENTIALS), S3() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server
