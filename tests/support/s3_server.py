@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BufferedIOBase, BytesIO
 from time import gmtime, strftime, time
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 from unittest import mock
+from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 Headers = dict[str, str]
