@@ -219,8 +219,8 @@ class Shown:
         self.course = Course(path / "search", trials=10, epochs=20, reduction_factor=3.0)
 
     def show(self, console: Console) -> Progress:
-        self.progress = Progress(console, lambda: self.course.now)
-        self.progress.watch(self.course.experiment, self.course.folder)
+        course = self.course
+        self.progress = Progress(console, course.experiment, course.folder, lambda: course.now)
         return self.progress
 
     def piped(self) -> io.StringIO:
@@ -353,8 +353,7 @@ def test_an_error_leaves_the_terminal_clean_too(search: Shown, terminal: Termina
     assert terminal.screen == []
 
 
-def test_closing_twice_or_unopened_does_nothing(search: Shown, terminal: Terminal) -> None:
-    Progress(terminal.console).close()
+def test_closing_twice_does_nothing(search: Shown, terminal: Terminal) -> None:
     search.show(terminal.console).close()
     terminal.read()
     search.progress.close()

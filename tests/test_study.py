@@ -15,14 +15,15 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.space import load_space
 from tune_mnist.tuning import study as module
 from tune_mnist.tuning.experiment import Experiment
-from tune_mnist.tuning.study import MODELLED, ModelTrials, SamplerSettings, Study
+from tune_mnist.tuning.settings import SearchOptions
+from tune_mnist.tuning.study import MODELLED, ModelTrials, Study
 from tune_mnist.tuning.study_file import facts
 
 SPACE = load_space("default")
 
 
 def new_study(seed: int = 0, startup_trials: int = 10) -> Study:
-    return Study(SamplerSettings(seed, startup_trials), "val_accuracy", None)
+    return Study(SearchOptions(seed=seed, startup_trials=startup_trials), None)
 
 
 def ask(study: Study, number: int, **fixed: Any) -> dict[str, Any]:

@@ -36,11 +36,7 @@ class Confirmation:
 
     @classmethod
     def of(cls, run: RunView, options: ConfirmOptions) -> Self:
-        """Choose what to train again of a search.
-
-        Raises:
-            ConfigError: the search has nothing to confirm yet.
-        """
+        """Choose what to train again of a search, or raise ConfigError if there is nothing yet."""
         ranks = {each.record.number: rank for rank, each in enumerate(run.ranked, start=1)}
         winners = [each for each in run.ranked if not each.is_baseline][: options.top]
         if not winners:
@@ -113,11 +109,7 @@ class Confirmation:
         }
 
     def check_extends(self, folder: RunFolder) -> None:
-        """Check that what was asked for in a folder before, if anything, is a part of this.
-
-        Raises:
-            RunFolderError: it is something else.
-        """
+        """Raise RunFolderError if the folder holds a confirmation that is not a part of this."""
         if not folder.search.exists():
             return
         before: Mapping[str, Any] = folder.read_search().get("confirmation", {})

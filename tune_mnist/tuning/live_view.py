@@ -183,20 +183,23 @@ class Progress(Callback):
     be written, the search ends, as it would for any other file of the run.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        console: Console,
+        experiment: Experiment,
+        folder: RunFolder,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._console, self._clock = console, clock
+        self._experiment, self._folder = experiment, folder
         # FORCE_COLOR makes rich take a pipe for a terminal; a dumb one cannot move its cursor.
         self._is_live = self._console.is_interactive and self._console.file.isatty()
         self._live: Live | None = None
         self._view, self._width = Text(), 0  # what is on the terminal, and how wide that was
-        self._shows = False
+        self._shows = True
         self._next_view = self._next_tables = -float("inf")
         self._ends = 0  # trials that have ended
         self._in_tables = (-1, -1, -1)  # how much had happened when they were last written
-
-    def watch(self, experiment: Experiment, folder: RunFolder) -> None:
-        self._experiment, self._folder = experiment, folder
-        self._shows = True
         self._guard(self._begin)
 
     def close(self) -> None:
@@ -219,11 +222,6 @@ class Progress(Callback):
     on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """Update tables and view.
-
-        Raises:
-            OSError: the tables could not be written.
-        """
         self._write_tables()
         if self._is_live:
             self._guard(self._refresh)
