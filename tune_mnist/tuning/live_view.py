@@ -41,10 +41,11 @@ def announce(
     console: Console, start: str, nodes: Sequence[Node], resources: TrialResources
 ) -> None:
     """Print what is about to run and, if there are several nodes, where."""
-    lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, resources)]
-    for line in lines:
-        # A log gets whole lines, however wide its reader's window is.
-        console.print(Text(line), soft_wrap=not console.is_terminal)
+    # A log gets whole lines, however wide its reader's window is.
+    whole = not console.is_terminal
+    console.print(Text(start), soft_wrap=whole)
+    if len(nodes) > 1:
+        console.print(Text(nodes_line(nodes, resources)), soft_wrap=whole)
 
 
 def start_line(
@@ -103,10 +104,9 @@ def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:
     """Return on one line how a trial ended."""
     metric = tally.rules.metric
     reason = f" ({record.reason})" if record.state in ("diverged", "failed") else ""
-    best = RankedTrial.of(record, metric).best
-    judged = (
-        f"{_accuracies(best, metric)} at epoch {best.epoch}" if best else "no epoch to judge it by"
-    )
+    judged = "no epoch to judge it by"
+    if best := RankedTrial.of(record, metric).best:
+        judged = f"{_accuracies(best, metric)} at epoch {best.epoch}"
     return (
         f"[{duration(elapsed)}] {tally.done:,}/{tally.rules.trials:,} done: "
         f"trial {record.number} {record.state}{reason} after {count(record.epochs, 'epoch')}, "
@@ -169,10 +169,8 @@ def _line(text: Text, label: str, value: str, style: str = "") -> None:
 
 
 def _accuracies(row: EpochRow, metric: Metric) -> str:
-    test = f"test {percent(row.test_accuracy)}"
-    if metric == "test_accuracy":
-        return test
-    return f"val {percent(row.val_accuracy)}, {test}"
+    val = f"val {percent(row.val_accuracy)}, " if metric == "val_accuracy" else ""
+    return f"{val}test {percent(row.test_accuracy)}"
 
 
 class Progress(Callback):
@@ -238,7 +236,7 @@ class Progress(Callback):
 
     def _end(self, number: int) -> None:
         record = self._tally.end(number)
-        if record is not None and not self._is_live:
+        if record and not self._is_live:
             line = finished_line(self._tally, record, self._experiment.elapsed)
             self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
             self._console.file.flush()

@@ -139,8 +139,7 @@ def _close(
             if study_failure is not None:
                 behind.insert(0, f"{folder.study} is behind ({study_failure}); nothing is lost")
             write_tables(folder, experiment.history, experiment.rules.metric)
-            warnings = tuple(each for each in behind if each is not None)
-            return Ending(received, warnings)
+            return Ending(received, tuple(each for each in behind if each is not None))
         except OSError as failure:
             error = failure
     with contextlib.suppress(OSError):  # the folder may be what is broken

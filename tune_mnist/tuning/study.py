@@ -157,26 +157,19 @@ class _Storage(InMemoryStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id: int = super().create_new_trial(study_id, template_trial)
-        self._update_model_trials(trial_id)
+        self._model_trials.update(self.get_trial(trial_id))
         return trial_id
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         is_set: bool = super().set_trial_state_values(trial_id, state, values)
-        self._update_model_trials(trial_id)
+        self._model_trials.update(self.get_trial(trial_id))
         return is_set
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         if not key.startswith("tpe:"):
             super().set_trial_system_attr(trial_id, key, value)
-
-    def _update_model_trials(self, trial_id: int) -> None:
-        trial = self.get_trial(trial_id)
-        if trial.state.is_finished():
-            self._model_trials.end(trial)
-        else:
-            self._model_trials.begin(trial.number)
 
 
 MODELLED = 250  # finished trials at most; from this many on TPE counts 25 of them as good
@@ -198,10 +191,11 @@ class ModelTrials:
         self._latest: list[tuple[int, _Rank]] = []  # finished, by number
         self._best: list[tuple[_Rank, int]] = []  # of the earlier ones: a heap, poorest first
 
-    def begin(self, number: int) -> None:
-        self._unfinished.add(number)
-
-    def end(self, trial: FrozenTrial) -> None:
+    def update(self, trial: FrozenTrial) -> None:
+        """Record that a trial has begun or ended."""
+        if not trial.state.is_finished():
+            self._unfinished.add(trial.number)
+            return
         self._unfinished.discard(trial.number)
         bisect.insort(self._latest, (trial.number, _rank(trial)))
         if len(self._latest) > MODELLED - MODELLED_BEST:
@@ -214,7 +208,8 @@ class ModelTrials:
     def numbers(self) -> list[int]:
         """The numbers of the trials, ascending."""
         best = (-negative for _, negative in self._best)
-        return sorted([*self._unfinished, *best, *(number for number, _ in self._latest)])
+        latest = (number for number, _ in self._latest)
+        return sorted([*self._unfinished, *best, *latest])
 
 
 def _rank(trial: FrozenTrial) -> _Rank:

@@ -48,12 +48,11 @@ class ExperimentSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's assignment, FINISHED, or None while there is none."""
-        if self._over():
+        live, has_next = self._experiment.live, self._experiment.has_next
+        # A running trial may still fail and have to be handed out again.
+        if self._over() or not (has_next or live):
             return Searcher.FINISHED
-        if not self._experiment.has_next:
-            # A running trial may still fail and have to be handed out again.
-            return None if self._experiment.live else Searcher.FINISHED
-        if self._experiment.live >= self._room():
+        if not has_next or live >= self._room():
             return None
         return {"assignment": self._experiment.next_trial(trial_id)}
 
@@ -62,8 +61,9 @@ class ExperimentSearcher(Searcher):
     ) -> None:
         pass
 
+    # The run's folder holds everything that a resume needs.
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the run's folder holds all there is to resume from."""
+        pass
 
     def restore(self, checkpoint_path: str) -> None:
         pass
@@ -121,8 +121,7 @@ class Supervisor(Callback, Stopper):
         self.signal: int | None = None  # that the search was told to end with
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune pickles its stopper into snapshots that nobody reads."""
-        return {}
+        return {}  # Tune pickles its stopper into snapshots that nobody reads
 
     def stop_all(self) -> bool:
         """Return True if the search ends now; a resume continues its running trials."""
@@ -130,8 +129,7 @@ class Supervisor(Callback, Stopper):
         return bool(self.signal or experiment.broken or experiment.out_of_time)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: whether a single trial stops is the scheduler's decision."""
-        return False
+        return False  # whether a single trial stops is the scheduler's decision
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self._last_sign[trial] = time.monotonic()
