@@ -22,8 +22,6 @@ from tune_mnist.errors import TuneMnistError
 
 Settings = TypeVar("Settings")
 
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _OPTIONS = Group("Options")
 
 
@@ -144,13 +142,13 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
         if isinstance(error, UnusedCliTokensError):
             what = f"unexpected argument: {' '.join(error.unused_tokens or [])}"
         _print_error(f"error: {what} (--help lists the options)")
-        return BAD_INPUT
+        return 2
     except TuneMnistError as error:
         _print_error(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         _print_error(str(interrupt) or "interrupted")
-        return INTERRUPTED
+        return 130  # 128 + SIGINT, as in shells
     except BrokenPipeError:  # as with `| head`, whose reader leaves
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -151,7 +151,6 @@ def _load_plan(
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
-    """Return why nothing is left to resume, or None."""
     if history.closed_as is None:  # killed: at least its tables need to be brought up to date
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():

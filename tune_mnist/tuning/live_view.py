@@ -28,7 +28,6 @@ from tune_mnist.tuning.tally import Tally, seconds_per_epoch
 from tune_mnist.tuning.tune_adapters import number_of
 
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
-_LABEL = 10  # columns
 _NODES_NAMED = 6  # in a larger cluster, nodes of a kind are counted
 
 SECONDS_BETWEEN_VIEWS = 0.25
@@ -164,7 +163,7 @@ def _row(tally: Tally, record: TrialRecord) -> str:
 
 
 def _line(text: Text, label: str, value: str, style: str = "") -> None:
-    text.append(f"\n{label:<{_LABEL}}", "dim")
+    text.append(f"\n{label:<10}", "dim")
     text.append(value, style)
 
 
