@@ -27,17 +27,14 @@ ADVANCE = [(1, 3.0), (1, 2.0), (2, 3.0), (1, 4.0), (3, 2.5), (1, 1.5), (5, 2.0),
         (20, 3, 20, ()),
         (1, 3, 1, ()),
         (1, 1e300, 20, (1,)),
+        (1, 1.1, 20, (*range(1, 13), 14, 15, 16, 18)),  # milestones that share an epoch
+        (1, 1 + 1e-12, 20, (*range(1, 20),)),
     ],
 )
 def test_rungs_lie_at_the_first_epoch_at_or_after_each_power_of_the_factor(
     grace: int, factor: float, budget: int, rungs: tuple[int, ...]
 ) -> None:
     assert Rungs(grace, factor, budget).epochs == rungs
-
-
-def test_a_factor_so_small_that_milestones_share_an_epoch_loses_no_rung_and_ends() -> None:
-    assert Rungs(1, 1.1, 20).epochs == (*range(1, 13), 14, 15, 16, 18)
-    assert Rungs(1, 1 + 1e-12, 20).epochs == tuple(range(1, 20))
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -3.0, float("nan")])
@@ -90,40 +87,36 @@ def reports(generator: random.Random) -> list[tuple[int, int, float]]:
     return found
 
 
-def test_a_decision_stays_what_it_was_whatever_came_later() -> None:
+def told(reports: list[tuple[int, int, float]]) -> tuple[Rungs, list[bool]]:
+    """Rungs that were told reports, and what they decided."""
     rungs = Rungs(1, 3, 20)
-    told = reports(random.Random(1))
-    first = [rungs.should_stop(*report) for report in told]
-    assert [rungs.should_stop(*report) for report in told] == first
+    return rungs, [rungs.should_stop(*report) for report in reports]
+
+
+def test_a_decision_stays_what_it_was_whatever_came_later() -> None:
+    seen = reports(random.Random(1))
+    rungs, first = told(seen)
+    assert [rungs.should_stop(*report) for report in seen] == first
     # A value that differs when a trial is trained again changes nothing either.
-    assert [rungs.should_stop(trial, epoch, 0.0) for trial, epoch, _ in told] == first
+    assert [rungs.should_stop(trial, epoch, 0.0) for trial, epoch, _ in seen] == first
     assert any(first)
 
 
-def test_rungs_replayed_in_the_recorded_order_decide_on_as_those_that_saw_it_all() -> None:
-    told = reports(random.Random(2))
-    lived = Rungs(1, 3, 20)
-    decisions = [lived.should_stop(*report) for report in told]
-    for cut in range(0, len(told), 37):
-        resumed = Rungs(1, 3, 20)
-        for report in told[:cut]:
-            resumed.should_stop(*report)
-        assert [resumed.should_stop(*report) for report in told[cut:]] == decisions[cut:]
+def test_rungs_replayed_in_the_recorded_order_decide_as_those_that_saw_it_all() -> None:
+    seen = reports(random.Random(2))
+    _, decisions = told(seen)
+    for cut in range(0, len(seen), 37):
+        resumed, _ = told(seen[:cut])
+        assert [resumed.should_stop(*report) for report in seen[cut:]] == decisions[cut:]
 
 
 def test_what_is_recorded_does_not_depend_on_the_order() -> None:
-    told = reports(random.Random(3))
-    one, other = Rungs(1, 3, 20), Rungs(1, 3, 20)
-    for report in told:
-        one.should_stop(*report)
-    for report in reversed(told):
-        other.should_stop(*report)
+    seen = reports(random.Random(3))
+    (one, _), (other, _) = told(seen), told(seen[::-1])
     for epoch in one.epochs:
         for value in (0.1, 0.3, 0.5, 0.6, 0.65, 0.7, 0.9):
-            newcomer = 1000 + int(100 * value)
-            assert one.should_stop(newcomer, epoch, value) == other.should_stop(
-                newcomer, epoch, value
-            )
+            newcomer = (1000 + int(100 * value), epoch, value)
+            assert one.should_stop(*newcomer) == other.should_stop(*newcomer)
 
 
 def test_a_value_that_is_not_finite_neither_stops_a_trial_nor_counts() -> None:
@@ -134,7 +127,7 @@ def test_a_value_that_is_not_finite_neither_stops_a_trial_nor_counts() -> None:
     assert rungs.should_stop(5, 1, 0.05)
 
 
-def test_a_rung_stops_nothing_before_it_has_seen_as_many_trials_as_one_goes_on_of() -> None:
+def test_a_rung_stops_nothing_before_it_has_seen_as_many_trials_as_one_continues_of() -> None:
     rungs = Rungs(1, 3, 20)
     assert [rungs.should_stop(trial, 1, 0.9 - trial / 10) for trial in range(4)] == [
         *(False, False),  # the best of one, and the worse of two

@@ -107,24 +107,15 @@ def test_a_log_has_whole_lines_and_a_terminal_lines_that_fit() -> None:
     assert file.getvalue().count("2 nodes") == 1
 
 
-def test_the_start_line_says_what_will_run(recorded: RecordedSearch) -> None:
+def test_the_start_line_says_what_will_run_and_what_is_done(recorded: RecordedSearch) -> None:
     assert _start_line(recorded, ONE_CPU, 2, 55_000, 5_000) == (
         "search: up to 50 trials of at most 20 epochs, 2 at a time on 2 CPUs, "
         "55,000 training images, held-out 5,000 steer"
     )
-
-
-def test_the_start_line_names_budget_gpus_and_a_test_set_that_steers(
-    recorded: RecordedSearch,
-) -> None:
-    line = _start_line(recorded, QUARTER_GPU, 4, 60_000, 0, time_budget=600.0, trials=1)
-    assert line == (
+    assert _start_line(recorded, QUARTER_GPU, 4, 60_000, 0, time_budget=600.0, trials=1) == (
         "search: up to 1 trial of at most 20 epochs, for at most 10 min, 4 at a time on "
         "4 CPUs and 1 GPU, 60,000 training images, the test set steers"
     )
-
-
-def test_the_start_line_of_a_resumed_search_says_what_is_done(recorded: RecordedSearch) -> None:
     recorded.trial([0.9])
     recorded.start()
     line = _start_line(recorded, ONE_CPU, 1, 500, 50)
@@ -133,16 +124,23 @@ def test_the_start_line_of_a_resumed_search_says_what_is_done(recorded: Recorded
 
 
 def test_the_view_shows_counts_best_baseline_and_the_running(recorded: RecordedSearch) -> None:
+    assert _view(recorded) == [
+        "search",
+        "trials    0 of 50 done, 0 running",
+        "epochs    0",
+        "time      3 min 20 s",
+    ]
     recorded.trial([0.96, 0.95], [0.97, 0.96])
     recorded.trial([0.98], [0.975], state="stopped", lr=0.05)
     recorded.trial([0.5], state="failed", reason="RuntimeError: no such device")
     running = recorded.start(lr=0.031234, dropout=0.0)
     recorded.epoch(running, 0.955)
     recorded.start()
+    recorded.diverged_epoch(recorded.start())
     assert _view(recorded) == [
         "search",
-        "trials    3 of 50 done (1 complete, 1 stopped, 1 failed), 2 running",
-        "epochs    5",
+        "trials    3 of 50 done (1 complete, 1 stopped, 1 failed), 3 running",
+        "epochs    6",
         "time      3 min 20 s",
         "best      val 98.00%, test 97.50%  trial 1 at epoch 1",
         "baseline  val 96.00%, test 97.00%  trial 0 at epoch 1",
@@ -151,15 +149,7 @@ def test_the_view_shows_counts_best_baseline_and_the_running(recorded: RecordedS
         "trial    epoch      val  s/epoch  differs from the baseline in",
         "    3     1/20   95.50%      2.5  lr 0.0312, dropout 0",
         "    4     0/20        -        -  as the baseline",
-    ]
-
-
-def test_before_the_first_epoch_the_view_is_short(recorded: RecordedSearch) -> None:
-    assert _view(recorded) == [
-        "search",
-        "trials    0 of 50 done, 0 running",
-        "epochs    0",
-        "time      3 min 20 s",
+        "    5     1/20        -        2  as the baseline",
     ]
 
 
@@ -214,8 +204,8 @@ class Shown:
         self.course = Course(path / "search", trials=10, epochs=20, reduction_factor=3.0)
 
     def show(self, console: Console) -> Progress:
-        self.progress = Progress(console, lambda: self.course.now)
-        self.progress.watch(self.course.experiment, self.course.folder)
+        course = self.course
+        self.progress = Progress(console, course.experiment, course.folder, lambda: course.now)
         return self.progress
 
     def piped(self) -> io.StringIO:
@@ -273,6 +263,7 @@ def test_without_a_terminal_every_finished_trial_is_a_line(search: Shown) -> Non
     assert pipe.getvalue() == ""
     search.complete(baseline)
     search.fail(search.start(), "RuntimeError: [b]no[/b] such device")
+    search.progress.on_trial_complete(0, [], search.start())  # interrupted, so not finished
     first, second = pipe.getvalue().splitlines()
     assert first == (
         "[1 min 01 s] 1/10 done: trial 0 stopped after 1 epoch, "
@@ -305,12 +296,6 @@ def test_a_dumb_terminal_gets_lines(search: Shown, monkeypatch: pytest.MonkeyPat
         assert terminal.read().replace("\r\n", "").isprintable()
 
 
-def test_a_trial_that_was_interrupted_is_no_finished_one(search: Shown) -> None:
-    pipe = search.piped()
-    search.progress.on_trial_complete(0, [], search.start())  # the history has no final state
-    assert pipe.getvalue() == ""
-
-
 def test_a_terminal_shows_the_search_and_is_left_clean(search: Shown, terminal: Terminal) -> None:
     with closing(search.show(terminal.console)):
         trial = search.start()
@@ -332,24 +317,14 @@ def test_without_colours_nothing_is_coloured(
     search: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    with closing(Terminal()) as terminal:
-        with closing(search.show(terminal.console)):
-            search.fail(search.start(), "RuntimeError")
-            search.step()
-            assert "failed    trial 0: RuntimeError" in terminal.screen
+    with closing(Terminal()) as terminal, closing(search.show(terminal.console)):
+        search.fail(search.start(), "RuntimeError")
+        search.step()
+        assert "failed    trial 0: RuntimeError" in terminal.screen
         assert not re.search(r"\x1b\[[\d;]*3\dm", terminal.received)
 
 
-def test_an_error_leaves_the_terminal_clean_too(search: Shown, terminal: Terminal) -> None:
-    with pytest.raises(KeyboardInterrupt), closing(search.show(terminal.console)):
-        search.start()
-        search.step()
-        raise KeyboardInterrupt
-    assert terminal.screen == []
-
-
-def test_closing_twice_or_unopened_does_nothing(search: Shown, terminal: Terminal) -> None:
-    Progress(terminal.console).close()
+def test_a_closed_display_shows_nothing_more(search: Shown, terminal: Terminal) -> None:
     search.show(terminal.console).close()
     terminal.read()
     search.progress.close()
@@ -401,7 +376,7 @@ def rows_in(table: Path) -> int:
     return len(table.read_text().splitlines()) - 1
 
 
-def test_the_tables_are_there_from_the_start_and_grow(search: Shown) -> None:
+def test_the_tables_are_there_from_the_start_and_follow_what_happens(search: Shown) -> None:
     search.piped()
     search.step()
     folder = search.course.folder
@@ -411,6 +386,13 @@ def test_the_tables_are_there_from_the_start_and_grow(search: Shown) -> None:
     assert rows_in(folder.trials) == 0
     search.step(0.2)
     assert rows_in(folder.best) == 1
+    folder.trials.unlink()
+    search.step(1000)
+    assert not folder.trials.exists()  # nothing has happened
+    folder.trials.mkdir()
+    search.epoch(search.start())
+    with pytest.raises(OSError, match="directory"):
+        search.step(1000)
 
 
 def test_writing_tables_takes_at_most_a_hundredth_of_the_time(
@@ -432,21 +414,6 @@ def test_writing_tables_takes_at_most_a_hundredth_of_the_time(
     assert 0.5 * (len(written) - 1) <= 2.0
 
 
-def test_tables_are_left_alone_while_nothing_happens(search: Shown) -> None:
-    search.piped()
-    search.step()
-    search.course.folder.trials.unlink()
-    search.step(1000)
-    assert not search.course.folder.trials.exists()
-
-
-def test_tables_that_cannot_be_written_end_the_search(search: Shown) -> None:
-    search.piped()
-    search.course.folder.trials.mkdir()
-    with pytest.raises(OSError, match="directory"):
-        search.step()
-
-
 def test_a_resumed_search_shows_what_was_done_before(search: Shown, terminal: Terminal) -> None:
     search.piped()
     search.complete(search.epoch(search.start()))
@@ -454,10 +421,8 @@ def test_a_resumed_search_shows_what_was_done_before(search: Shown, terminal: Te
     search.course.again()
     with closing(search.show(terminal.console)):
         search.step()
-        assert terminal.screen[1:3] == [
-            "trials    1 of 10 done (1 stopped), 0 running",
-            "epochs    2",
-        ]
+        assert terminal.screen[1] == "trials    1 of 10 done (1 stopped), 0 running"
+        assert terminal.screen[2] == "epochs    2"
         search.start()
         search.step(1)
         assert terminal.screen[-1].split()[:2] == ["1", "1/20"]

@@ -3,8 +3,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,19 @@ def test_a_plan_is_read_as_it_was_written(folder: RunFolder, settings: SearchSet
     plan.save(folder)
     assert Plan.load(folder) == plan
     assert Plan.load(folder).differences(folder) == []
-    Plan.load(folder).save(folder)
-    assert Plan.load(folder) == plan
 
 
 def test_what_was_not_asked_comes_from_the_space_and_the_defaults() -> None:
-    plan = Plan.of(SearchSettings(space="quick"))
-    assert plan.rules.epochs == plan.rules.space.epochs == 5
-    assert plan.rules.trials == DEFAULT_TRIALS
-    assert plan.rules.time_limit == math.inf
-    assert plan.rules.images is None
+    rules = Plan.of(SearchSettings(space="quick")).rules
+    assert (rules.epochs, rules.trials, rules.images) == (5, DEFAULT_TRIALS, None)
+    assert rules.time_limit == math.inf
 
 
 def test_search_yaml_can_be_read_by_a_person(folder: RunFolder) -> None:
-    Plan.of(SearchSettings(trials=3)).save(folder)
+    Plan.of(SearchSettings(trials=3, time_budget=math.inf)).save(folder)
     data = yaml.safe_load(folder.search.read_text())
     assert data["asked"]["trials"] == 3
+    assert data["asked"]["time_budget"] is None
     assert data["space"]["parameters"]["lr"] == {"low": 0.001, "high": 0.15, "log": True}
     assert data["versions"] == versions()
     assert data["machine"] == machine()
@@ -92,64 +90,47 @@ def test_the_plan_of_an_older_run_is_read_and_written_alike(run: Path, folder: R
     assert after["space"] == before["space"]
 
 
-def test_a_time_budget_without_end_is_none(folder: RunFolder) -> None:
-    Plan.of(SearchSettings(time_budget=math.inf)).save(folder)
-    assert folder.read_search()["asked"]["time_budget"] is None
-    assert Plan.load(folder).rules.time_limit == math.inf
-
-
-def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
-        for key in keys[:-1]:
-            data = data[key]
-        data[keys[-1]] = value
-
-    return change
-
-
-def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
-    def change(data: dict[str, Any]) -> None:
-        for key in keys[:-1]:
-            data = data[key]
-        del data[keys[-1]]
-
-    return change
+MISSING = object()
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("entry", "value", "reason"),
     [
-        (drop("asked"), "'asked' is missing"),
-        (drop("space"), "'space' is missing"),
-        (drop("space_name"), "'space_name' is missing"),
-        (drop("asked", "seed"), "'seed' is missing"),
-        (put("asked", value=[1]), "asked must be a mapping, but got [1]"),
-        (put("asked", "pruner", value="x"), "asked.pruner is not known to this version"),
-        (put("asked", "trials", value="3"), "asked.trials cannot be '3'"),
-        (put("asked", "trials", value=True), "asked.trials cannot be True"),
-        (put("asked", "trials", value=0), "--trials must be at least 1, but got 0"),
-        (put("asked", "epochs", value=None), "asked.epochs cannot be None"),
-        (put("asked", "epochs", value=10**9), "--epochs must be at most 1000"),
-        (put("asked", "images", value=0.5), "asked.images cannot be 0.5"),
-        (put("asked", "metric", value="accuracy"), "asked.metric cannot be 'accuracy'"),
-        (put("asked", "reduction_factor", value=1), "--reduction-factor must be above 1"),
-        (put("asked", "reduction_factor", value=math.nan), "--reduction-factor must be above"),
-        (put("asked", "time_budget", value=-1), "--time-budget must be above 0 seconds"),
-        (put("asked", "time_budget", value={}), "asked.time_budget cannot be {}"),
-        (put("precision", value="fp8"), "precision cannot be 'fp8'"),
-        (put("confirm", value="yes"), "confirm cannot be 'yes'"),
-        (put("storage", value=5), "storage cannot be 5"),
-        (put("storage", value="ftp://here"), "storage of the kind ftp:// is not known"),
-        (put("space", value=None), "must be a mapping"),
-        (put("space", "parameters", "lr", "low", value="a"), "parameters.lr"),
+        ("asked", MISSING, "'asked' is missing"),
+        ("space", MISSING, "'space' is missing"),
+        ("space_name", MISSING, "'space_name' is missing"),
+        ("asked.seed", MISSING, "'seed' is missing"),
+        ("asked", [1], "asked must be a mapping, but got [1]"),
+        ("asked.pruner", "x", "asked.pruner is not known to this version"),
+        ("asked.trials", "3", "asked.trials cannot be '3'"),
+        ("asked.trials", True, "asked.trials cannot be True"),
+        ("asked.trials", 0, "--trials must be at least 1, but got 0"),
+        ("asked.epochs", None, "asked.epochs cannot be None"),
+        ("asked.epochs", 10**9, "--epochs must be at most 1000"),
+        ("asked.images", 0.5, "asked.images cannot be 0.5"),
+        ("asked.metric", "accuracy", "asked.metric cannot be 'accuracy'"),
+        ("asked.reduction_factor", math.nan, "--reduction-factor must be above 1"),
+        ("asked.time_budget", -1, "--time-budget must be above 0 seconds"),
+        ("asked.time_budget", {}, "asked.time_budget cannot be {}"),
+        ("precision", "fp8", "precision cannot be 'fp8'"),
+        ("confirm", "yes", "confirm cannot be 'yes'"),
+        ("storage", 5, "storage cannot be 5"),
+        ("storage", "ftp://here", "storage of the kind ftp:// is not known"),
+        ("space", None, "must be a mapping"),
+        ("space.parameters.lr.low", "a", "parameters.lr"),
     ],
 )
 def test_a_damaged_plan_is_one_line_that_names_the_file_and_what_is_wrong(
-    folder: RunFolder, change: Callable[[dict[str, Any]], None], reason: str
+    folder: RunFolder, entry: str, value: Any, reason: str
 ) -> None:
     Plan.of(SearchSettings()).save(folder)
     data = folder.read_search()
-    change(data)
+    *parents, key = entry.split(".")
+    mapping = reduce(getitem, parents, data)
+    if value is MISSING:
+        del mapping[key]
+    else:
+        mapping[key] = value
     folder.write_search(data)
     with pytest.raises(RunFolderError) as caught:
         Plan.load(folder)
@@ -173,14 +154,9 @@ def test_another_version_of_code_or_libraries_is_named(folder: RunFolder) -> Non
         f"ray was None, is now {now['ray']}",
         f"torch was 2.0.0, is now {now['torch']}",
     ]
-
-
-@pytest.mark.parametrize("damaged", [None, [1], "2.0"])
-def test_versions_that_cannot_be_read_count_as_other_ones(folder: RunFolder, damaged: Any) -> None:
-    plan = Plan.of(SearchSettings())
-    plan.save(folder)
-    folder.write_search(folder.read_search() | {"versions": damaged})
-    assert len(plan.differences(folder)) == len(versions())
+    for damaged in (None, [1], "2.0"):
+        folder.write_search(data | {"versions": damaged})
+        assert len(plan.differences(folder)) == len(versions())
 
 
 def test_a_changed_space_file_is_noticed_from_any_folder(

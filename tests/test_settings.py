@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -85,22 +82,18 @@ def test_arguments_become_settings() -> None:
         (["--seed", "-1"], "--seed must be at least 0, but got -1"),
         (["--retries", "-1"], "--retries must be at least 0, but got -1"),
         (["--cpus-per-trial", "-0.5"], "--cpus-per-trial must be at least 0, but got -0.5"),
-        (["--cpus-per-trial", "nan"], "--cpus-per-trial must be at least 0, but got nan"),
         (["--cpus-per-trial", "inf"], "--cpus-per-trial must be at least 0, but got inf"),
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be a fraction of one GPU or a whole"),
         (["--reduction-factor", "1"], "--reduction-factor must be above 1, but got 1"),
         (["--reduction-factor", "nan"], "--reduction-factor must be above 1, but got nan"),
-        (["--reduction-factor", "inf"], "--reduction-factor must be above 1, but got inf"),
         (["--time-budget", "0"], "--time-budget must be above 0 seconds, but got 0"),
         (["--time-budget=-90"], "--time-budget must be above 0 seconds, but got -90"),
         (["--time-budget", "nan"], "--time-budget must be above 0 seconds, but got nan"),
         (["--time-budget", "5min"], "Invalid value for --time-budget: a time is written like 90s"),
-        (["--time-budget="], "Invalid value for --time-budget: a time is written like 90s"),
         (["--hang-timeout", "0s"], "--hang-timeout must be above 0 seconds, but got 0"),
         (["--metric", "accuracy"], 'Invalid value "accuracy" for --metric. Choose from: "val_'),
         (["--run", "a/b"], "--run must be a plain name, without folders, but got 'a/b'"),
         (["--run", ""], "--run must be a plain name, without folders, but got ''"),
-        (["--run", "."], "--run must be a plain name, without folders, but got '.'"),
         (["--run", ".."], "--run must be a plain name, without folders, but got '..'"),
         (["--run", "a/"], "--run must be a plain name, without folders, but got 'a/'"),
         (["--resume", "x", "--epochs", "3"], "--epochs cannot be changed with --resume, which"),
@@ -160,37 +153,32 @@ def test_what_is_confirmed_has_its_limits(option: dict[str, Any], rule: str) -> 
         ConfirmSettings(**option)
 
 
+SEARCH_WORDS = (
+    "python -m tune_mnist.search [OPTIONS]",
+    "--time-budget TIME Stop after this long: 90s, 10m, 1.5h.",
+    "--hang-timeout TIME",
+    "[choices: val_accuracy, test_accuracy]",
+    "[default: val_accuracy]",
+)
+CONFIRM_WORDS = ("RUN --run Folder of the search.", "[default: 3]", "[choices: off, auto]")
+
+
 @pytest.mark.parametrize(
     ("door", "settings", "words"),
-    [
-        (
-            "search",
-            SearchSettings,
-            (
-                "python -m tune_mnist.search [OPTIONS]",
-                "--time-budget TIME Stop after this long: 90s, 10m, 1.5h.",
-                "--hang-timeout TIME",
-                "[choices: val_accuracy, test_accuracy]",
-                "[default: val_accuracy]",
-            ),
-        ),
-        (
-            "confirm",
-            ConfirmSettings,
-            ("RUN --run Folder of the search.", "[default: 3]", "[choices: off, auto]"),
-        ),
-    ],
+    [("search", SearchSettings, SEARCH_WORDS), ("confirm", ConfirmSettings, CONFIRM_WORDS)],
 )
-def test_every_option_is_explained(door: str, settings: type, words: Sequence[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"tune_mnist.{door}", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    text = " ".join(" ".join(line.strip("│ ") for line in done.stdout.splitlines()).split())
-    assert done.stderr == ""
+def test_every_option_is_explained(
+    door: str,
+    settings: type,
+    words: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert exit_code(door, settings, lambda _: None, ["--help"]) == 0
+    out, err = capfd.readouterr()
+    text = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
+    assert err == ""
     for entry in fields(settings):
         assert f"{'--list' if entry.name == 'list_runs' else flag(entry.name)} " in text
     for expected in words:

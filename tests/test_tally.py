@@ -37,13 +37,8 @@ def test_trials_are_counted_from_start_to_end(search: RecordedSearch) -> None:
     assert ended is search.history.trials[first]
     assert (tally.done, tally.epochs, list(tally.running)) == (1, 1, [second])
     assert tally.states == {"stopped": 1}
-
-
-def test_a_trial_that_is_broken_off_has_not_ended(search: RecordedSearch) -> None:
-    tally = _tally(search)
-    number = search.start()
-    assert tally.end(number) is None
-    assert tally.done == 0
+    assert tally.end(second) is None  # interrupted: a resume will continue it
+    assert tally.done == 1
 
 
 def test_the_baselines_best_is_kept_by_the_metric_and_of_equals_the_loss(
@@ -83,14 +78,6 @@ def test_nothing_is_said_of_the_time_left_before_there_is_something_to_go_by(
     assert tally.time_left(search.clock) != ""
 
 
-def test_the_time_left_follows_from_the_pace(search: RecordedSearch) -> None:
-    tally = _tally(search)
-    for _ in range(6):
-        _end(search, tally, 4)  # 24 epochs
-    # Six more trials of 4 epochs, at 10 s an epoch.
-    assert tally.time_left(240.0) == "about 4 min left"
-
-
 def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
     search: RecordedSearch,
 ) -> None:
@@ -104,11 +91,12 @@ def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
     assert tally.time_left(search.clock) == "about 10 min left"
 
 
-def test_the_time_budget_bounds_the_time_left(search: RecordedSearch) -> None:
+def test_the_time_left_follows_from_the_pace_within_the_budget(search: RecordedSearch) -> None:
     tally = _tally(search, time_budget=600.0)
     assert tally.time_left(0.0) == "at most 10 min left"
     for _ in range(6):
-        _end(search, tally, 4)
+        _end(search, tally, 4)  # 24 epochs
+    # Six more trials of 4 epochs, at 10 s an epoch.
     assert tally.time_left(240.0) == "about 4 min left"
     assert tally.time_left(480.0) == "at most 2 min left"
     assert tally.time_left(700.0) == "at most 10 s left"

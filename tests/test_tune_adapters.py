@@ -76,6 +76,8 @@ def watched(tmp_path: Path) -> Watched:
 
 def test_a_trial_that_fails_is_suggested_again_before_anything_new(watched: Watched) -> None:
     first = watched.start()
+    watched.start("beside")
+    assert watched.searcher.suggest("x") is None  # there is room for two
     watched.report(first)
     watched.fail(first, "the worker\ndied")
     again = watched.start("other")
@@ -156,7 +158,9 @@ def test_a_report_that_cannot_be_written_ends_the_search_not_the_trial(
     trial = watched.start()
     monkeypatch.setattr(watched.course.checkpoints, "save", full)
     assert watched.report(trial) == "NOOP"
-    assert watched.experiment.broken is FULL
+    with watched.experiment.ending_on_error():
+        raise ValueError("a consequence")
+    assert watched.experiment.broken is FULL  # the first error
     assert watched.supervisor.stop_all()
 
 
@@ -168,19 +172,6 @@ def test_an_end_that_cannot_be_written_ends_the_search(
     watched.report(trial)
     watched.supervisor.on_trial_complete(0, [], trial)
     assert watched.experiment.broken is FULL
-
-
-def test_of_several_errors_the_first_ends_the_search(watched: Watched) -> None:
-    for error in (FULL, ValueError("a consequence")):
-        with watched.experiment.ending_on_error():
-            raise error
-    assert watched.experiment.broken is FULL
-
-
-def test_no_more_trials_are_handed_out_than_there_is_room_for(watched: Watched) -> None:
-    watched.start()
-    watched.start()
-    assert watched.searcher.suggest("x") is None
 
 
 @pytest.mark.parametrize(

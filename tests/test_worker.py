@@ -24,12 +24,11 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return reports
 
 
-def epochs_of(*values: tuple[float, float], diverging: bool = False) -> Any:
+def epochs_of(*values: tuple[float, float]) -> Any:
     def epochs(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
         for epoch, (accuracy, loss) in enumerate(values, start=1):
-            step = 3 if diverging and epoch == len(values) else None
             losses = {"val_loss": loss, "test_loss": 1 - loss}
-            metrics = epoch_metrics(epoch, accuracy, 1 - accuracy, **losses, diverged_step=step)
+            metrics = epoch_metrics(epoch, accuracy, 1 - accuracy, **losses)
             yield TrialEpoch(metrics, b"state", partial(bytes, [epoch]))
 
     return epochs
@@ -43,17 +42,24 @@ def run(metric: Metric, epochs: Any) -> None:
         run_trial(config, epochs, nothing)
 
 
-def test_only_a_trials_own_best_epochs_carry_a_model(reports: list[dict[str, Any]]) -> None:
-    run("val_accuracy", epochs_of((0.5, 0.2), (0.4, 0.1), (0.5, 0.1), (0.5, 0.1), (0.6, 0.9)))
-    assert [report["model"] for report in reports] == [b"\1", None, b"\3", None, b"\5"]
-
-
-def test_the_best_is_that_of_the_chosen_metric(reports: list[dict[str, Any]]) -> None:
-    run("test_accuracy", epochs_of((0.5, 0.2), (0.6, 0.1), (0.4, 0.3)))
-    assert [report["model"] for report in reports] == [b"\1", None, b"\3"]
-
-
-def test_an_epoch_that_diverged_carries_no_model(reports: list[dict[str, Any]]) -> None:
-    run("val_accuracy", epochs_of((0.5, 0.2), (math.nan, math.nan), diverging=True))
-    assert [report["model"] for report in reports] == [b"\1", None]
-    assert [report["state"] for report in reports] == [b"state", b"state"]
+@pytest.mark.parametrize(
+    ("metric", "values", "models"),
+    [
+        (
+            "val_accuracy",
+            [(0.5, 0.2), (0.4, 0.1), (0.5, 0.1), (0.5, 0.1), (0.6, 0.9)],
+            [b"\1", None, b"\3", None, b"\5"],
+        ),
+        ("test_accuracy", [(0.5, 0.2), (0.6, 0.1), (0.4, 0.3)], [b"\1", None, b"\3"]),
+        ("val_accuracy", [(0.5, 0.2), (math.nan, math.nan)], [b"\1", None]),  # it diverges
+    ],
+)
+def test_only_a_trials_own_best_epochs_by_the_metric_carry_a_model(
+    reports: list[dict[str, Any]],
+    metric: Metric,
+    values: list[tuple[float, float]],
+    models: list[bytes | None],
+) -> None:
+    run(metric, epochs_of(*values))
+    assert [report["model"] for report in reports] == models
+    assert {report["state"] for report in reports} == {b"state"}

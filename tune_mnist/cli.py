@@ -2,7 +2,6 @@
 
 A front door declares its options once, as a frozen dataclass whose fields carry their types,
 defaults and help, and calls `run` with a function that takes an instance of it.
-
 Exit codes: what the command returns (None is 0), a TuneMnistError's own, 2 for arguments that
 make no settings, 130 for Ctrl-C. Every error raised on purpose is one line on stderr.
 """
@@ -23,8 +22,6 @@ from tune_mnist.errors import TuneMnistError
 
 Settings = TypeVar("Settings")
 
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _OPTIONS = Group("Options")
 
 
@@ -43,13 +40,9 @@ class Command(Generic[Settings]):
 def run(
     name: str, settings_type: type[Settings], command: Callable[[Settings], int | None]
 ) -> NoReturn:
-    """Make settings from the command line, run the command with them and exit.
+    """Make settings from the command line of `python -m tune_mnist.<name>`, run and exit.
 
-    Args:
-        name: the module's name within the package, as in `python -m tune_mnist.<name>`.
-        settings_type: a dataclass, all of whose fields have defaults; its docstring is the
-            command's help, its fields' are the options'.
-        command: the work itself.
+    All fields of the settings, a dataclass, have defaults; its docstring is the command's help.
     """
     sys.exit(exit_code(name, settings_type, command, sys.argv[1:]))
 
@@ -67,13 +60,7 @@ def exit_code(
 
 
 def run_one_of(name: str, about: str, commands: Mapping[str, Command[Any]]) -> NoReturn:
-    """Do what `run` does, with the command that the first argument names.
-
-    Args:
-        name: the module's name within the package.
-        about: the help of the front door as a whole.
-        commands: by their names on the command line.
-    """
+    """Do what `run` does, with the command that the first argument names."""
     sys.exit(exit_code_of_one(name, about, commands, sys.argv[1:]))
 
 
@@ -151,23 +138,20 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
         sys.stdout.flush()  # what cannot be written shows here, not while Python shuts down
         return code or 0
     except CycloptsError as error:
-        _print_error(f"error: {_describe(error)} (--help lists the options)")
-        return BAD_INPUT
+        what = str(error).rstrip(".")
+        if isinstance(error, UnusedCliTokensError):
+            what = f"unexpected argument: {' '.join(error.unused_tokens or [])}"
+        _print_error(f"error: {what} (--help lists the options)")
+        return 2
     except TuneMnistError as error:
         _print_error(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         _print_error(str(interrupt) or "interrupted")
-        return INTERRUPTED
+        return 130  # 128 + SIGINT, as in shells
     except BrokenPipeError:  # as with `| head`, whose reader leaves
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _describe(error: CycloptsError) -> str:
-    if isinstance(error, UnusedCliTokensError):
-        return f"unexpected argument: {' '.join(error.unused_tokens or [])}"
-    return str(error).rstrip(".")
 
 
 def _print_error(message: str) -> None:

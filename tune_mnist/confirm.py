@@ -9,7 +9,6 @@ from tune_mnist.tuning.settings import ConfirmSettings
 
 
 def confirm(settings: ConfirmSettings) -> int:
-    """Run or resume a confirmation and return the exit code."""
     # Imported here: Ray takes two seconds, which --help and a mistyped option need not wait for.
     from tune_mnist.tuning import launch
 

@@ -10,7 +10,6 @@ from tune_mnist.tuning.settings import SearchSettings
 
 
 def search(settings: SearchSettings) -> int:
-    """Run, resume or list searches and return the exit code."""
     # Imported here: Ray takes two seconds, which --help and a mistyped option need not wait for.
     from tune_mnist.tuning import launch
 

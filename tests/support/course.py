@@ -12,7 +12,7 @@ from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study import Study
 from tune_mnist.tuning.study_file import StudyFile
 
 
@@ -40,10 +40,8 @@ class Course:
         self.folder = RunFolder(self.path)
         self.history = History.load(self.folder)
         self.history.open_session({})
-        metric = self.rules.metric
-        file = StudyFile(self.folder.study, metric) if self._has_file else None
-        sampler = SamplerSettings(self.rules.seed, self.rules.startup_trials)
-        self.study = Study(sampler, metric, file)
+        file = StudyFile(self.folder.study, self.rules.metric) if self._has_file else None
+        self.study = Study(self.rules, file)
         self.checkpoints = Checkpoints(self.folder)
         self.experiment = Experiment(
             self.rules, self.history, self.study, self.checkpoints, clock=lambda: self.now

@@ -13,7 +13,6 @@ from pathlib import Path
 from support.epochs import epoch_metrics
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
-from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.worker import TrialEpoch, train_assignment
 
@@ -52,17 +51,18 @@ class Script:
     def _epoch(self, assignment: Assignment, epoch: int) -> TrialEpoch:
         self._note("epochs", f"{assignment.number} {epoch}")
         accuracy = curve(assignment.config, epoch)
-        diverges = epoch in self.diverging.get(assignment.number, ())
+        if epoch in self.diverging.get(assignment.number, ()):
+            accuracy = math.nan
+        facts = {"train_loss": 1 - accuracy, "seconds": self.seconds, "evaluation_seconds": 0.0}
         return TrialEpoch(
-            metrics=_metrics(epoch, math.nan if diverges else accuracy, self.seconds),
+            metrics=epoch_metrics(epoch, accuracy, accuracy - 0.001, **facts),
             state=f"{epoch} ".encode().ljust(self.state_size, b"."),
             model=partial(model_of, assignment.number, epoch),
         )
 
     def _suffer(self, number: int, epoch: int) -> None:
-        if epoch in self.killed.get(number, ()):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if epoch in self.killed_once.get(number, ()) and self._is_first(f"{number}-{epoch}"):
+        once = epoch in self.killed_once.get(number, ()) and self._is_first(f"{number}-{epoch}")
+        if once or epoch in self.killed.get(number, ()):
             os.kill(os.getpid(), signal.SIGKILL)
         if epoch in self.raising.get(number, ()):
             raise RuntimeError(f"no luck\nin epoch {epoch}")
@@ -123,17 +123,6 @@ def train_little(assignment: Assignment, split: Split) -> Iterator[TrialEpoch]:
         test_labels=split.test_labels[:200],
     )
     return train_assignment(assignment, little)
-
-
-def _metrics(epoch: int, accuracy: float, seconds: float) -> EpochMetrics:
-    return epoch_metrics(
-        epoch,
-        accuracy,
-        accuracy - 0.001,
-        train_loss=1 - accuracy,
-        seconds=seconds,
-        evaluation_seconds=0.0,
-    )
 
 
 def model_of(number: int, epoch: int) -> bytes:

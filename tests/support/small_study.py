@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.settings import SearchOptions
+from tune_mnist.tuning.study import Study
 from tune_mnist.tuning.study_file import StudyFile
 
 PATIENCE = 60.0  # seconds that anything may take
@@ -23,7 +24,7 @@ class SmallStudy:
 
     def __init__(self, path: Path, seed: int = 0, earlier: Sequence[FrozenTrial] = ()) -> None:
         self.path = path
-        self.study = Study(SamplerSettings(0, 5), "val_accuracy", StudyFile(path, "val_accuracy"))
+        self.study = Study(SearchOptions(startup_trials=5), StudyFile(path, "val_accuracy"))
         self._generator = random.Random(seed)
         for trial in earlier:
             self.study.add(trial)

@@ -24,8 +24,8 @@ from tune_mnist.benchmarks.settings import LineUp
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.asha import Rungs
-from tune_mnist.tuning.settings import SearchSettings
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.settings import SearchOptions, SearchSettings
+from tune_mnist.tuning.study import Study
 
 METRIC = "val_accuracy"
 OURS = "ours"
@@ -161,7 +161,8 @@ class Ours:
     baseline: bool = True
 
     def __post_init__(self) -> None:
-        self._study = Study(SamplerSettings(self.seed, self.startup_trials), METRIC, None)
+        options = SearchOptions(seed=self.seed, startup_trials=self.startup_trials)
+        self._study = Study(options, None)
         self._rungs = Rungs(self.grace_epochs, self.reduction_factor, self.epochs)
         self._reported: set[int] = set()
 

@@ -16,22 +16,20 @@ class Rungs:
     """The values seen at each rung, higher being better, and what was decided there."""
 
     def __init__(self, grace_epochs: int, reduction_factor: float, epochs: int) -> None:
-        """Place the rungs: the first epoch at or after grace, grace * factor, grace * factor² ...
+        """Place a rung at the first epoch at or after grace, grace * factor, grace * factor² ...
 
-        Args:
-            grace_epochs: no trial is stopped before it has trained this many epochs.
-            reduction_factor: about one trial in this many continues after a rung; above 1.
-            epochs: the budget of a trial; no rung lies at or beyond it.
+        No rung lies at or beyond `epochs`, a trial's budget.
         """
         if grace_epochs < 1 or not reduction_factor > 1:
             raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
         self._factor = reduction_factor
-        self._seen: dict[int, dict[int, float]] = {
-            epoch: {}
-            for epoch in range(grace_epochs, epochs)
-            if _largest_milestone(grace_epochs, reduction_factor, epoch) > epoch - 1
-        }
+        self._seen: dict[int, dict[int, float]] = {}  # by epoch and trial
         self._stops: set[tuple[int, int]] = set()
+        for epoch in range(grace_epochs, epochs):
+            # The margin: the logarithm of a power of the factor may be just below a whole number.
+            power = math.floor(math.log(epoch / grace_epochs) / math.log(reduction_factor) + 1e-9)
+            if grace_epochs * reduction_factor**power > epoch - 1:
+                self._seen[epoch] = {}
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -43,9 +41,9 @@ class Rungs:
 
         Asked again for the same trial and rung, it answers as before.
         """
-        recorded = self._seen.get(epoch)
-        if recorded is None or not math.isfinite(value):
+        if epoch not in self._seen or not math.isfinite(value):
             return False
+        recorded = self._seen[epoch]
         if trial not in recorded:
             # With one value or two to compare with, "among the best third" means nothing: a good
             # trial that starts slowly would be stopped for being the second to arrive.
@@ -55,10 +53,3 @@ class Rungs:
                 self._stops.add((trial, epoch))
             recorded[trial] = value
         return (trial, epoch) in self._stops
-
-
-def _largest_milestone(grace: int, factor: float, epoch: int) -> float:
-    """Return the largest grace * factor**k up to an epoch that is not before grace."""
-    # The margin: the logarithm of a power of the factor may come out just below a whole number.
-    power = math.floor(math.log(epoch / grace) / math.log(factor) + 1e-9)
-    return grace * factor**power

@@ -6,6 +6,8 @@ In a folder of its own, `confirm` within the run's, it runs, resumes and retries
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count as count_up
+from itertools import islice, product
 from typing import Any, Self
 
 import numpy as np
@@ -15,10 +17,10 @@ from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.runs.confirmed import Candidate, confirmed_table
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, short_path
-from tune_mnist.runs.history import History
+from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.runs.view import RunView
-from tune_mnist.tuning.experiment import FixedTrial, Rules
+from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.plan import machine, versions
 from tune_mnist.tuning.settings import ConfirmOptions
 
@@ -36,29 +38,23 @@ class Confirmation:
 
     @classmethod
     def of(cls, run: RunView, options: ConfirmOptions) -> Self:
-        """Choose what to train again of a search.
-
-        Raises:
-            ConfigError: the search has nothing to confirm yet.
-        """
+        """Choose what to train again of a search, or raise ConfigError if there is nothing yet."""
         ranks = {each.record.number: rank for rank, each in enumerate(run.ranked, start=1)}
-        winners = [each for each in run.ranked if not each.is_baseline][: options.top]
+        winners = [each.record for each in run.ranked if not each.is_baseline][: options.top]
         if not winners:
             raise ConfigError(
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
                 "finished an epoch"
             )
-        trials = [run.trials[0].record, *(each.record for each in winners)]
+        candidates = [
+            Candidate(name, trial.number, ranks.get(trial.number, 0), trial.config)
+            for name, trial in [
+                ("baseline", run.trials[0].record),
+                *((f"trial {winner.number}", winner) for winner in winners),
+            ]
+        ]
         return cls(
-            candidates=tuple(
-                Candidate(
-                    name=f"trial {trial.number}" if position else "baseline",
-                    trial=trial.number,
-                    rank=ranks.get(trial.number, 0),
-                    config=trial.config,
-                )
-                for position, trial in enumerate(trials)
-            ),
+            candidates=tuple(candidates),
             seeds=_fresh_seeds(run, options.seeds),
             space=run.space,
             epochs=options.epochs or run.asked.epochs,
@@ -67,39 +63,28 @@ class Confirmation:
         )
 
     @property
-    def trials(self) -> tuple[FixedTrial, ...]:
-        """The trainings: all candidates with one seed before any with the next.
-
-        So an interrupted confirmation compares like with like, and more seeds come last.
-        """
-        return tuple(
-            FixedTrial(candidate.config, seed, "start" if position else "baseline")
-            for seed in self.seeds
-            for position, candidate in enumerate(self.candidates)
-        )
-
-    @property
     def rules(self) -> Rules:
+        # All candidates with one seed come before any with the next. So an interrupted
+        # confirmation compares like with like, and more seeds come last.
+        pairs = product(self.seeds, enumerate(self.candidates))
+        trials = [
+            TrialRecord(number, candidate.config, seed, "start" if position else "baseline")
+            for number, (seed, (position, candidate)) in enumerate(pairs)
+        ]
         return Rules(
             space=self.space,
             metric="test_accuracy",
-            trials=len(self.trials),
+            trials=len(trials),
             epochs=self.epochs,
             time_budget=self.time_budget,
             images=self.images,
             grace_epochs=self.epochs,  # none is stopped early
-            fixed_trials=self.trials,
+            fixed_trials=trials,
         )
 
     def save(self, folder: RunFolder, run: str) -> None:
-        folder.write_search(
-            {
-                "confirmation": self._as_dict(),
-                "of": run,
-                "versions": versions(),
-                "machine": machine(),
-            }
-        )
+        around = {"of": run, "versions": versions(), "machine": machine()}
+        folder.write_search({"confirmation": self._as_dict(), **around})
 
     def _as_dict(self) -> dict[str, Any]:
         return {
@@ -113,11 +98,7 @@ class Confirmation:
         }
 
     def check_extends(self, folder: RunFolder) -> None:
-        """Check that what was asked for in a folder before, if anything, is a part of this.
-
-        Raises:
-            RunFolderError: it is something else.
-        """
+        """Raise RunFolderError if the folder holds a confirmation that is not a part of this."""
         if not folder.search.exists():
             return
         before: Mapping[str, Any] = folder.read_search().get("confirmation", {})
@@ -138,7 +119,7 @@ class Confirmation:
         return (
             f"{short_path(folder.path)}: the baseline and "
             f"{count(len(self.candidates) - 1, 'winner')} on "
-            f"{count(len(self.seeds), 'fresh seed')}, {len(self.trials):,} trainings of "
+            f"{count(len(self.seeds), 'fresh seed')}, {self.rules.trials:,} trainings of "
             f"{count(self.epochs, 'epoch')}{so_far}, {at_once} at a time, "
             f"{count(images, 'training image')}, none held out, nothing picked"
         )
@@ -159,12 +140,7 @@ class Confirmation:
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:
     """Return seeds that depend on the search's seed alone, and that none of its trials had."""
     used = {record.seed for record in run.history.trials.values()}
-    found: list[int] = []
-    stream = 0
-    while len(found) < wanted:
-        # Trials draw theirs with a 1 at the end.
-        seed = int(np.random.SeedSequence([run.asked.seed, stream, 2]).generate_state(1)[0])
-        stream += 1
-        if seed not in used:
-            found.append(seed)
-    return tuple(found)
+    # Trials draw theirs with a 1 at the end.
+    streams = (np.random.SeedSequence([run.asked.seed, stream, 2]) for stream in count_up())
+    drawn = (int(stream.generate_state(1)[0]) for stream in streams)
+    return tuple(islice((seed for seed in drawn if seed not in used), wanted))

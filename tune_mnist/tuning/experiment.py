@@ -10,9 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -20,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.checkpoints import Checkpoints
-from tune_mnist.runs.history import Assignment, EpochRow, History, Origin, State, TrialRecord
+from tune_mnist.runs.history import Assignment, EpochRow, History, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.runs.space import SearchSpace
 from tune_mnist.tuning.asha import Rungs
@@ -36,15 +35,6 @@ _OPTUNA_STATES: dict[State, TrialState] = {
 }
 
 
-@dataclass(frozen=True)
-class FixedTrial:
-    """A trial whose configuration and seed are known before it starts."""
-
-    config: TrainConfig
-    seed: int
-    origin: Origin
-
-
 @dataclass(frozen=True, kw_only=True)
 class Rules(SearchOptions):
     """What a search goes by: its options, each resolved to a value."""
@@ -52,7 +42,7 @@ class Rules(SearchOptions):
     space: SearchSpace
     trials: int = field()  # to start in all
     epochs: int = field()  # the budget of a trial
-    fixed_trials: Sequence[FixedTrial] = ()  # all trials; without them, space and sampler propose
+    fixed_trials: Sequence[TrialRecord] = ()  # all of them; without, space and sampler propose
 
     @property
     def time_limit(self) -> float:
@@ -116,12 +106,18 @@ class Experiment:
         if self._waiting:
             record = self._waiting.popleft()
             self.history.rerun_trial(record.number, self.elapsed, ray_id=ray_id, error="")
-            return self._assignment(record)
-        number = len(self.history.trials)
-        trial = self._propose(number, ray_id)
-        record = TrialRecord(number=number, **vars(trial), ray_id=ray_id)
-        self.history.start_trial(record, self.elapsed)
-        return self._assignment(self.history.trials[number])
+        else:
+            record = self._propose(len(self.history.trials), ray_id)
+            self.history.start_trial(record, self.elapsed)
+        saved = self._checkpoints.load(record.number, up_to=record.epochs)
+        return Assignment(
+            number=record.number,
+            config=record.config,
+            seed=record.seed,
+            epochs=self.rules.epochs,
+            metric=self.rules.metric,
+            state=saved.state if saved else None,
+        )
 
     def report(
         self, number: int, metrics: EpochMetrics, state: bytes, model: bytes | None
@@ -130,9 +126,6 @@ class Experiment:
 
         The best model is written first and the row last. After a kill in between, the epoch is
         either trained again or its row is taken from the checkpoint.
-
-        Raises:
-            OSError: a file could not be written.
         """
         record = self.history.trials[number]
         row = EpochRow(**metrics.as_dict(), trial=number, elapsed=self.elapsed)
@@ -147,7 +140,14 @@ class Experiment:
 
     def finish(self, number: int) -> None:
         """Record the end of a trial that was told to stop."""
-        self._end(number, *outcome(self.history.trials[number], self.rules.epochs))
+        last = self.history.trials[number].rows[-1]
+        if last.diverged:
+            where = f"step {last.diverged_step} of epoch {last.epoch}"
+            self._end(number, "diverged", f"the loss was not finite at {where}")
+        elif last.epoch >= self.rules.epochs:
+            self._end(number, "complete", "")
+        else:
+            self._end(number, "stopped", f"among the poorer ones at epoch {last.epoch}")
 
     def fail(self, number: int, error: str) -> None:
         self._end(number, "failed", error)
@@ -166,17 +166,6 @@ class Experiment:
             study_failure = self._study.close()
         return study_failure
 
-    def _assignment(self, record: TrialRecord) -> Assignment:
-        saved = self._checkpoints.load(record.number, up_to=record.epochs)
-        return Assignment(
-            number=record.number,
-            config=record.config,
-            seed=record.seed,
-            epochs=self.rules.epochs,
-            metric=self.rules.metric,
-            state=saved.state if saved else None,
-        )
-
     def _end(self, number: int, state: State, reason: str) -> None:
         self.history.end_trial(number, self.elapsed, state, reason)
         record = self.history.trials[number]
@@ -191,18 +180,19 @@ class Experiment:
         # The others are compared with the baseline at every epoch, so it always runs to its end.
         return stop and record.origin != "baseline"
 
-    def _propose(self, number: int, ray_id: str) -> FixedTrial:
+    def _propose(self, number: int, ray_id: str) -> TrialRecord:
         """Choose trial `number` and start it in the study."""
-        space, seed = self.rules.space, _trial_seed(self.rules.seed, number)
-        attributes = {"ray_trial_id": ray_id}
+        space = self.rules.space
+        seed = int(np.random.SeedSequence([self.rules.seed, number, 1]).generate_state(1)[0])
         if self.rules.fixed_trials or number == 0:
-            baseline = FixedTrial(space.baseline(), seed, "baseline")
-            trial = (self.rules.fixed_trials or [baseline])[number]
-            self._study.add(_frozen_trial(number, space, trial.config, attributes))
-            return trial
+            baseline = TrialRecord(number, space.baseline(), seed, "baseline")
+            record = replace((self.rules.fixed_trials or [baseline])[number], ray_id=ray_id)
+            self._study.add(_frozen_trial(record, space))
+            return record
         start = space.start[number - 1] if number <= len(space.start) else {}
-        sampled = self._study.ask(number, space.sample, start, attributes)
-        return FixedTrial(TrainConfig.from_mapping(sampled), seed, "start" if start else "sampled")
+        sampled = self._study.ask(number, space.sample, start, {"ray_trial_id": ray_id})
+        config = TrainConfig.from_mapping(sampled)
+        return TrialRecord(number, config, seed, "start" if start else "sampled", ray_id)
 
     def _add_rows_of_checkpoints(self) -> None:
         """Record the epochs that a kill left with a checkpoint but without a row."""
@@ -227,18 +217,6 @@ class Experiment:
         self._checkpoints.remove_others({record.number for record in self._waiting})
 
 
-def outcome(record: TrialRecord, budget: int) -> tuple[State, str]:
-    """Return the final state of a trial that was told to stop, and why."""
-    last = record.rows[-1]
-    if last.diverged:
-        return "diverged", (
-            f"the loss was not finite at step {last.diverged_step} of epoch {last.epoch}"
-        )
-    if record.epochs >= budget:
-        return "complete", ""
-    return "stopped", f"among the poorer ones at epoch {last.epoch}"
-
-
 def _optuna_state(record: TrialRecord) -> TrialState:
     if record.state == "diverged" and not record.finite_rows:
         return TrialState.FAIL  # a pruned trial needs a value
@@ -255,7 +233,7 @@ def _attributes(record: TrialRecord) -> dict[str, str]:
 
 def _recorded_trial(record: TrialRecord, rules: Rules) -> FrozenTrial:
     """Return a trial of an earlier session as Optuna's."""
-    trial = _frozen_trial(record.number, rules.space, record.config, _attributes(record))
+    trial = _frozen_trial(record, rules.space)
     trial.intermediate_values = {
         row.epoch: row.accuracy(rules.metric) for row in record.finite_rows
     }
@@ -268,20 +246,14 @@ def _recorded_trial(record: TrialRecord, rules: Rules) -> FrozenTrial:
     return trial
 
 
-def _frozen_trial(
-    number: int, space: SearchSpace, config: TrainConfig, attributes: dict[str, Any]
-) -> FrozenTrial:
+def _frozen_trial(record: TrialRecord, space: SearchSpace) -> FrozenTrial:
     """Return a running trial; one that the space cannot express has no parameters in Optuna."""
-    params, distributions = space.frozen_params(config) or ({}, {})
+    params, distributions = space.frozen_params(record.config) or ({}, {})
     trial = create_trial(
         state=TrialState.RUNNING,
         params=params,
         distributions=distributions,
-        user_attrs=attributes,
+        user_attrs=_attributes(record),
     )
-    trial.number = number
+    trial.number = record.number
     return trial
-
-
-def _trial_seed(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, number, 1]).generate_state(1)[0])

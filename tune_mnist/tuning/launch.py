@@ -1,14 +1,14 @@
 """From settings to an exit code: a search, its confirmation, and the report at the end.
 
-Searching and confirming are the same flow: load the data, connect to Ray, settle what a trial
-takes, hold the right to write to the run's folder, run a session on it, report how it ended.
+Searching and confirming are one flow: load the data, connect to Ray, settle what a trial takes,
+hold the right to write to the run's folder, run a session on it, report how it ended.
 """
 
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from tune_mnist.runs.view import RunView
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirmation import Confirmation
 from tune_mnist.tuning.experiment import Rules
-from tune_mnist.tuning.live_view import Progress, announce, start_line
+from tune_mnist.tuning.live_view import start_line
 from tune_mnist.tuning.packing import settle_resources
 from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.remote import RemoteRun
@@ -43,12 +43,8 @@ from tune_mnist.tuning.worker import EpochSource, train_assignment
 def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> int:
     """Run or resume a search, or list searches, and return the exit code.
 
-    Args:
-        settings: what was asked.
-        epochs_of: what a trial does instead of training; tests and benchmarks have scripted ones.
-
-    Raises:
-        TuneMnistError: the search could not be started, or could not continue.
+    Tests and benchmarks pass in `epochs_of` what a trial does instead of training. A search that
+    cannot start or continue raises a TuneMnistError.
     """
     if settings.list_runs:
         Console().print(listing(settings.results_dir))
@@ -65,7 +61,9 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
             options = ConfirmOptions(images=plan.rules.images, time_budget=left)
             on = replace(settings, precision=plan.precision)
             code = _confirm(path, options, on, epochs_of)
-        return _reported(code, path, settings)
+        if code == 0 and settings.report:
+            draw_report(path, settings.data_dir)
+        return code
 
 
 def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> int:
@@ -77,7 +75,9 @@ def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> 
         raise ConfigError("name the search's folder, such as results/default")
     with _exiting_on_sigterm():
         code = _confirm(settings.run, settings, settings, epochs_of)
-        return _reported(code, settings.run, settings)
+        if code == 0 and settings.report:
+            draw_report(settings.run, settings.data_dir)
+        return code
 
 
 @contextmanager
@@ -151,7 +151,6 @@ def _load_plan(
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
-    """Return why nothing is left to resume, or None."""
     if history.closed_as is None:  # killed: at least its tables need to be brought up to date
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():
@@ -169,8 +168,8 @@ def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _
     with writing(folder):
         plan.save(folder)
     rules = plan.search_rules
-    line = partial(start_line, folder, rules, history, runtime.resources, data=runtime.split)
-    ending = _session(folder, history, rules, runtime, line)
+    line = start_line(folder, rules, history, runtime.resources, runtime.at_once, runtime.split)
+    ending = run_session(folder, history, rules, runtime, line)
     Console().print(summary(folder, history, rules.metric, epochs=rules.epochs))
     again = f"python -m tune_mnist.search --resume {folder.path}"
     return _Search(folder, plan, history, _exit_code(ending, again))
@@ -193,8 +192,8 @@ def _confirm(
             with writing(folder):
                 confirmation.save(folder, run.folder.name)
             if len(history.trials) < rules.trials or history.unfinished():
-                line = partial(confirmation.start_line, folder, history, images)
-                ending = _session(folder, history, rules, runtime, line)
+                line = confirmation.start_line(folder, history, images, runtime.at_once)
+                ending = run_session(folder, history, rules, runtime, line)
             _conclude(run.folder, confirmation, history, images)
     return _exit_code(ending, "the same command") if ending else 0
 
@@ -227,27 +226,11 @@ def _runtime(
         yield Runtime(
             settings=settings,
             resources=settle_resources(settings, data, precision),
+            nodes=living_nodes(),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
             trackers=mlflow_trackers(settings.mlflow, name),
         )
-
-
-def _session(
-    folder: RunFolder,
-    history: History,
-    rules: Rules,
-    runtime: Runtime,
-    line: Callable[[int], str],
-) -> Ending:
-    """Show what is about to run, by a line that takes the trials at a time, and run it."""
-    with writing(folder):
-        history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
-    console, nodes = Console(), living_nodes()
-    at_once = runtime.resources.at_once(nodes, runtime.settings.max_concurrent)
-    announce(console, line(at_once), nodes, runtime.resources)
-    with closing(Progress(console)) as progress:
-        return run_session(folder, history, rules, runtime, progress)
 
 
 def _exit_code(ending: Ending, again: str) -> int:
@@ -258,12 +241,6 @@ def _exit_code(ending: Ending, again: str) -> int:
         return 0
     tell(f"interrupted; resume it with {again}")
     return 128 + ending.signal
-
-
-def _reported(code: int, path: Path, settings: RunOn) -> int:
-    if code == 0 and settings.report:
-        draw_report(path, settings.data_dir)
-    return code
 
 
 def draw_report(path: Path, data_dir: Path | None) -> None:

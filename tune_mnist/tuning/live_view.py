@@ -28,7 +28,6 @@ from tune_mnist.tuning.tally import Tally, seconds_per_epoch
 from tune_mnist.tuning.tune_adapters import number_of
 
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
-_LABEL = 10  # columns
 _NODES_NAMED = 6  # in a larger cluster, nodes of a kind are counted
 
 SECONDS_BETWEEN_VIEWS = 0.25
@@ -41,10 +40,11 @@ def announce(
     console: Console, start: str, nodes: Sequence[Node], resources: TrialResources
 ) -> None:
     """Print what is about to run and, if there are several nodes, where."""
-    lines = [start] if len(nodes) == 1 else [start, nodes_line(nodes, resources)]
-    for line in lines:
-        # A log gets whole lines, however wide its reader's window is.
-        console.print(Text(line), soft_wrap=not console.is_terminal)
+    # A log gets whole lines, however wide its reader's window is.
+    whole = not console.is_terminal
+    console.print(Text(start), soft_wrap=whole)
+    if len(nodes) > 1:
+        console.print(Text(nodes_line(nodes, resources)), soft_wrap=whole)
 
 
 def start_line(
@@ -103,10 +103,9 @@ def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:
     """Return on one line how a trial ended."""
     metric = tally.rules.metric
     reason = f" ({record.reason})" if record.state in ("diverged", "failed") else ""
-    best = RankedTrial.of(record, metric).best
-    judged = (
-        f"{_accuracies(best, metric)} at epoch {best.epoch}" if best else "no epoch to judge it by"
-    )
+    judged = "no epoch to judge it by"
+    if best := RankedTrial.of(record, metric).best:
+        judged = f"{_accuracies(best, metric)} at epoch {best.epoch}"
     return (
         f"[{duration(elapsed)}] {tally.done:,}/{tally.rules.trials:,} done: "
         f"trial {record.number} {record.state}{reason} after {count(record.epochs, 'epoch')}, "
@@ -164,15 +163,13 @@ def _row(tally: Tally, record: TrialRecord) -> str:
 
 
 def _line(text: Text, label: str, value: str, style: str = "") -> None:
-    text.append(f"\n{label:<{_LABEL}}", "dim")
+    text.append(f"\n{label:<10}", "dim")
     text.append(value, style)
 
 
 def _accuracies(row: EpochRow, metric: Metric) -> str:
-    test = f"test {percent(row.test_accuracy)}"
-    if metric == "test_accuracy":
-        return test
-    return f"val {percent(row.val_accuracy)}, {test}"
+    val = f"val {percent(row.val_accuracy)}, " if metric == "val_accuracy" else ""
+    return f"{val}test {percent(row.test_accuracy)}"
 
 
 class Progress(Callback):
@@ -183,20 +180,23 @@ class Progress(Callback):
     be written, the search ends, as it would for any other file of the run.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        console: Console,
+        experiment: Experiment,
+        folder: RunFolder,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._console, self._clock = console, clock
+        self._experiment, self._folder = experiment, folder
         # FORCE_COLOR makes rich take a pipe for a terminal; a dumb one cannot move its cursor.
         self._is_live = self._console.is_interactive and self._console.file.isatty()
         self._live: Live | None = None
         self._view, self._width = Text(), 0  # what is on the terminal, and how wide that was
-        self._shows = False
+        self._shows = True
         self._next_view = self._next_tables = -float("inf")
         self._ends = 0  # trials that have ended
         self._in_tables = (-1, -1, -1)  # how much had happened when they were last written
-
-    def watch(self, experiment: Experiment, folder: RunFolder) -> None:
-        self._experiment, self._folder = experiment, folder
-        self._shows = True
         self._guard(self._begin)
 
     def close(self) -> None:
@@ -219,11 +219,6 @@ class Progress(Callback):
     on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """Update tables and view.
-
-        Raises:
-            OSError: the tables could not be written.
-        """
         self._write_tables()
         if self._is_live:
             self._guard(self._refresh)
@@ -240,7 +235,7 @@ class Progress(Callback):
 
     def _end(self, number: int) -> None:
         record = self._tally.end(number)
-        if record is not None and not self._is_live:
+        if record and not self._is_live:
             line = finished_line(self._tally, record, self._experiment.elapsed)
             self._console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
             self._console.file.flush()

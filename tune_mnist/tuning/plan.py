@@ -24,7 +24,7 @@ from tune_mnist.tuning.settings import SearchOptions, SearchSettings
 DEFAULT_TRIALS = 50
 CONFIRMING = 0.5  # of a time budget: what --confirm may use of it
 _OPTIONS = tuple(entry.name for entry in fields(SearchOptions))
-_BESIDE_RULES = ("storage", "confirm", "precision")
+_BESIDE_RULES = ("storage", "confirm", "precision")  # a plan's other fields
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
 
@@ -46,11 +46,7 @@ class Plan:
 
     @classmethod
     def of(cls, settings: SearchSettings) -> Self:
-        """Resolve a new search's settings.
-
-        Raises:
-            SearchSpaceError: its space cannot be used.
-        """
+        """Resolve a new search's settings, or raise SearchSpaceError."""
         space = load_space(settings.space)
         asked = {name: getattr(settings, name) for name in _OPTIONS}
         asked["trials"] = settings.trials or DEFAULT_TRIALS
@@ -59,11 +55,7 @@ class Plan:
 
     @classmethod
     def load(cls, folder: RunFolder) -> Self:
-        """Read the plan of a run.
-
-        Raises:
-            RunFolderError: search.yaml is damaged.
-        """
+        """Read the plan of a run, or raise RunFolderError if its search.yaml is damaged."""
         data = folder.read_search()
         refuse_confirmation(folder, data)
         try:
@@ -98,18 +90,16 @@ class Plan:
         )
 
     def save(self, folder: RunFolder) -> None:
-        rules = self.rules
-        asked = {name: getattr(rules, name) for name in _OPTIONS}
+        asked = {name: getattr(self.rules, name) for name in _OPTIONS}
+        space = self.rules.space
         folder.write_search(
             {
                 "asked": {name: None if v == math.inf else v for name, v in asked.items()},
-                "storage": self.storage,
-                "confirm": self.confirm,
-                "precision": self.precision,
-                "space_name": rules.space.name,
+                **{name: getattr(self, name) for name in _BESIDE_RULES},
+                "space_name": space.name,
                 # In full: a search may be resumed from another folder.
-                "space_source": str(Path(rules.space.source).absolute()),
-                "space": rules.space.as_dict(),
+                "space_source": str(Path(space.source).absolute()),
+                "space": space.as_dict(),
                 "versions": versions(),
                 "machine": machine(),
             }
@@ -131,7 +121,6 @@ class Plan:
 
 
 def _asked(values: Any) -> dict[str, Any]:
-    """Return the entry `asked` of search.yaml; KeyError or TypeError if it is damaged."""
     if not isinstance(values, Mapping):
         raise TypeError(f"asked must be a mapping, but got {values!r}")
     if unknown := values.keys() - set(_OPTIONS):
@@ -182,7 +171,6 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the driver's machine."""
     return {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()}
 
 

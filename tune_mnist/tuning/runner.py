@@ -7,12 +7,13 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import FrameType
 
 from ray import tune
-from ray.tune.experiment import Trial
+from rich.console import Console
 
 from tune_mnist.errors import SearchFailedError
 from tune_mnist.mnist.data import Split
@@ -21,16 +22,16 @@ from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
-from tune_mnist.tuning.live_view import Progress
+from tune_mnist.tuning.live_view import Progress, announce
 from tune_mnist.tuning.ray_patches import (
     DRIVER_ENVIRONMENT,
     IN_THIS_PROCESS,
     memory_kills_survived,
     staging_in,
 )
-from tune_mnist.tuning.resources import Room, TrialResources
+from tune_mnist.tuning.resources import Node, Room, TrialResources
 from tune_mnist.tuning.settings import RunOn
-from tune_mnist.tuning.study import SamplerSettings, Study
+from tune_mnist.tuning.study import Study
 from tune_mnist.tuning.study_file import StudyFile
 from tune_mnist.tuning.trackers import EventFiles, Tracker, Tracking
 from tune_mnist.tuning.tune_adapters import (
@@ -48,9 +49,15 @@ class Runtime:
 
     settings: RunOn
     resources: TrialResources
+    nodes: Sequence[Node]
     split: Split
     epochs_of: EpochSource
     trackers: Mapping[str, Callable[[], Tracker]]  # beside TensorBoard, by what people call them
+
+    @property
+    def at_once(self) -> int:
+        """How many trials run at a time on the nodes that there are at the start."""
+        return self.resources.at_once(self.nodes, self.settings.max_concurrent)
 
 
 @dataclass(frozen=True)
@@ -62,25 +69,27 @@ class Ending:
 
 
 def run_session(
-    folder: RunFolder, history: History, rules: Rules, runtime: Runtime, progress: Progress
+    folder: RunFolder, history: History, rules: Rules, runtime: Runtime, start_line: str
 ) -> Ending:
     """Run a search on the connected Ray until it is over or a signal ends it.
 
-    Raises:
-        SearchFailedError: it could not continue; what it had finished is in the folder.
+    If it cannot continue, it raises SearchFailedError; what it had finished is in the folder.
     """
-    sampler = SamplerSettings(rules.seed, rules.startup_trials)
-    study = Study(sampler, rules.metric, StudyFile(folder.study, rules.metric))
+    with writing(folder):
+        history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
+    console = Console()
+    announce(console, start_line, runtime.nodes, runtime.resources)
+    study = Study(rules, StudyFile(folder.study, rules.metric))
     experiment = Experiment(rules, history, study, Checkpoints(folder))
     supervisor = Supervisor(
         experiment, retries=runtime.settings.retries, hang_timeout=runtime.settings.hang_timeout
     )
     trackers = {"TensorBoard": lambda: EventFiles(folder.tensorboard), **runtime.trackers}
     tracking = [Tracking(name, history, start) for name, start in trackers.items()]
-    progress.watch(experiment, folder)
-    with _heeding_signals(supervisor) as received, experiment.ending_on_error():
-        _fit(experiment, supervisor, runtime, progress)
-    return _close(experiment, folder, received, tracking)
+    with contextlib.closing(Progress(console, experiment, folder)) as progress:
+        with _heeding_signals(supervisor), experiment.ending_on_error():
+            _fit(experiment, supervisor, runtime, progress)
+        return _close(experiment, folder, supervisor.signal, tracking)
 
 
 def _fit(
@@ -112,19 +121,15 @@ def _fit(
             max_failures=0,  # the supervisor retries
             reuse_actors=True,
             raise_on_failed_trial=False,
-            trial_name_creator=_ray_id,
-            trial_dirname_creator=_ray_id,
+            trial_name_creator=attrgetter("trial_id"),
+            trial_dirname_creator=attrgetter("trial_id"),
             verbose=0,
             **IN_THIS_PROCESS,
         )
 
 
-def _ray_id(trial: Trial) -> str:
-    return str(trial.trial_id)
-
-
 def _close(
-    experiment: Experiment, folder: RunFolder, received: list[int], tracking: list[Tracking]
+    experiment: Experiment, folder: RunFolder, received: int | None, tracking: list[Tracking]
 ) -> Ending:
     behind = [each.close() for each in tracking]
     error = experiment.broken
@@ -134,8 +139,7 @@ def _close(
             if study_failure is not None:
                 behind.insert(0, f"{folder.study} is behind ({study_failure}); nothing is lost")
             write_tables(folder, experiment.history, experiment.rules.metric)
-            warnings = tuple(each for each in behind if each is not None)
-            return Ending(received[0] if received else None, warnings)
+            return Ending(received, tuple(each for each in behind if each is not None))
         except OSError as failure:
             error = failure
     with contextlib.suppress(OSError):  # the folder may be what is broken
@@ -145,19 +149,15 @@ def _close(
         raise error
 
 
-def _why(experiment: Experiment, received: list[int]) -> str:
+def _why(experiment: Experiment, received: int | None) -> str:
     if received:
-        return signal.Signals(received[0]).name
+        return signal.Signals(received).name
     return "out of time" if experiment.has_next or experiment.live else "finished"
 
 
 @contextlib.contextmanager
 def writing(folder: RunFolder) -> Iterator[None]:
-    """Turn an error in writing to a run's folder into one clear error.
-
-    Raises:
-        SearchFailedError: the folder cannot be written to.
-    """
+    """Turn an error in writing to a run's folder into a SearchFailedError."""
     try:
         yield
     except OSError as error:
@@ -169,19 +169,17 @@ def writing(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _heeding_signals(supervisor: Supervisor) -> Iterator[list[int]]:
+def _heeding_signals(supervisor: Supervisor) -> Iterator[None]:
     """End the search in order at the first SIGINT or SIGTERM, at once at the second."""
-    received: list[int] = []
 
     def heed(number: int, frame: FrameType | None) -> None:
-        if received:
+        if supervisor.signal:
             sys.exit(128 + number)
-        received.append(number)
-        supervisor.interrupted = True
+        supervisor.signal = number
 
     before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

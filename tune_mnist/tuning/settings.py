@@ -31,11 +31,7 @@ _DURATION = re.compile("".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in 
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds in `90`, `90s`, `10m`, `1.5h`, `1h30m` or `2d`.
-
-    Raises:
-        ConfigError: the text is no duration.
-    """
+    """Return the seconds in `90`, `90s`, `10m`, `1.5h`, `1h30m` or `2d`, or raise ConfigError."""
     if text and (match := _DURATION.fullmatch(text)):
         parts = zip(match.groups(default="0"), _UNITS.values(), strict=True)
         return sum(float(number) * seconds for number, seconds in parts)
@@ -80,11 +76,7 @@ _PART_OR_WHOLE = _Limit(
 
 @dataclass(frozen=True)
 class _Options:
-    """Options whose limits are checked when they are made.
-
-    Raises:
-        ConfigError: a value is outside its limits.
-    """
+    """Options whose limits are checked when they are made: outside them is a ConfigError."""
 
     def __post_init__(self) -> None:
         # A subclass may declare an option's resolved type; the limits stay.

@@ -10,7 +10,6 @@ import contextlib
 import heapq
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,44 +17,23 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from tune_mnist.tuning.settings import SearchOptions
 from tune_mnist.tuning.study_file import STUDY_NAME, StudyFile
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How Optuna proposes."""
-
-    seed: int
-    startup_trials: int  # random configurations before the model proposes
-
-    def sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Build the sampler for one trial; its random numbers depend on the trial alone.
-
-        So a resumed search proposes what the uninterrupted one would have.
-        """
-        return optuna.samplers.TPESampler(
-            n_startup_trials=self.startup_trials,
-            multivariate=True,
-            group=True,  # conditional spaces: trials that share their active parameters
-            constant_liar=True,  # keeps parallel trials apart
-            seed=int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]),
-        )
-
-
 class Study:
     """The study of one search."""
 
-    def __init__(self, sampler: SamplerSettings, metric: str, file: StudyFile | None) -> None:
-        self._settings = sampler
-        self._file = file
+    def __init__(self, options: SearchOptions, file: StudyFile | None) -> None:
+        self._options, self._file = options, file
         self._storage = _Storage()
         self._study = optuna.create_study(
             storage=self._storage, study_name=STUDY_NAME, direction="maximize"
         )
-        self._study.set_metric_names([metric])
+        self._study.set_metric_names([options.metric])
         self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
 
     def ask(
@@ -66,7 +44,7 @@ class Study:
         attributes: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Start trial `number` and return its sampled parameters; `fixed` ones are taken as is."""
-        self._study.sampler = self._settings.sampler(number)
+        self._study.sampler = self._sampler(number)
         if fixed:
             self._study.enqueue_trial(dict(fixed))
         with self._storage.serving_sampler():
@@ -102,15 +80,27 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def close(self) -> str | None:
-        """Bring the file up to date, with trials that a resume will continue as WAITING.
+        """Bring the file up to date, or return why that failed.
 
-        Returns:
-            Why the file could not be brought up to date, or None.
+        Trials that a resume will continue are WAITING in it.
         """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._storage.set_trial_state_values(self._id(trial.number), TrialState.WAITING)
             self._copy(trial.number)
         return self._file.close() if self._file else None
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """Return the sampler for one trial; its random numbers depend on the trial alone.
+
+        So a resumed search proposes what the uninterrupted one would have.
+        """
+        return optuna.samplers.TPESampler(
+            n_startup_trials=self._options.startup_trials,
+            multivariate=True,
+            group=True,  # conditional spaces: trials that share their active parameters
+            constant_liar=True,  # keeps parallel trials apart
+            seed=int(np.random.SeedSequence([self._options.seed, number]).generate_state(1)[0]),
+        )
 
     def _set_attributes(self, number: int, attributes: Mapping[str, Any]) -> None:
         for key, value in attributes.items():
@@ -167,26 +157,19 @@ class _Storage(InMemoryStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id: int = super().create_new_trial(study_id, template_trial)
-        self._update_model_trials(trial_id)
+        self._model_trials.update(self.get_trial(trial_id))
         return trial_id
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         is_set: bool = super().set_trial_state_values(trial_id, state, values)
-        self._update_model_trials(trial_id)
+        self._model_trials.update(self.get_trial(trial_id))
         return is_set
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         if not key.startswith("tpe:"):
             super().set_trial_system_attr(trial_id, key, value)
-
-    def _update_model_trials(self, trial_id: int) -> None:
-        trial = self.get_trial(trial_id)
-        if trial.state.is_finished():
-            self._model_trials.end(trial)
-        else:
-            self._model_trials.begin(trial.number)
 
 
 MODELLED = 250  # finished trials at most; from this many on TPE counts 25 of them as good
@@ -208,10 +191,11 @@ class ModelTrials:
         self._latest: list[tuple[int, _Rank]] = []  # finished, by number
         self._best: list[tuple[_Rank, int]] = []  # of the earlier ones: a heap, poorest first
 
-    def begin(self, number: int) -> None:
-        self._unfinished.add(number)
-
-    def end(self, trial: FrozenTrial) -> None:
+    def update(self, trial: FrozenTrial) -> None:
+        """Record that a trial has begun or ended."""
+        if not trial.state.is_finished():
+            self._unfinished.add(trial.number)
+            return
         self._unfinished.discard(trial.number)
         bisect.insort(self._latest, (trial.number, _rank(trial)))
         if len(self._latest) > MODELLED - MODELLED_BEST:
@@ -224,7 +208,8 @@ class ModelTrials:
     def numbers(self) -> list[int]:
         """The numbers of the trials, ascending."""
         best = (-negative for _, negative in self._best)
-        return sorted([*self._unfinished, *best, *(number for number, _ in self._latest)])
+        latest = (number for number, _ in self._latest)
+        return sorted([*self._unfinished, *best, *latest])
 
 
 def _rank(trial: FrozenTrial) -> _Rank:

@@ -29,7 +29,8 @@ class Tally:
         self._ended: set[int] = set()
         self._lengths = [0] * (rules.epochs + 1)  # how many trials ended after so many epochs
         self._began, self._epochs_before = elapsed, len(history.rows)
-        self._trials_seen, self._rows_seen = len(history.trials), 0
+        self._trials_seen = len(history.trials)
+        self.epochs = 0  # trained in all
         for record in history.trials.values():
             if record.state != "running":  # the others are announced when they are resumed
                 self._count(record)
@@ -39,21 +40,16 @@ class Tally:
     def done(self) -> int:
         return len(self._ended)
 
-    @property
-    def epochs(self) -> int:
-        """How many epochs were trained in all."""
-        return self._rows_seen
-
     def catch_up(self) -> None:
         """Read the trials and epochs that are new in the history."""
         trials = self._history.trials
         for number in range(self._trials_seen, len(trials)):
             self.start(number)  # does nothing for one that has ended since
         self._trials_seen = len(trials)
-        for record, row in self._history.rows[self._rows_seen :]:
+        for record, row in self._history.rows[self.epochs :]:
             if record.origin == "baseline":
                 self.baseline.take(record, row)
-        self._rows_seen = len(self._history.rows)
+        self.epochs = len(self._history.rows)
 
     def start(self, number: int) -> None:
         """Count a trial, new or resumed, as running."""
@@ -95,9 +91,8 @@ class Tally:
         new = self.epochs - self._epochs_before
         # The first trials to end are the poor ones. A third of a small search, or ten trials of
         # a large one, are enough to know how long a trial trains on average.
-        if self.done < max(3, min(10, self.rules.trials // 3)) or new < 2 * len(self.running):
-            return None
-        if not new or elapsed <= self._began:
+        enough = self.done >= max(3, min(10, self.rules.trials // 3))
+        if not enough or new < max(1, 2 * len(self.running)) or elapsed <= self._began:
             return None
         residual = self._residual_epochs()
         waiting = max(self.rules.trials - self.done - len(self.running), 0)

@@ -48,12 +48,11 @@ class ExperimentSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's assignment, FINISHED, or None while there is none."""
-        if self._over():
+        live, has_next = self._experiment.live, self._experiment.has_next
+        # A running trial may still fail and have to be handed out again.
+        if self._over() or not (has_next or live):
             return Searcher.FINISHED
-        if not self._experiment.has_next:
-            # A running trial may still fail and have to be handed out again.
-            return None if self._experiment.live else Searcher.FINISHED
-        if self._experiment.live >= self._room():
+        if not has_next or live >= self._room():
             return None
         return {"assignment": self._experiment.next_trial(trial_id)}
 
@@ -62,8 +61,9 @@ class ExperimentSearcher(Searcher):
     ) -> None:
         pass
 
+    # The run's folder holds everything that a resume needs.
     def save(self, checkpoint_path: str) -> None:
-        """Save nothing: the run's folder holds all there is to resume from."""
+        pass
 
     def restore(self, checkpoint_path: str) -> None:
         pass
@@ -72,7 +72,7 @@ class ExperimentSearcher(Searcher):
 class ExperimentScheduler(FIFOScheduler):
     """Passes every report to the experiment and answers with its decision.
 
-    Of Tune's parts, the scheduler sees a report first and is the only one to see them all.
+    Of Tune's parts, only the scheduler sees every report, and it sees them first.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -107,10 +107,9 @@ class Supervisor(Callback, Stopper):
 
     A failed trial is resumed from its last epoch, up to `retries` times without an epoch in
     between. A lost node, such as a spot node, does not count as a failure. A trial without a
-    report for `hang_timeout` seconds is marked failed.
-    Tune is told that every failure is final; a retry is a new trial to it, from the searcher.
-    Tune's own retries cover neither a worker that dies between two trials nor a state to resume
-    from.
+    report for `hang_timeout` seconds is marked failed. To Tune every failure is final, and a
+    retry is a new trial from the searcher: its own retries cover neither a worker that dies
+    between two trials nor a state to resume from.
     """
 
     def __init__(self, experiment: Experiment, *, retries: int, hang_timeout: float) -> None:
@@ -119,20 +118,18 @@ class Supervisor(Callback, Stopper):
         self._losses: Counter[int] = Counter()  # of its nodes, likewise
         self._last_sign: dict[Trial, float] = {}
         self._hung: set[str] = set()
-        self.interrupted = False
+        self.signal: int | None = None  # that the search was told to end with
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return nothing: Tune pickles its stopper into snapshots that nobody reads."""
-        return {}
+        return {}  # Tune pickles its stopper into snapshots that nobody reads
 
     def stop_all(self) -> bool:
         """Return True if the search ends now; a resume continues its running trials."""
         experiment = self._experiment
-        return self.interrupted or experiment.broken is not None or experiment.out_of_time
+        return bool(self.signal or experiment.broken or experiment.out_of_time)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: whether a single trial stops is the scheduler's decision."""
-        return False
+        return False  # whether a single trial stops is the scheduler's decision
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self._last_sign[trial] = time.monotonic()
@@ -160,11 +157,7 @@ class Supervisor(Callback, Stopper):
             self._retry_or_fail(trial)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """End workers that hang, or the search.
-
-        Raises:
-            SearchOverError: the search ends now.
-        """
+        """End workers that hang, or raise SearchOverError if the search ends now."""
         if self.stop_all():
             raise SearchOverError
         now = time.monotonic()
@@ -172,8 +165,7 @@ class Supervisor(Callback, Stopper):
             if now - last > self._hang_timeout:
                 self._hung.add(trial.trial_id)
                 del self._last_sign[trial]
-                actor = actor_of(trial)
-                if actor is not None:
+                if actor := actor_of(trial):
                     ray.kill(actor)
 
     def _retry_or_fail(self, trial: Trial) -> None:

@@ -30,11 +30,7 @@ EpochSource = Callable[[Assignment, Split], Iterator[TrialEpoch]]
 
 
 def run_trial(config: Mapping[str, Any], epochs_of: EpochSource, split: Split) -> None:
-    """Train the assignment in `config`; Tune calls this in a worker, once a trial.
-
-    Raises:
-        Whatever training raises; Tune hands it to the driver.
-    """
+    """Train the assignment in `config`; Tune calls this in a worker, once a trial."""
     os.environ.update(WORKER_ENVIRONMENT)
     assignment: Assignment = config["assignment"]
     best = (-math.inf, -math.inf)
