@@ -134,11 +134,11 @@ class Workspace:
     def lend(self, key: StepKey, split: Split, state: State) -> Iterator[Prepared]:
         """Provide a step that holds a run's images and state.
 
-        Whoever ends an epoch stores the new state in it. Otherwise the epoch was broken off, and
-        the next one starts from a state again.
+        The run stores its new state there after an epoch. If it does not, the epoch was broken
+        off, and the next one starts from a state again.
         """
         with self._lock, products_in("float32"):
-            prepared = self._prepared(key)
+            prepared = self._step(key)
             if self._split is not split:
                 self.data.fill(split)
                 self._split = split
@@ -147,7 +147,7 @@ class Workspace:
             prepared.state = None
             yield prepared
 
-    def _prepared(self, key: StepKey) -> Prepared:
+    def _step(self, key: StepKey) -> Prepared:
         prepared = self._steps.pop(key, None)
         if prepared is None:
             if len(self._steps) == _MOST_STEPS:

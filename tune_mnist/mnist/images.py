@@ -44,22 +44,14 @@ class SplitTensors:
     @classmethod
     def on(cls, split: Split, device: str) -> Self:
         """Put a split on a device."""
-        return cls(
-            **{
-                name: _tensor(array).to(device, _dtype(name))
-                for name, array in vars(split).items()
-            }
-        )
+        tensors = {name: _tensor(array) for name, array in vars(split).items()}
+        return cls(**{name: each.to(device, _dtype(name)) for name, each in tensors.items()})
 
     @classmethod
     def room_for(cls, split: Split, device: str) -> Self:
         """Return tensors on a device, all zeros, that a split of the same size can be put into."""
-        return cls(
-            **{
-                name: torch.zeros(array.shape, dtype=_dtype(name), device=device)
-                for name, array in vars(split).items()
-            }
-        )
+        sizes = vars(cls.on(split, "cpu"))
+        return cls(**{name: torch.zeros_like(each, device=device) for name, each in sizes.items()})
 
     def fits(self, split: Split) -> bool:
         """Return True if a split has the size of what these tensors hold."""

@@ -29,7 +29,7 @@ from tune_mnist.mnist.step import Step, StepKind, Take
 
 DIVERGENCE_CHECK_EVERY = 32  # steps, on a CPU
 
-StepListener = Callable[[int, Tensor], None]  # is told the batch's number (1-based) and its loss
+StepListener = Callable[[int, Tensor], None]  # gets the batch's number (1-based) and its loss
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The compiled arithmetic of a CPU, behind one door.
+"""The compiled arithmetic of a CPU, behind one door: a run asks `backend` once.
 
-A run asks `backend` once. Compiled code has to compute at its first use in a process what torch
-computes: a fault of numba, of LLVM or of ours on a kind of CPU that it was never tried on would
-otherwise train wrongly, and nobody would know.
+At its first use in a process compiled code must compute what torch computes. Otherwise an error of
+numba, of LLVM or of ours, on a kind of CPU that it was never tried on, would train wrongly and
+nobody would notice.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ from tune_mnist.mnist.forward import TORCH, Backend
 from tune_mnist.mnist.net import IMAGE_SHAPE, Net
 from tune_mnist.mnist.optim import FlatNet
 
-TOLERANCE = 1e-3  # of a result's norm
+TOLERANCE = 1e-3  # of a result's norm; what was tried is within 2e-5 (AVX-512, AVX2, oneDNN)
 
 
 def backend(net: Net, threads: int) -> Backend:
-    """Return what computes a net's convolutional part fastest in so many threads, and right."""
+    """Return what computes a net's convolutional part fastest and correctly in so many threads."""
     weight = net.classifier.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return TORCH
@@ -30,7 +30,7 @@ def backend(net: Net, threads: int) -> Backend:
 
 @cache
 def _compiled(one_thread: bool) -> Backend:
-    """Return the compiled backend, or torch's where there is none or it is wrong."""
+    """Return the compiled backend, or torch's if there is none or it computes wrongly."""
     try:
         # numba may be missing, and takes half a second to import.
         from tune_mnist.mnist.cpu.convolution import convolutions
@@ -42,12 +42,12 @@ def _compiled(one_thread: bool) -> Backend:
     except ModuleNotFoundError:
         return TORCH
     except Exception as error:  # numba and LLVM fail in many ways
-        fault = f"they fail ({type(error).__name__}: {error})"
+        fault = f"they fail with {type(error).__name__}: {error}"
     if fault is None:
         return compiled
     warnings.warn(
-        f"this CPU's compiled kernels are not used: {' '.join(fault.split())}. torch computes "
-        "instead: as right, but slower",
+        f"the compiled kernels are not used on this CPU: {' '.join(fault.split())}; torch "
+        "computes instead, correctly but more slowly",
         RuntimeWarning,
         stacklevel=3,
     )
