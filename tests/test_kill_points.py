@@ -20,6 +20,7 @@ from support.course import Course
 from support.scripted import curve
 
 from tune_mnist.runs.history import History, TrialRecord
+from tune_mnist.tuning.study_file import facts
 
 TRIALS, EPOCHS, RETRIES = 9, 4, 1
 DYING = {1: (2, 1), 3: (2, 2)}  # trial: its worker dies in this epoch, so many times
@@ -66,10 +67,7 @@ def outcome(course: Course) -> str:
     trials = [vars(record) for record in history.trials.values()]
     times = ("started_at", "ended_at")
     recorded = [{name: trial[name] for name in trial if name not in times} for trial in trials]
-    proposed = [
-        (trial.state, trial.values, trial.params, trial.intermediate_values, trial.user_attrs)
-        for trial in course.study.trials()
-    ]
+    proposed = [facts(trial) for trial in course.study.trials()]
     order = [(record.number, row.epoch) for record, row in history.rows]
     files = contents(course.path)
     # As text: NaN is not equal to itself.

@@ -94,14 +94,6 @@ def test_a_second_signal_ends_a_search_at_once(searches: Searches, held: Script)
     assert history_of(searches.folder("run")).closed_as is None
 
 
-def test_of_two_searches_with_one_name_one_is_refused(searches: Searches) -> None:
-    drivers = [searches.start("run", *SMALL) for _ in range(2)]
-    codes = [driver.wait() for driver in drivers]
-    assert sorted(codes) == [0, 2]
-    assert "exists and is never overwritten" in drivers[codes.index(2)].output
-    assert len(history_of(searches.folder("run")).trials) == 4
-
-
 def test_a_run_that_is_under_way_cannot_be_resumed(searches: Searches, held: Script) -> None:
     driver = searches.start("run", *SMALL, *TWO, script=held)
     driver.wait_until(lambda: held.is_held(0, 2))

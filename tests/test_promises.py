@@ -3,7 +3,6 @@
 import io
 import shutil
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -105,14 +104,6 @@ parameters:
 start:
   - {lr: 0.03, momentum: 0.9, schedule: onecycle, rotation: 10.0, dropout: 0.1, ema_decay: 0.9}
 """
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Training takes one thread here, as in a worker, and the process its own after it."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_real_training_that_was_killed_ends_as_the_unbroken_one_to_the_last_digit(
