@@ -139,7 +139,7 @@ class Real:
 
     def __init__(self, path: Path) -> None:
         file = path / "default.yaml"
-        file.write_text(yaml.safe_dump(space().as_dict()))
+        file.write_text(yaml.safe_dump(space().as_dict(), sort_keys=False))
         rules: dict[str, Any] = {
             "epochs": EPOCHS,
             "trials": 1000,
