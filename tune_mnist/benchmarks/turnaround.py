@@ -17,7 +17,7 @@ from tune_mnist.benchmarks.measurements import Measurements
 from tune_mnist.benchmarks.settings import TurnaroundSettings
 from tune_mnist.benchmarks.watched import Note, time_to_first_step, watch_search
 from tune_mnist.cli import tell
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.data import load_mnist
 from tune_mnist.reporting.statistics import most_at_once
 from tune_mnist.runs.folder import RunFolder
@@ -84,12 +84,17 @@ def measure_reports(measured: Measurements, few: int, many: int, data: tuple[str
 
 
 def measure_busy(settings: TurnaroundSettings, data: tuple[str, ...]) -> tuple[float, float]:
-    """Return the busy share of a search of real trials, and the share of the steps alone."""
+    """Return the busy share of a search of real trials, and the share of the steps alone.
+
+    Raises TuneMnistError if no trial finished an epoch.
+    """
     minutes = min(settings.minutes, 0.75) if settings.quick else settings.minutes
     tell(f"searching for {minutes:g} minutes")
     images = ("--images", "6000") if settings.quick else ()
     budget = ("--time-budget", f"{minutes * 60:g}s", "--trials", "1000")
     workers, _ = watch_search("real", "--space", "quick", *budget, *images, *data)
+    if not workers:
+        raise TuneMnistError(f"no trial finished an epoch within {minutes:g} minutes")
     return busy_shares(workers)
 
 
