@@ -31,9 +31,9 @@ DIVERGED = "the loss was not finite at step 5 of epoch "
 @pytest.mark.parametrize(
     ("accuracies", "state", "optuna_state", "reason", "best"),
     [
-        ([*good()[:-1], 0.5], "complete", TrialState.COMPLETE, "", b"1 8"),
-        ([0.95, 0.96, 0.97, 0.7], "stopped", TrialState.PRUNED, "among the poorer ones", b"1 3"),
-        ([0.95, math.nan], "diverged", TrialState.PRUNED, f"{DIVERGED}2", b"1 1"),
+        ([*good()[:-1], 0.5], "complete", TrialState.COMPLETE, "", b"2 8"),
+        ([0.95, 0.96, 0.97, 0.7], "stopped", TrialState.PRUNED, "among the poorer ones", b"2 3"),
+        ([0.95, math.nan], "diverged", TrialState.PRUNED, f"{DIVERGED}2", b"2 1"),
         ([math.nan], "diverged", TrialState.FAIL, f"{DIVERGED}1", b"0 9"),
     ],
     ids=["complete", "stopped", "diverged", "diverged at once"],
@@ -46,7 +46,8 @@ def test_a_trial_ends_with_every_finite_report_and_the_last_as_its_value(
     reason: str,
     best: bytes,
 ) -> None:
-    course.trial(*(value - 0.1 for value in good()))
+    for _ in range(2):  # the baseline, and one that stands in the rungs
+        course.trial(*(value - 0.1 for value in good()))
     number = course.start()
     for accuracy in accuracies:
         step = 5 if math.isnan(accuracy) else None
@@ -129,6 +130,15 @@ def test_the_baseline_comes_first_and_is_never_stopped(tmp_path: Path) -> None:
     assert [course.epoch(0, 0.1) for _ in range(EPOCHS)] == [False] * (EPOCHS - 1) + [True]
     course.experiment.finish(0)
     assert course.history.trials[0].state == "complete"
+
+
+def test_a_baseline_that_learns_fast_at_first_stops_nobody(tmp_path: Path) -> None:
+    """The first epochs of `default` at full size, with search seed 1: all three were stopped."""
+    course = Course(tmp_path / "run", space="default")
+    course.start()
+    assert not course.epoch(0, 0.9816)
+    told_to_stop = [course.epoch(course.start(), value) for value in (0.9784, 0.9750, 0.9764)]
+    assert told_to_stop == [False, True, True]  # as among themselves
 
 
 def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ def plain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> list[Fr
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Course:
-    """A search here with the same three trials."""
+    """A search here with the same three trials, after its baseline."""
     course = Course(tmp_path / "ours", epochs=EPOCHS)
+    course.trial(*[0.7] * EPOCHS)
     course.trial(*(0.8 + epoch / 100 for epoch in range(1, EPOCHS + 1)))
     course.trial(0.11)
     course.trial(0.81, math.nan)
@@ -48,9 +49,9 @@ def test_a_trial_that_asha_stops_is_pruned_and_keeps_its_last_report(
     assert plain[1].intermediate_values == {}  # wrong: it has reported
     assert plain[1].value == pytest.approx(0.11)
 
-    assert ours.history.trials[1].state == "stopped"
-    assert ours.optuna(1).state == TrialState.PRUNED
-    assert ours.optuna(1).intermediate_values == {1: 0.11}
+    assert ours.history.trials[2].state == "stopped"
+    assert ours.optuna(2).state == TrialState.PRUNED
+    assert ours.optuna(2).intermediate_values == {1: 0.11}
 
 
 def test_a_trial_that_diverges_ends_there_and_does_not_stay_running(
@@ -59,10 +60,10 @@ def test_a_trial_that_diverges_ends_there_and_does_not_stay_running(
     assert plain[2].state == TrialState.RUNNING  # wrong: and TPE steers around it for good
     assert max(plain[2].intermediate_values) >= EPOCHS - 1  # wrong: it was never stopped
 
-    record = ours.history.trials[2]
+    record = ours.history.trials[3]
     assert (record.state, record.epochs) == ("diverged", 2)
-    assert ours.optuna(2).state == TrialState.PRUNED
-    assert ours.optuna(2).value == 0.81
+    assert ours.optuna(3).state == TrialState.PRUNED
+    assert ours.optuna(3).value == 0.81
 
 
 def started_late(path: Path) -> bool:

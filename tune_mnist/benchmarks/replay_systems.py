@@ -150,7 +150,7 @@ class Optuna:
 
 @dataclass
 class Ours:
-    """This package's study and rungs, with the baseline first, which is never stopped."""
+    """This package's study and rungs, with the baseline first, which stands in no rung."""
 
     space: SearchSpace
     epochs: int
@@ -181,8 +181,9 @@ class Ours:
             return True
         self._reported.add(number)
         self._study.report(number, epoch, value)
-        stop = self._rungs.should_stop(number, epoch, value)
-        return stop and not (self.baseline and number == 0)
+        if self.baseline and number == 0:
+            return False
+        return self._rungs.should_stop(number, epoch, value)
 
     def end(self, number: int, value: float, *, complete: bool) -> None:
         state = TrialState.COMPLETE if complete else TrialState.PRUNED

@@ -175,10 +175,12 @@ class Experiment:
     def _should_stop(self, record: TrialRecord, row: EpochRow) -> bool:
         if row.diverged or row.epoch >= self.rules.epochs:
             return True
+        # A yardstick, not a rival: it runs to its end, and stands in no rung. It learns fast at
+        # first, and with it there the second trial to report would have to beat it at once.
+        if record.origin == "baseline":
+            return False
         accuracy = row.accuracy(self.rules.metric)
-        stop = self._rungs.should_stop(record.number, row.epoch, accuracy)
-        # The others are compared with the baseline at every epoch, so it always runs to its end.
-        return stop and record.origin != "baseline"
+        return self._rungs.should_stop(record.number, row.epoch, accuracy)
 
     def _propose(self, number: int, ray_id: str) -> TrialRecord:
         """Choose trial `number` and start it in the study."""
