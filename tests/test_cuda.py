@@ -1,10 +1,9 @@
 """What a GPU adds to a step.
 
-All but CUDA itself is tested on a CPU that passes for another device: a run takes the GPU's way on
-whatever is not called "cpu".
+All but CUDA itself is tested on a CPU that passes for a GPU: a run takes whatever is not called
+"cpu" for one.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.optim import step_table
 from tune_mnist.mnist.step import StepKind
-from tune_mnist.mnist.training import EpochResult, Run, draw_order, train
+from tune_mnist.mnist.training import Run, draw_order, train
 from tune_mnist.tuning import packing
 from tune_mnist.tuning.resources import TrialResources
 from tune_mnist.tuning.settings import SearchSettings
@@ -179,54 +178,6 @@ def test_in_bfloat16_losses_are_near_and_weights_stay_float32(little: Split) -> 
     assert state["net"]["classifier.weight"].dtype == torch.float32
 
 
-class TestTrain:
-    """The generator, on another device."""
-
-    def train(self, *arguments: Any, **options: Any) -> list[EpochResult]:
-        run = partial(Run, captured=False)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tune_mnist.mnist.training.Run", run)
-            return list(train(*arguments, device=DEVICE, seed=1, **options))
-
-    def test_a_resumed_run_ends_as_the_unbroken_one(self, little: Split) -> None:
-        unbroken = self.train(EVERYTHING, little, epochs=3)
-        resumed = self.train(EVERYTHING, little, epochs=3, state=unbroken[0].state)
-        times = {"seconds": 0, "evaluation_seconds": 0}
-        for one, other in zip(resumed, unbroken[1:], strict=True):
-            assert replace(one.metrics, **times) == replace(other.metrics, **times)
-            assert one.state == other.state
-        assert len(unbroken[0].weights) < 200_000
-
-    def test_a_run_may_move_between_cpu_and_device(self, little: Split) -> None:
-        first = next(train(ADAMW, little, epochs=3, seed=1))
-        second = self.train(ADAMW, little, epochs=2, state=first.state)[-1]
-        moved = list(train(ADAMW, little, epochs=3, seed=1, state=second.state))[-1]
-        stayed = list(train(ADAMW, little, epochs=3, seed=1))[-1]
-        assert moved.metrics.train_loss == pytest.approx(stayed.metrics.train_loss, rel=0.05)
-
-    def test_divergence_is_told_at_its_step(self, little: Split) -> None:
-        hopeless = replace(SGD, lr=10, momentum=0.99, batch_size=4)
-        losses: list[float] = []
-        found = self.train(
-            hopeless, little, epochs=9, on_step=lambda _, loss: losses.append(loss.item())
-        )
-        result = found[-1].metrics
-        of_epoch = losses[-7:]  # every step is taken and announced
-        assert len(losses) == 7 * len(found)
-        first_lost = [math.isfinite(loss) for loss in of_epoch].index(False)
-        assert result.diverged_step == first_lost + 1
-        assert not math.isfinite(result.train_loss)
-        assert math.isnan(result.val_accuracy)
-        assert math.isnan(result.test_accuracy)
-
-    def test_without_a_holdout_validation_is_nan(self, small_mnist: Mnist) -> None:
-        data = few(split(small_mnist, holdout=False, images=24))
-        (result,) = self.train(SGD, data, epochs=1)
-        assert math.isnan(result.metrics.val_loss)
-        assert math.isfinite(result.metrics.test_loss)
-        assert result.metrics.diverged_step is None
-
-
 class TestPrecision:
     def settings_of_torch(self) -> tuple[str, str]:
         cudnn: Any = torch.backends.cudnn
@@ -351,12 +302,13 @@ class TestOnAGpu:
         )
         torch.testing.assert_close(found[:3], exact[:3], rtol=0.05, atol=0)
 
-    def test_a_run_resumes_on_a_processor_from_its_state(self, data: Split) -> None:
+    def test_a_run_resumes_on_either_device(self, data: Split) -> None:
         expected = epochs_of(Run(self.sgd, data, epochs=2, seed=1, device="cuda"))
-        on_cpu = Run(self.sgd, data, epochs=2, seed=1)
-        on_cpu.state = expected[0][2]
-        _, losses = on_cpu.train_epoch(1)
-        torch.testing.assert_close(losses[0], expected[1][1][0], rtol=1e-3, atol=0)
+        for device in ("cpu", "cuda"):
+            run = Run(self.sgd, data, epochs=2, seed=1, device=device)
+            run.state = expected[0][2]
+            _, losses = run.train_epoch(1)
+            torch.testing.assert_close(losses[0], expected[1][1][0], rtol=1e-3, atol=0)
 
     def test_a_captured_forward_reads_the_dropout_rate_at_each_replay(self) -> None:
         torch.manual_seed(11)

@@ -71,10 +71,9 @@ def test_a_split_takes_the_place_of_one_as_large(small_mnist: Mnist) -> None:
         replace(split(small_mnist, holdout=True, images=20), test_labels=labels)
         for labels in (small_mnist.test_labels, small_mnist.test_labels[::-1].copy())
     )
-    room = SplitTensors.room_for(first, "cpu")
-    assert not room.train_images.any()
+    room = SplitTensors.on(first, "cpu", copy=True)
     images = room.train_images
-    room.fill(first)
+    assert images.data_ptr() != first.train_images.ctypes.data
     room.fill(second)
     assert room.train_images is images
     for name, array in vars(second).items():

@@ -115,7 +115,7 @@ def test_without_an_average_it_is_the_net_itself(data: Split) -> None:
 def test_a_step_reads_no_value_from_its_device(data: Split, optimizer: Any) -> None:
     # The meta device has shapes but no values: whatever would wait for a GPU raises there.
     nowhere: Any = None
-    kind, images = StepKind(optimizer, True, True), SplitTensors.room_for(data, "meta")
+    kind, images = StepKind(optimizer, True, True), SplitTensors.on(data, "meta")
     step = Step(kind, images, nowhere, training_forward, known={})
     row = torch.empty(len(step.columns), device="meta")
     assert step.take(torch.empty(8, dtype=torch.int64, device="meta"), row).device.type == "meta"

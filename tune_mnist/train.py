@@ -155,7 +155,8 @@ def chosen_config(settings: TrainSettings) -> TrainConfig:
     """Return the configuration to train: the file's, a trial's or the baseline, under --set.
 
     Raises:
-        ConfigError: a file cannot be read, or a name or value is not usable.
+        ConfigError: a file cannot be read, a name or value is not usable, or the run has no such
+            trial.
         RunFolderError: there is no such run.
     """
     if settings.run is not None or settings.trial is not None:
@@ -169,12 +170,7 @@ def chosen_config(settings: TrainSettings) -> TrainConfig:
 
 
 def config_of_trial(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration of the trial that --run and --trial name.
-
-    Raises:
-        ConfigError: one of the two is missing, or the run has no such trial.
-        RunFolderError: there is no such run.
-    """
+    """Return the configuration of the trial that --run and --trial name."""
     if settings.run is None or settings.trial is None or settings.config is not None:
         raise ConfigError("--run and --trial go together, and without --config")
     trials = History.load(RunFolder.open(settings.run)).trials
@@ -223,13 +219,12 @@ class StepBar:
         self.steps = steps
 
     def __enter__(self) -> None:
-        self.done = 0
-        self.prefix = ""
+        self.done, self.prefix = 0, ""
         self.began = self.drawn = time.perf_counter()
         self.bar = None
         if sys.stdout.isatty():
-            # Told its size: a container's terminal may report 0 x 0, where tqdm draws nothing.
-            self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=terminal_columns(), nrows=2)
+            # With a size: a container's terminal may report 0 x 0, where tqdm draws nothing.
+            self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=_columns(), nrows=2)
 
     def step(self, number: int, loss: "Tensor") -> None:
         """Show a step (1-based) and its loss."""
@@ -241,7 +236,7 @@ class StepBar:
             self.drawn = now
             self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
             if self.bar is not None:
-                self.bar.n, self.bar.ncols = number, terminal_columns()
+                self.bar.n, self.bar.ncols = number, _columns()
                 self.bar.set_description(self.prefix)
         if last:
             self._finish()  # now, and not after the evaluation, which is no step of the epoch
@@ -250,29 +245,26 @@ class StepBar:
         if self.bar is not None:
             self.bar.close()
         elif self.prefix:
-            elapsed = time.perf_counter() - self.began
-            style = {"prefix": self.prefix, "ncols": 100, "ascii": True}
-            tell(tqdm.format_meter(self.done, self.steps, elapsed, **style))
+            elapsed, style = time.perf_counter() - self.began, {"ncols": 100, "ascii": True}
+            tell(tqdm.format_meter(self.done, self.steps, elapsed, prefix=self.prefix, **style))
 
     def __exit__(self, *exception: object) -> None:
         if self.done < self.steps:  # diverged or interrupted
             self._finish()
 
 
-def terminal_columns() -> int:
-    """Return the terminal's present width."""
+def _columns() -> int:
     return shutil.get_terminal_size().columns
 
 
 def describe(config: TrainConfig) -> str:
     """Return one line on how a configuration differs from the baseline."""
-    changed = {
-        name: value
+    changed = [
+        f" {name}={value}"
         for name, value in config.as_dict().items()
         if value != CONFIG_FIELDS[name].default
-    }
-    shown = " ".join(f"{name}={value}" for name, value in changed.items())
-    return f"Configuration: baseline{' with ' if shown else ''}{shown}"
+    ]
+    return f"Configuration: baseline{' with' if changed else ''}{''.join(changed)}"
 
 
 def check_converging(result: "EpochMetrics", config: TrainConfig) -> None:
@@ -285,7 +277,6 @@ def check_converging(result: "EpochMetrics", config: TrainConfig) -> None:
 
 
 def test_line(result: "EpochMetrics", images: int) -> str:
-    """Return the line on an epoch's result on so many test images."""
     return (
         f"Test set: Average loss: {result.test_loss:.4f}, "
         f"Accuracy: {result.test_correct}/{images} ({result.test_accuracy:.2%})"
@@ -293,7 +284,6 @@ def test_line(result: "EpochMetrics", images: int) -> str:
 
 
 def summary(done: "list[EpochMetrics]") -> str:
-    """Return the last line: the last and the best epoch."""
     if not done:
         return "No epoch was finished."
     best = max(done, key=lambda result: result.test_accuracy)

@@ -113,8 +113,8 @@ class Workspace:
     """
 
     def __init__(self, split: Split, device: str) -> None:
-        self.data = SplitTensors.room_for(split, device)
-        self._split: Split | None = None  # whose images lie there
+        self.data = SplitTensors.on(split, device, copy=True)
+        self._split = split  # whose images lie there
         self._lock = Lock()
         self._generator = torch.Generator(device)
         on_gpu = self.data.device.type == "cuda"
@@ -124,11 +124,11 @@ class Workspace:
     @classmethod
     def on(cls, device: str, split: Split) -> "Workspace":
         """Return the process's workspace on a device, a new one where the split does not fit."""
-        kept = _workspaces.get(device)
-        if kept is None or not kept.data.fits(split):
-            _workspaces.pop(device, None)  # frees its memory first
-            kept = _workspaces[device] = cls(split, device)
-        return kept
+        if device in _workspaces and not _workspaces[device].data.fits(split):
+            del _workspaces[device]  # frees its memory first
+        if device not in _workspaces:
+            _workspaces[device] = cls(split, device)
+        return _workspaces[device]
 
     @contextmanager
     def lend(self, key: StepKey, split: Split, state: State) -> Iterator[Prepared]:

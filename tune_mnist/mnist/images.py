@@ -42,16 +42,12 @@ class SplitTensors:
         return self.train_images.device
 
     @classmethod
-    def on(cls, split: Split, device: str) -> Self:
-        """Put a split on a device."""
+    def on(cls, split: Split, device: str, *, copy: bool = False) -> Self:
+        """Put a split, or a copy of it, on a device."""
         tensors = {name: _tensor(array) for name, array in vars(split).items()}
-        return cls(**{name: each.to(device, _dtype(name)) for name, each in tensors.items()})
-
-    @classmethod
-    def room_for(cls, split: Split, device: str) -> Self:
-        """Return tensors on a device, all zeros, that a split of the same size can be put into."""
-        sizes = vars(cls.on(split, "cpu"))
-        return cls(**{name: torch.zeros_like(each, device=device) for name, each in sizes.items()})
+        return cls(
+            **{name: each.to(device, _dtype(name), copy=copy) for name, each in tensors.items()}
+        )
 
     def fits(self, split: Split) -> bool:
         """Return True if a split has the size of what these tensors hold."""

@@ -143,12 +143,14 @@ class Run:
             watch = Stopwatch(self.device)
             losses = self._take_steps(prepared.take, order, table, on_step)
             watch.lap()
-            val, test = self._evaluate(step, losses)
+            tallies = self._evaluate(step, losses)
             watch.lap()
-            losses, val, test, *vectors = fetch([losses, val, test, *step.vectors])
+            losses, val, test, *vectors = fetch([losses, *tallies, *step.vectors])
             self.state = checkpoint.state_of(step, vectors, self.config, taken + len(losses))
             prepared.state = self.state
-        return self._metrics(done + 1, losses, (val, test), watch.seconds()), losses
+        on_val = Score.of(len(self.split.val_labels), val)
+        on_test = Score.of(len(self.split.test_labels), test)
+        return self._metrics(done + 1, losses, on_val, on_test, watch.seconds()), losses
 
     @contextmanager
     def _prepared_step(self, done: int) -> Iterator[Prepared]:
@@ -180,21 +182,17 @@ class Run:
                 return losses[:number]
         return losses
 
-    def _evaluate(self, step: Step, losses: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate(self, step: Step, losses: Tensor) -> list[Tensor]:
         """Return the tallies of the validation and the test images."""
         if self._on_cpu and first_not_finite(losses) is not None:
-            return torch.full((2,), math.nan), torch.full((2,), math.nan)
+            return [torch.full((2,), math.nan)] * 2
         net, data = step.average.net, step.data
-        return (
-            tally(net, data.val_images, data.val_labels, self._backend),
-            tally(net, data.test_images, data.test_labels, self._backend),
-        )
+        sets = (data.val_images, data.val_labels), (data.test_images, data.test_labels)
+        return [tally(net, images, labels, self._backend) for images, labels in sets]
 
     def _metrics(
-        self, epoch: int, losses: Tensor, tallies: tuple[Tensor, Tensor], laps: list[float]
+        self, epoch: int, losses: Tensor, val: Score, test: Score, laps: list[float]
     ) -> EpochMetrics:
-        val = Score.of(len(self.split.val_labels), tallies[0])
-        test = Score.of(len(self.split.test_labels), tallies[1])
         diverged = first_not_finite(losses)
         if diverged is None and (val.lost or test.lost):
             diverged = len(losses)  # the last step did it, or batch norm's statistics

@@ -5,6 +5,7 @@ of images, and the net's shapes: channels of results that eight divides.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,11 @@ def convolutions(one_thread: bool) -> Convolutions:
     """
     if one_thread and llvm.LANES > 0:
         return Convolutions(convolve, image_gradient, weight_gradient)
-    return Convolutions(torch_convolve, _torch_image_gradient, _torch_weight_gradient)
+    return Convolutions(
+        torch_convolve,
+        partial(_torch_gradient, of_images=True),
+        partial(_torch_gradient, of_images=False),
+    )
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
@@ -116,19 +121,11 @@ def _array(images: Tensor) -> Any:
     return images.permute(0, 2, 3, 1).numpy()
 
 
-def _torch_image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return _torch_gradients(gradient, images, weight, [True, False, False])[0]
-
-
-def _torch_weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return _torch_gradients(gradient, images, weight, [False, True, False])[1]
-
-
-def _torch_gradients(
-    gradient: Tensor, images: Tensor, weight: Tensor, which: list[bool]
-) -> tuple[Tensor, ...]:
-    """Return the gradients of images, weight and bias, as far as they are asked for."""
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+def _torch_gradient(
+    gradient: Tensor, images: Tensor, weight: Tensor, *, of_images: bool
+) -> Tensor:
+    """Return the gradient of the images or of the weight, by torch."""
+    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
         gradient,
         images,
         weight.contiguous(memory_format=LAST),
@@ -139,6 +136,6 @@ def _torch_gradients(
         False,  # transposed
         [0, 0],
         1,  # groups
-        which,
+        [of_images, not of_images, False],
     )
-    return found
+    return of_input if of_images else of_weight  # type: ignore[no-any-return]

@@ -137,7 +137,7 @@ def norm_backward_sums(
     gradient: Floats, keep: Bytes, x: Floats, mean: Floats
 ) -> tuple[Doubles, Doubles]:
     """Sum the kept gradient, and it times `x - mean`, per channel."""
-    zero = np.float32(0)
+    zero, drops = np.float32(0), keep.size > 0
     means = _spread(mean)
     sums, products = np.zeros(_WIDTH), np.zeros(_WIDTH)
     part, part_products = np.empty(_WIDTH, np.float32), np.empty(_WIDTH, np.float32)
@@ -145,25 +145,18 @@ def norm_backward_sums(
     for first in range(0, rows.shape[0], _ROWS):
         part[:] = 0
         part_products[:] = 0
-        last = min(rows.shape[0], first + _ROWS)
-        if keep.size == 0:
-            for row in range(first, last):
-                for c in range(_WIDTH):
-                    value = gradient_rows[row, c]
-                    part[c] += value
-                    part_products[c] += value * (rows[row, c] - means[c])
-        else:
-            for row in range(first, last):
-                for c in range(_WIDTH):
-                    # A product: LLVM gives up vectors for a choice that feeds a sum.
-                    value = gradient_rows[row, c] * np.float32(keep_rows[row, c])
-                    part[c] += value
-                    part_products[c] += value * (rows[row, c] - means[c])
+        for row in range(first, min(rows.shape[0], first + _ROWS)):
+            for c in range(_WIDTH):
+                value = gradient_rows[row, c]
+                if drops:  # a product: LLVM gives up vectors for a choice that feeds a sum
+                    value *= np.float32(keep_rows[row, c])
+                part[c] += value
+                part_products[c] += value * (rows[row, c] - means[c])
         sums += part
         products += part_products
     for i in range(rows.size, x.size):
         c = i - rows.size
-        value = gradient[i] if keep.size == 0 or keep[i] else zero
+        value = gradient[i] if not drops or keep[i] else zero
         sums[c] += value
         products[c] += value * (x[i] - means[c])
     return _gather(sums, mean.size), _gather(products, mean.size)
@@ -178,26 +171,18 @@ def norm_and_relu_backward(
     Returns:
         Its sum over each channel.
     """
-    zero = np.float32(0)
+    zero, drops = np.float32(0), keep.size > 0
     a, b, d = _spread(by_gradient), _spread(by_x), _spread(constant)
     sums, part = np.zeros(_WIDTH), np.empty(_WIDTH, np.float32)
     rows, gradient_rows, keep_rows = _rows(x), _rows(gradient), _rows(keep)
     for first in range(0, rows.shape[0], _ROWS):
         last = min(rows.shape[0], first + _ROWS)
-        if keep.size == 0:
-            for row in range(first, last):
-                for c in range(_WIDTH):
-                    at = rows[row, c]
-                    value = a[c] * gradient_rows[row, c] + (b[c] * at + d[c])
-                    gradient_rows[row, c] = zero if at <= zero else value
-        else:
-            for row in range(first, last):
-                for c in range(_WIDTH):
-                    at = rows[row, c]
-                    value = gradient_rows[row, c]
-                    value = value if keep_rows[row, c] else zero
-                    value = a[c] * value + (b[c] * at + d[c])
-                    gradient_rows[row, c] = zero if at <= zero else value
+        for row in range(first, last):
+            for c in range(_WIDTH):
+                at, value = rows[row, c], gradient_rows[row, c]
+                value = zero if drops and not keep_rows[row, c] else value
+                value = a[c] * value + (b[c] * at + d[c])
+                gradient_rows[row, c] = zero if at <= zero else value
         part[:] = 0
         for row in range(first, last):  # a loop of its own, as LLVM needs it for vectors
             for c in range(_WIDTH):
@@ -205,7 +190,7 @@ def norm_and_relu_backward(
         sums += part
     for i in range(rows.size, x.size):
         c = i - rows.size
-        value = gradient[i] if keep.size == 0 or keep[i] else zero
+        value = gradient[i] if not drops or keep[i] else zero
         value = a[c] * value + (b[c] * x[i] + d[c])
         gradient[i] = zero if x[i] <= zero else value
         sums[c] += gradient[i]
