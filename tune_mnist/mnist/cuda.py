@@ -33,13 +33,8 @@ def captured(step: Step, sizes: Iterable[int], pool: Any) -> Take:
     """Record a step as a CUDA graph for batches of each size; return what replays it.
 
     The step is really taken a few times on the way, so its state must be put afterwards. A loss
-    that the result returns is valid until the next step.
-
-    Args:
-        step: on the current CUDA device.
-        sizes: lengths of the batches to come.
-        pool: `torch.cuda.graph_pool_handle()`, memory that may be shared by graphs that never run
-            at the same time.
+    that the result returns is valid until the next step. `pool`, `torch.cuda.graph_pool_handle()`,
+    is memory that may be shared by graphs that never run at the same time.
     """
     row = torch.zeros(len(step.columns), device=step.net.vector.device)
     batches = {size: torch.zeros(size, dtype=torch.int64, device=row.device) for size in sizes}
@@ -61,10 +56,8 @@ def capture(
 ) -> Callable[[], Tensor]:
     """Record some work as a CUDA graph; return what replays it and returns its result.
 
-    Args:
-        work: operations that wait for nothing, on tensors that stay where they are.
-        generator: what the work draws from; each replay continues from its state.
-        pool: as in `captured`.
+    The work waits for nothing, on tensors that stay where they are. What it draws from the
+    generator continues, at each replay, from the generator's state.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -212,7 +205,6 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> None:
-        """End a lap and begin another."""
         if self._on_gpu:
             mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             mark.record()

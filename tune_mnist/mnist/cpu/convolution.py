@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from tune_mnist.mnist.cpu import llvm
 from tune_mnist.mnist.cpu.loops import Floats
@@ -46,7 +47,6 @@ def convolutions(one_thread: bool) -> Convolutions:
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """Return the convolution of images in vector code."""
     outputs, _, kernel, _ = weight.shape
     side = images.shape[2] - kernel + 1
     out = torch.empty((len(images), outputs, side, side), memory_format=LAST)
@@ -56,7 +56,6 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor
 
 
 def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of the images in vector code."""
     out = torch.empty(images.shape, memory_format=LAST)
     filters = weight.detach().numpy().transpose(2, 3, 0, 1)[::-1, ::-1]
     zeros = np.zeros(images.shape[1], np.float32)
@@ -66,7 +65,6 @@ def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of the weight in vector code."""
     outputs, inputs, kernel, _ = weight.shape
     x, top = np.ascontiguousarray(_array(images)), np.ascontiguousarray(_array(gradient))
     side, rows = x.shape[1], top.shape[1]
@@ -117,28 +115,8 @@ def _array(images: Tensor) -> Any:
 
 
 def _torch_image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return _torch_gradients(gradient, images, weight, [True, False, False])[0]
+    return conv2d_input(images.shape, weight.contiguous(memory_format=LAST), gradient)
 
 
 def _torch_weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return _torch_gradients(gradient, images, weight, [False, True, False])[1]
-
-
-def _torch_gradients(
-    gradient: Tensor, images: Tensor, weight: Tensor, which: list[bool]
-) -> tuple[Tensor, ...]:
-    """Return the gradients of images, weight and bias, as far as they are asked for."""
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        gradient,
-        images,
-        weight.contiguous(memory_format=LAST),
-        [weight.shape[0]],
-        [1, 1],  # stride
-        [0, 0],  # padding
-        [1, 1],  # dilation
-        False,  # transposed
-        [0, 0],
-        1,  # groups
-        which,
-    )
-    return found
+    return conv2d_weight(images, weight.shape, gradient)

@@ -170,6 +170,7 @@ class _Vectors:
         self.builder, self.lanes = builder, lanes
         self.type = ir.VectorType(ir.FloatType(), lanes)
         self.zero = ir.Constant(self.type, None)
+        self.add, self.subtract = builder.fadd, builder.fsub
 
     def load(self, address: Any, offset: int) -> Any:
         return self.builder.load(self._pointer(address, offset, self.type), align=FLOAT)
@@ -193,12 +194,6 @@ class _Vectors:
             self.builder.module, kind, name
         )
         return self.builder.call(function, [a, b, c])
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b)
-
-    def subtract(self, a: Any, b: Any) -> Any:
-        return self.builder.fsub(a, b)
 
     def rectify(self, a: Any) -> Any:
         below = self.builder.fcmp_ordered("<", a, self.zero)
