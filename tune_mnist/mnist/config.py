@@ -7,7 +7,7 @@ configuration as a YAML file, with `NAME=VALUE` texts over it.
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
@@ -131,7 +131,6 @@ def is_integer(name: str) -> bool:
 
 
 def limits_of(name: str) -> Limits:
-    """Return the limits of a hyperparameter that is a number."""
     return cast(Limits, CONFIG_FIELDS[name].metadata["limits"])
 
 
@@ -176,7 +175,7 @@ def _hint_for_choice(value: Any, shown: list[str]) -> str:
 def _hint_for_number(value: Any) -> str:
     """Return how to write a number that arrived as text: YAML 1.1 reads 1e-4 so, for one."""
     try:
-        number = float(value) if isinstance(value, str) else float("nan")
+        number = float(value) if isinstance(value, str) else nan
     except ValueError:
         return ""
     if not isfinite(number):

@@ -142,12 +142,10 @@ class Workspace:
 
     def _prepared(self, key: StepKey) -> Prepared:
         prepared = self._steps.pop(key, None)
-        if prepared is None:
-            if len(self._steps) == _MOST_STEPS:
-                del self._steps[next(iter(self._steps))]  # the one not used for longest
-            prepared = self._prepare(key)
-        self._steps[key] = prepared
-        return prepared
+        if prepared is None and len(self._steps) == _MOST_STEPS:
+            del self._steps[next(iter(self._steps))]  # the one not used for longest
+        self._steps[key] = prepared or self._prepare(key)
+        return self._steps[key]
 
     def _prepare(self, key: StepKey) -> Prepared:
         forward = bfloat16_forward if key.precision == "bf16" else training_forward
@@ -205,12 +203,11 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> None:
+        mark: Any = time.perf_counter()
         if self._on_gpu:
             mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             mark.record()
-            self._marks.append(mark)
-        else:
-            self._marks.append(time.perf_counter())
+        self._marks.append(mark)
 
     def seconds(self) -> list[float]:
         """Return the length of each lap; on a GPU only after waiting for it."""

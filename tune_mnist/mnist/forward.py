@@ -6,7 +6,7 @@ never wait for one, or by compiled code where `cpu.backend` finds that to be rig
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self, cast
 
@@ -51,18 +51,7 @@ def torch_features(
         h = F.conv2d(h, convolution.weight, convolution.bias)
         if norm is None:
             continue
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        h = F.batch_norm(
-            F.relu(h),
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            training=True,
-            momentum=cast(float, norm.momentum),
-            eps=norm.eps,
-        )
+        h = norm.train()(F.relu(h))
         if factors is not None:
             h = h * next(factors).to(h.dtype)
         if pooled:
@@ -214,9 +203,8 @@ def _dropout_factors(
         # All at once: a GPU starts a kernel for about as long as it draws. Uniform numbers are
         # multiples of 2^-24.
         drawn = torch.rand(sum(sizes), generator=generator, device=images.device)
-        flat: Iterator[Tensor] = iter(
-            torch.split(drawn.ge_(dropout).mul_(1 / (1 - dropout)), sizes)
-        )
+        factors = drawn.ge_(dropout).mul_(1 / (1 - dropout))
+        flat: Iterable[Tensor] = torch.split(factors, sizes)
     else:
         seeds = draw_seeds(generator, len(sizes))
         masks = (keep_mask(seed, dropout, size) for seed, size in zip(seeds, sizes, strict=True))

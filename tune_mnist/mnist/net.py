@@ -99,10 +99,8 @@ def layer_table(net: Net) -> str:
         hook.remove()
 
     rule = "-" * 58
-    total, trainable = (
-        _count(net.parameters()),
-        _count(p for p in net.parameters() if p.requires_grad),
-    )
+    total = _count(net.parameters())
+    trainable = _count(each for each in net.parameters() if each.requires_grad)
     input_mb = _megabytes(images.numel())
     pass_mb = _megabytes(2 * sum(output.numel() for _, output, _ in rows))  # and its gradients
     parameters_mb = _megabytes(total)

@@ -96,12 +96,12 @@ class FlatNet:
             part = vector[start : start + math.prod(shape)]
             start += len(part)
             if len(shape) == 4:
-                part = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-            views[name] = part.view(shape)
+                views[name] = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            else:
+                views[name] = part.view(shape)
         return views
 
     def copy_from(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the numbers of a state_dict of `Net` into the vector."""
         for name, part in self.named(self.vector).items():
             part.copy_(state[name])
 

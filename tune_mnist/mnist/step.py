@@ -61,7 +61,6 @@ class Step:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """All that it moves: net, average, and the optimizer's memory."""
         return [self.net.vector, self.average.vector, *self.optimizer.buffers.values()]
 
     def take(self, batch: Tensor, row: Tensor) -> Tensor:

@@ -115,8 +115,11 @@ def _array(images: Tensor) -> Any:
 
 
 def _torch_image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return conv2d_input(images.shape, weight.contiguous(memory_format=LAST), gradient)
+    weight = weight.contiguous(memory_format=LAST)
+    found: Tensor = conv2d_input(images.shape, weight, gradient)  # type: ignore[no-untyped-call]
+    return found
 
 
 def _torch_weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    return conv2d_weight(images, weight.shape, gradient)
+    found: Tensor = conv2d_weight(images, weight.shape, gradient)  # type: ignore[no-untyped-call]
+    return found
