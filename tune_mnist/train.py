@@ -152,13 +152,7 @@ def train_by(settings: TrainSettings) -> None:
 
 
 def chosen_config(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration to train: the file's, a trial's or the baseline, under --set.
-
-    Raises:
-        ConfigError: a file cannot be read, a name or value is not usable, or the run has no such
-            trial.
-        RunFolderError: there is no such run.
-    """
+    """Return the configuration to train: the file's, a trial's or the baseline, under --set."""
     if settings.run is not None or settings.trial is not None:
         config = config_of_trial(settings)
     else:
@@ -170,7 +164,7 @@ def chosen_config(settings: TrainSettings) -> TrainConfig:
 
 
 def config_of_trial(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration of the trial that --run and --trial name."""
+    """Return the configuration of the trial that --run and --trial name, or raise ConfigError."""
     if settings.run is None or settings.trial is None or settings.config is not None:
         raise ConfigError("--run and --trial go together, and without --config")
     trials = History.load(RunFolder.open(settings.run)).trials
@@ -193,11 +187,7 @@ def chosen_epochs(settings: TrainSettings) -> int:
 
 
 def chosen_device(device: str) -> str:
-    """Return "cpu" or "cuda"; "auto" is a GPU where torch can use one.
-
-    Raises:
-        ConfigError: "cuda" without a GPU that torch can use.
-    """
+    """Return "cpu" or "cuda", or raise ConfigError for "cuda" without a GPU torch can use."""
     import torch
 
     if device == "auto":
@@ -227,7 +217,6 @@ class StepBar:
             self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=_columns(), nrows=2)
 
     def step(self, number: int, loss: "Tensor") -> None:
-        """Show a step (1-based) and its loss."""
         self.done = number
         now = time.perf_counter()
         last = number == self.steps
@@ -311,8 +300,7 @@ def save(
 ) -> None:
     """Write the weights and where they come from, for `torch.load(path, weights_only=True)`.
 
-    Raises:
-        TuneMnistError: the file cannot be written; an earlier one stays as it was.
+    If the file cannot be written, TuneMnistError is raised and an earlier one stays as it was.
     """
     from tune_mnist.mnist.checkpoint import pack_model
 
@@ -333,7 +321,6 @@ def save(
 
 
 def main() -> None:
-    """Run the command."""
     run("train", TrainSettings, train_by)
 
 

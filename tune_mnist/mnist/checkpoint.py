@@ -24,18 +24,13 @@ State = dict[str, Any]
 
 
 def initial_state(net: Net, config: TrainConfig) -> State:
-    """Return the state of a run that starts from this net."""
     weights = net.state_dict()
     average = {"net": weights, "steps": 0} if config.ema_decay else None
     return {"net": weights, "optimizer": {}, "average": average}
 
 
 def put_state(state: State, step: Step) -> None:
-    """Copy a state into a step.
-
-    Raises:
-        ConfigError: it has the optimizer's memory in another form, as earlier versions wrote it.
-    """
+    """Copy a state into a step, or raise ConfigError if an earlier version wrote the state."""
     memory, buffers = state["optimizer"], step.optimizer.buffers
     if memory and memory.keys() != buffers.keys():  # it is empty before the first step
         raise ConfigError(
@@ -79,11 +74,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(packed: bytes) -> Any:
-    """Read what `pack` made; nothing in it is ever executed.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
+    """Read what `pack` made, executing nothing, or raise ConfigError if it is damaged."""
     try:
         return torch.load(BytesIO(packed), map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
@@ -115,23 +106,14 @@ def pack_model(config: TrainConfig, weights: bytes, **facts: Value | None) -> by
     """Return the content of a file that `torch.load(path, weights_only=True)` reads.
 
     It holds a dictionary with `config` (hyperparameters by name), `weights` (a state_dict of
-    `Net`) and the facts.
-
-    Args:
-        config: what the net was trained with.
-        weights: of an EpochResult.
-        facts: whatever else there is to know about the net.
+    `Net`) and the facts. `weights` are those of an EpochResult.
     """
     state = load_weights(weights).state_dict()
     return pack({"config": config.as_dict(), "weights": state, **facts})
 
 
 def load_model(path: Path) -> SavedModel:
-    """Read a file that `pack_model` made; nothing in it is ever executed.
-
-    Raises:
-        ConfigError: there is no such file, or it is none of those.
-    """
+    """Read a file that `pack_model` made, executing nothing, or raise ConfigError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         net = Net()

@@ -7,9 +7,9 @@ configuration as a YAML file, with `NAME=VALUE` texts over it.
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, cast, get_args, get_type_hints
 
 import yaml
 
@@ -58,11 +58,7 @@ def _number(default: float, low: float, high: float, **ends: bool) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyperparameters of one training run; the defaults are the reference baseline.
-
-    Raises:
-        ConfigError: a value has the wrong type or lies outside its limits.
-    """
+    """Hyperparameters of one training run; a value outside its limits raises ConfigError."""
 
     optimizer: Optimizer = "sgd"
     lr: float = _number(0.01, 0, 10, open_low=True)  # peak rate of the schedule
@@ -75,9 +71,9 @@ class TrainConfig:
     schedule: Schedule = "constant"
     step_every: int = _number(8, 1, 1000)  # step: epochs between two cuts of the rate
     step_factor: float = _number(0.1, 0, 1, open_low=True)  # step: what a cut multiplies by
-    peak_position: float = _number(  # onecycle: fraction of the run
+    peak_position: float = _number(
         0.3, 0, 1, open_low=True, open_high=True
-    )
+    )  # onecycle: of the run
     dropout: float = _number(0.1, 0, 1, open_high=True)  # probability of a zero
     label_smoothing: float = _number(0.0, 0, 1, open_high=True)
     rotation: float = _number(0.0, 0, 180)  # degrees, uniform in +-rotation
@@ -106,7 +102,6 @@ class TrainConfig:
         return bool(getattr(self, other) == needed)
 
     def as_dict(self) -> dict[str, Value]:
-        """Return all hyperparameters by name."""
         return asdict(self)
 
 
@@ -132,14 +127,11 @@ def choices_of(name: str) -> tuple[Value, ...]:
 
 
 def is_integer(name: str) -> bool:
-    """Return True if the hyperparameter is a whole number."""
     return _TYPES[name] is int
 
 
 def limits_of(name: str) -> Limits:
-    """Return the limits of a hyperparameter that is a number."""
-    limits: Limits = CONFIG_FIELDS[name].metadata["limits"]
-    return limits
+    return cast(Limits, CONFIG_FIELDS[name].metadata["limits"])
 
 
 def check_name(name: str) -> None:
@@ -183,7 +175,7 @@ def _hint_for_choice(value: Any, shown: list[str]) -> str:
 def _hint_for_number(value: Any) -> str:
     """Return how to write a number that arrived as text: YAML 1.1 reads 1e-4 so, for one."""
     try:
-        number = float(value) if isinstance(value, str) else float("nan")
+        number = float(value) if isinstance(value, str) else nan
     except ValueError:
         return ""
     if not isfinite(number):
@@ -197,11 +189,7 @@ def _hint_for_number(value: Any) -> str:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """Read a configuration from a YAML mapping of hyperparameters; the others keep their defaults.
-
-    Raises:
-        ConfigError: the file cannot be read, or a name or value in it is not usable.
-    """
+    """Return the configuration in a YAML file, or raise ConfigError with what is wrong in it."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -218,11 +206,7 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def override(config: TrainConfig, texts: Iterable[str]) -> TrainConfig:
-    """Put `NAME=VALUE` texts over a configuration; a later one wins over an earlier one.
-
-    Raises:
-        ConfigError: a text is of another form, or a name or value is not usable.
-    """
+    """Put `NAME=VALUE` texts over a configuration, the last one winning, or raise ConfigError."""
     values: dict[str, Any] = dict(config.as_dict())
     for text in texts:
         name, equals, value = text.partition("=")

@@ -33,13 +33,8 @@ def captured(step: Step, sizes: Iterable[int], pool: Any) -> Take:
     """Record a step as a CUDA graph for batches of each size; return what replays it.
 
     The step is really taken a few times on the way, so its state must be put afterwards. A loss
-    that the result returns is valid until the next step.
-
-    Args:
-        step: on the current CUDA device.
-        sizes: lengths of the batches to come.
-        pool: `torch.cuda.graph_pool_handle()`, memory that may be shared by graphs that never run
-            at the same time.
+    that the result returns is valid until the next step. `pool`, `torch.cuda.graph_pool_handle()`,
+    is memory that may be shared by graphs that never run at the same time.
     """
     row = torch.zeros(len(step.columns), device=step.net.vector.device)
     batches = {size: torch.zeros(size, dtype=torch.int64, device=row.device) for size in sizes}
@@ -61,10 +56,8 @@ def capture(
 ) -> Callable[[], Tensor]:
     """Record some work as a CUDA graph; return what replays it and returns its result.
 
-    Args:
-        work: operations that wait for nothing, on tensors that stay where they are.
-        generator: what the work draws from; each replay continues from its state.
-        pool: as in `captured`.
+    The work waits for nothing, on tensors that stay where they are. What it draws from the
+    generator continues, at each replay, from the generator's state.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -149,12 +142,10 @@ class Workspace:
 
     def _step(self, key: StepKey) -> Prepared:
         prepared = self._steps.pop(key, None)
-        if prepared is None:
-            if len(self._steps) == _MOST_STEPS:
-                del self._steps[next(iter(self._steps))]  # the one not used for longest
-            prepared = self._prepare(key)
-        self._steps[key] = prepared
-        return prepared
+        if prepared is None and len(self._steps) == _MOST_STEPS:
+            del self._steps[next(iter(self._steps))]  # the one not used for longest
+        self._steps[key] = prepared or self._prepare(key)
+        return self._steps[key]
 
     def _prepare(self, key: StepKey) -> Prepared:
         forward = bfloat16_forward if key.precision == "bf16" else training_forward
@@ -212,13 +203,11 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> None:
-        """End a lap and begin another."""
+        mark: Any = time.perf_counter()
         if self._on_gpu:
             mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             mark.record()
-            self._marks.append(mark)
-        else:
-            self._marks.append(time.perf_counter())
+        self._marks.append(mark)
 
     def seconds(self) -> list[float]:
         """Return the length of each lap; on a GPU only after waiting for it."""

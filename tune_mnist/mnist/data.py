@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
 from tune_mnist.mnist.download import (
+    MD5S,
     TEST_IMAGES,
     TEST_LABELS,
-    TRAIN_IMAGES,
-    TRAIN_LABELS,
     DamagedError,
     fetch,
     read_checked,
@@ -69,16 +68,11 @@ def default_data_dir() -> Path:
 
 
 def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None = None) -> Mnist:
-    """Read MNIST from `data_dir`, and fetch what is missing or damaged there.
+    """Read MNIST from `data_dir`, or `default_data_dir()`; fetch what is missing or damaged.
 
-    Args:
-        data_dir: the folder that holds `MNIST/raw`, as torchvision lays it out;
-            `default_data_dir()` unless given.
-        say: takes each line of progress while fetching; standard error unless given.
-
-    Raises:
-        ConfigError: the folder would have to be written and cannot be.
-        DataUnavailableError: every source failed; the message says what to do by hand.
+    The folder holds `MNIST/raw`, as torchvision lays it out. `say` takes each line of progress,
+    standard error unless given. Raise ConfigError if the folder would have to be written and
+    cannot be, DataUnavailableError if every source failed.
     """
     folder = (default_data_dir() if data_dir is None else data_dir).absolute()
     try:
@@ -89,11 +83,7 @@ def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None =
 
 
 def read_test_set(data_dir: Path | None = None) -> tuple[Uint8s, Uint8s]:
-    """Return the test images [10000, 28, 28] and labels; nothing is fetched.
-
-    Raises:
-        DataUnavailableError: they are not here.
-    """
+    """Return the test images and labels without fetching, or raise DataUnavailableError."""
     raw = (data_dir or default_data_dir()).absolute() / "MNIST" / "raw"
     try:
         return read_checked(raw, TEST_IMAGES), read_checked(raw, TEST_LABELS)
@@ -105,12 +95,7 @@ def read_test_set(data_dir: Path | None = None) -> tuple[Uint8s, Uint8s]:
 
 def _read_mnist(data_dir: Path) -> Mnist:
     raw = data_dir / "MNIST" / "raw"
-    return Mnist(
-        train_images=read_checked(raw, TRAIN_IMAGES),
-        train_labels=read_checked(raw, TRAIN_LABELS),
-        test_images=read_checked(raw, TEST_IMAGES),
-        test_labels=read_checked(raw, TEST_LABELS),
-    )
+    return Mnist(*(read_checked(raw, name) for name in MD5S))
 
 
 def _say_to_stderr(line: str) -> None:
@@ -120,15 +105,9 @@ def _say_to_stderr(line: str) -> None:
 def split(mnist: Mnist, *, holdout: bool, images: int | None = None) -> Split:
     """Divide `mnist` into what one run trains on, is selected by and is judged on.
 
-    Args:
-        mnist: the whole data set.
-        holdout: whether a stratified 5,000 of the 60,000 training images become the validation
-            set: the same ones for every trial, seed and call, whatever `images` is. Without it
-            the validation set is empty.
-        images: train on only this many images, a fixed stratified choice, for a quick look.
-
-    Raises:
-        ConfigError: `images` is less than 1, or more than can be trained on.
+    A holdout is a stratified 5,000 of the 60,000 training images, the same ones for every trial,
+    seed and call, whatever `images` is. `images` limits training to so many, a fixed stratified
+    choice; ConfigError is raised if there are not so many.
     """
     labels = mnist.train_labels
     val_count = len(labels) // HOLDOUT_SHARE if holdout else 0

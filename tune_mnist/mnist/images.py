@@ -50,7 +50,6 @@ class SplitTensors:
         )
 
     def fits(self, split: Split) -> bool:
-        """Return True if a split has the size of what these tensors hold."""
         return all(getattr(self, name).shape == array.shape for name, array in vars(split).items())
 
     def fill(self, split: Split) -> None:
@@ -90,7 +89,6 @@ class Amounts(NamedTuple):
 
 
 def amounts_of(config: TrainConfig) -> Amounts:
-    """Return how far a configuration distorts its images."""
     return Amounts(math.radians(config.rotation), config.scale, config.shift, config.elastic)
 
 
@@ -108,14 +106,8 @@ def distort(
 ) -> Tensor:
     """Rotate and scale each image about its centre, shift it and bend it, by its own draws.
 
-    Args:
-        images: float32 [B, 1, H, W], square, with a background of 0, which fills what moves in.
-        amounts: numbers, or scalar tensors on the images' device, which alone reads them.
-        generator: draws; on the images' device.
-        bends: whether to bend at all; without, nothing is drawn for it.
-
-    Returns:
-        Images of the same shape, sampled bilinearly.
+    Images are float32 [B, 1, S, S], with a background of 0, which fills what moves in. Amounts
+    that are scalar tensors are read by the device alone. Without `bends` nothing is drawn for it.
     """
     draws = _uniform((4, len(images)), images.device, generator)
     limits = (amounts.turn, amounts.zoom, amounts.shift, amounts.shift)
@@ -137,15 +129,8 @@ def affine_sources(
 ) -> Tensor:
     """Return where pixels come from that rotate and scale about the centre and then shift.
 
-    Args:
-        images: [B, 1, H, W].
-        angle: radians counter-clockwise, [B].
-        scale: what lengths are multiplied by, [B].
-        right: fraction of the width, [B].
-        down: fraction of the height, [B].
-
-    Returns:
-        x and y of every pixel's source, [B, 2, H, W], in an image that spans [-1, 1].
+    All arguments are [B]: radians counter-clockwise, a factor, and fractions of the side. The
+    result is x and y of every pixel's source, [B, 2, H, W], in an image that spans [-1, 1].
     """
     # The matrix looks up where a pixel comes from, so it is the inverse of what is asked for:
     # take the shift back, then turn and scale back. The image spans [-1, 1]: its side is 2.

@@ -28,11 +28,9 @@ class EpochMetrics:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss was not finite."""
         return self.diverged_step is not None
 
     def accuracy(self, metric: Metric) -> float:
-        """Return the accuracy that a search selects by."""
         return self.val_accuracy if metric == "val_accuracy" else self.test_accuracy
 
     def loss(self, metric: Metric) -> float:
@@ -44,7 +42,6 @@ class EpochMetrics:
         return not self.diverged and math.isfinite(self.accuracy(metric))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values by name."""
         return {name: getattr(self, name) for name in METRICS}
 
 

@@ -4,7 +4,7 @@ This is the readable form, made of torch's own modules; its `state_dict` is what
 and evaluation compute the same in fewer passes over memory: see `forward`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -70,7 +70,6 @@ class Block(NamedTuple):
 
 
 def blocks(net: Net) -> Iterator[Block]:
-    """Yield the blocks of a net's features, in the order they run."""
     layers = list(net.features)
     starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     for start, end in pairwise([*starts, len(layers)]):
@@ -87,7 +86,7 @@ def layer_table(net: Net) -> str:
     rows: list[tuple[str, Tensor, int]] = []
 
     def note(layer: nn.Module, _: Any, output: Tensor) -> None:
-        rows.append((type(layer).__name__, output, _count(layer)))
+        rows.append((type(layer).__name__, output, _count(layer.parameters())))
 
     leaves = [layer for layer in net.modules() if not list(layer.children())]
     hooks = [layer.register_forward_hook(note) for layer in leaves]
@@ -100,7 +99,8 @@ def layer_table(net: Net) -> str:
         hook.remove()
 
     rule = "-" * 58
-    total, trainable = _count(net), _count(net, only_trainable=True)
+    total = _count(net.parameters())
+    trainable = _count(each for each in net.parameters() if each.requires_grad)
     input_mb = _megabytes(images.numel())
     pass_mb = _megabytes(2 * sum(output.numel() for _, output, _ in rows))  # and its gradients
     parameters_mb = _megabytes(total)
@@ -125,12 +125,8 @@ def layer_table(net: Net) -> str:
     )
 
 
-def _count(layer: nn.Module, only_trainable: bool = False) -> int:
-    return sum(
-        parameter.numel()
-        for parameter in layer.parameters()
-        if parameter.requires_grad or not only_trainable
-    )
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(each.numel() for each in parameters)
 
 
 def _megabytes(floats: int) -> float:

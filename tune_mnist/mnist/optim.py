@@ -96,14 +96,12 @@ class FlatNet:
             part = vector[start : start + math.prod(shape)]
             start += len(part)
             if len(shape) == 4:
-                count, channels, height, width = shape
-                views[name] = part.view(count, height, width, channels).permute(0, 3, 1, 2)
+                views[name] = part.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
             else:
                 views[name] = part.view(shape)
         return views
 
     def copy_from(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the numbers of a state_dict of `Net` into the vector."""
         for name, part in self.named(self.vector).items():
             part.copy_(state[name])
 
@@ -219,5 +217,4 @@ def step_table(config: TrainConfig, rates: Floats, taken: int) -> Tensor:
 
 
 def table_columns(optimizer: Optimizer) -> list[str]:
-    """Return the names of the table's columns for an optimizer."""
     return list(step_columns(TrainConfig(optimizer=optimizer), np.ones(1), 0))

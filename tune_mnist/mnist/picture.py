@@ -29,10 +29,7 @@ def read_digit(path: Path) -> npt.NDArray[np.uint8]:
     """Return the digit of an image file, uint8 [28, 28], as MNIST would have it.
 
     The image may have any size, be dark on light or light on dark, in colour, transparent, or in
-    uneven light; it must hold one digit, upright.
-
-    Raises:
-        ConfigError: it cannot be read, or nothing in it differs from its background.
+    uneven light; it must hold one digit, upright. Raise ConfigError if no digit can be read.
     """
     try:
         with warnings.catch_warnings():
@@ -111,8 +108,7 @@ def _background(grey: Floats) -> tuple[Floats, float]:
         noise = 1.4826 * float(np.median(np.abs(difference[used])))
         kept = rim & (np.abs(difference) <= max(3 * noise, _LEAST_CONTRAST))
         if kept.sum() < rim.sum() / 3:  # no plane fits: one level must do
-            level = float(np.median(grey[rim]))
-            return np.full_like(grey, level), 0.0
+            return np.full_like(grey, np.median(grey[rim])), 0.0
         used = kept
     return np.asarray(terms @ plane), noise
 
@@ -124,11 +120,9 @@ def _digit(ink: Floats) -> Floats:
         return ink
     amounts = ndimage.sum_labels(ink, parts, np.arange(1, count + 1))
     rim = {*parts[0], *parts[-1], *parts[:, 0], *parts[:, -1]}
-    within = [i for i in range(1, count + 1) if i not in rim]
+    candidates = [i for i in range(1, count + 1) if i not in rim]
     # What touches the rim is a frame or a shadow, if something else is there.
-    if within and max(amounts[i - 1] for i in within) >= 0.2 * max(amounts):
-        candidates = within
-    else:
+    if not candidates or max(amounts[i - 1] for i in candidates) < 0.2 * max(amounts):
         candidates = list(range(1, count + 1))
     largest = max(amounts[i - 1] for i in candidates)
     chosen = [i for i in candidates if amounts[i - 1] >= _SPECK * largest]
@@ -148,7 +142,6 @@ def _boxed(ink: Floats) -> Floats:
         scale = BOX / max(ink.shape)
     height, width = (max(1, round(side * scale)) for side in ink.shape)
     picture = Image.fromarray(np.rint(255 * ink).astype(np.uint8))
-    box = np.asarray(picture.resize((width, height), Image.Resampling.BOX), dtype=np.float64)
-    if max(ink.shape) < BOX:
-        box = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), np.float64)
+    way = Image.Resampling.BICUBIC if max(ink.shape) < BOX else Image.Resampling.BOX
+    box = np.asarray(picture.resize((width, height), way), np.float64)
     return np.asarray(np.clip(box / max(box.max(), 1.0), 0, 1))

@@ -40,15 +40,9 @@ class StepKind(NamedTuple):
 class Step:
     """A net, its running average, its optimizer's memory, and the step that moves them.
 
-    At first all are zeros: `checkpoint.put_state` fills them.
-
-    Args:
-        kind: what is fixed.
-        data: the images, which may be exchanged in place.
-        generator: draws distortions and masks.
-        forward: computes the log-probabilities.
-        known: hyperparameters whose values the host may look at, over those of a row: a CPU
-            computes nothing for a dropout or a smoothing of 0.
+    At first all are zeros: `checkpoint.put_state` fills them. The images in `data` may be
+    exchanged in place. `known` are hyperparameters whose values the host may look at, over those
+    of a row: a CPU computes nothing for a dropout or a smoothing of 0.
     """
 
     def __init__(
@@ -67,16 +61,10 @@ class Step:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """All that it moves: net, average, and the optimizer's memory."""
         return [self.net.vector, self.average.vector, *self.optimizer.buffers.values()]
 
     def take(self, batch: Tensor, row: Tensor) -> Tensor:
-        """Move everything once along the gradient of a batch, and return its loss.
-
-        Args:
-            batch: of the training images, int64 [B].
-            row: of `optim.step_table`, [columns].
-        """
+        """Move everything once along the gradient of a batch, and return its loss."""
         numbers: dict[str, Any] = dict(zip(self.columns, row.unbind(), strict=True))
         numbers |= self._known
         images = scaled(self.data.train_images.index_select(0, batch))

@@ -55,21 +55,10 @@ def train(
     """Train a fresh net, or resume from a state, and yield each epoch as it finishes.
 
     Every epoch seeds its own random numbers from (seed, epoch), so that a state needs none and a
-    run that was broken off reports what the unbroken one would have, to the last digit on a CPU.
-
-    Args:
-        config: the hyperparameters.
-        split: the images to train on and to evaluate on.
-        epochs: the run's full length, which also stretches the schedule.
-        seed: fixes initial weights, order, distortions and dropout (for a number of threads).
-        device: "cpu" or "cuda".
-        precision: of the training steps on a GPU.
-        state: the `state` of an earlier EpochResult of the same run, on whatever device.
-        on_step: called after each step.
-
-    Raises:
-        ConfigError: the state is damaged, belongs to another run or to another version, or the
-            precision is a GPU's and the device a CPU.
+    run that was broken off reports what the unbroken one would have, to the last digit on a CPU
+    (for a number of threads). `epochs` is the run's full length, which also stretches the
+    schedule. `state` is that of an earlier EpochResult of the same run, on whatever device; one
+    that is damaged, or of another run or version, raises ConfigError.
     """
     check_precision(precision, device)
     run = Run(config, split, epochs=epochs, seed=seed, device=device, precision=precision)
@@ -127,11 +116,7 @@ class Run:
     def train_epoch(
         self, done: int, on_step: StepListener | None = None
     ) -> tuple[EpochMetrics, Tensor]:
-        """Train the epoch after `done`, and evaluate.
-
-        Returns:
-            Its metrics, and the losses of its steps, on the CPU.
-        """
+        """Train the epoch after `done`; return its metrics and its steps' losses, on the CPU."""
         order_seed, draw_seed = draw_seeds(self.seed, done + 1)
         taken = done * self.steps
         rates = self.rates[taken : taken + self.steps]

@@ -51,7 +51,6 @@ def convolutions(one_thread: bool) -> Convolutions:
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    """Return the convolution of images in vector code."""
     outputs, _, kernel, _ = weight.shape
     side = images.shape[2] - kernel + 1
     out = torch.empty((len(images), outputs, side, side), memory_format=LAST)
@@ -61,7 +60,6 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor
 
 
 def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of the images in vector code."""
     out = torch.empty(images.shape, memory_format=LAST)
     filters = weight.detach().numpy().transpose(2, 3, 0, 1)[::-1, ::-1]
     zeros = np.zeros(images.shape[1], np.float32)
@@ -71,7 +69,6 @@ def image_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(gradient: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of the weight in vector code."""
     outputs, inputs, kernel, _ = weight.shape
     x, top = np.ascontiguousarray(_array(images)), np.ascontiguousarray(_array(gradient))
     side, rows = x.shape[1], top.shape[1]

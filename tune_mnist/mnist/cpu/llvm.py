@@ -9,10 +9,8 @@ By tiles is Winograd's way, F(2 x 2, 3 x 3) (Lavin & Gray, arXiv 1509.09308): a 
 results comes from 4 x 4 pixels by 16 products for each pair of channels instead of 36. It adds
 only sums, differences and halves, so in float32 it is as exact. One row of tiles goes through
 three stages while it lies in the caches: pixels to 16 points a tile, at each point a matrix from
-channels to channels, points to results. By rows is direct.
-
-The stages are emitted as vector code, since LLVM left alone keeps neither the sums nor the
-intermediate values in registers.
+channels to channels, points to results. By rows is direct. The stages are emitted as vector code,
+since LLVM left alone keeps neither the sums nor the intermediate values in registers.
 """
 
 import itertools

@@ -168,8 +168,7 @@ def norm_and_relu_backward(
 ) -> Doubles:
     """Replace the gradient by `by_gradient * kept + by_x * x + constant`, or 0 where `x` is 0.
 
-    Returns:
-        Its sum over each channel.
+    Return its sum over each channel.
     """
     zero, drops = np.float32(0), keep.size > 0
     a, b, d = _spread(by_gradient), _spread(by_x), _spread(constant)
@@ -201,11 +200,8 @@ def norm_and_relu_backward(
 def max_pool(x: Floats, channels: int, out: Floats, winner: Bytes) -> None:
     """Take the greatest of each 2 x 2 pixels and note which (0 to 3) it was; NaN is greatest.
 
-    Args:
-        x: images [B, 2 H, 2 W, channels], given as [B * H, 2, W, 2 * channels].
-        channels: number of channels.
-        out: [B * H, W, channels].
-        winner: [B * H, W, channels].
+    Images [B, 2 H, 2 W, channels] are given as [B * H, 2, W, 2 * channels]; `out` and `winner` are
+    [B * H, W, channels].
     """
     for row in range(x.shape[0]):
         for column in range(x.shape[2]):
