@@ -168,7 +168,6 @@ class Run:
         return losses
 
     def _evaluate(self, step: Step, losses: Tensor) -> list[Tensor]:
-        """Return the tallies of the validation and the test images."""
         if self._on_cpu and first_not_finite(losses) is not None:
             return [torch.full((2,), math.nan)] * 2
         net, data = step.average.net, step.data
