@@ -212,7 +212,6 @@ def test_the_columns_that_are_explained_are_those_of_the_tables() -> None:
             assert {column, general} & said, f"{path.name}: {column}"
 
 
-@pytest.mark.xfail(reason="modules are still being merged: take this mark off with the last")
 def test_the_map_names_every_module() -> None:
     (text, *_) = fenced(PACKAGE / "README.md", "")
     folders: list[str] = []
