@@ -349,12 +349,8 @@ def test_a_single_image_trains(small_mnist: Mnist) -> None:
 
 
 def test_two_epochs_on_3000_images_learn(mnist: Mnist, small_mnist: Mnist) -> None:
-    others = slice(3000, 6000)
-    data = Split(
-        train_images=mnist.train_images[others],
-        train_labels=mnist.train_labels[others],
-        val_images=mnist.train_images[:0],
-        val_labels=mnist.train_labels[:0],
+    data = replace(
+        split(mnist, holdout=False, images=3000),
         test_images=small_mnist.test_images,
         test_labels=small_mnist.test_labels,
     )
