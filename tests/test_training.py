@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.configs import EVERYTHING
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,21 +31,7 @@ from tune_mnist.mnist.training import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SGD = TrainConfig(
-    lr=0.05,
-    momentum=0.9,
-    nesterov=True,
-    weight_decay=1e-4,
-    batch_size=64,
-    schedule="onecycle",
-    dropout=0.2,
-    label_smoothing=0.1,
-    rotation=10,
-    shift=0.1,
-    scale=0.1,
-    elastic=0.04,
-    ema_decay=0.9,
-)
+SGD = replace(EVERYTHING, lr=0.05, weight_decay=1e-4, batch_size=64)
 ADAMW = TrainConfig(optimizer="adamw", lr=0.003, weight_decay=0.01, schedule="cosine")
 PLAIN = TrainConfig(batch_size=64)
 HOPELESS = TrainConfig(lr=10, momentum=0.99, batch_size=4)
