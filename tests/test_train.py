@@ -39,6 +39,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", LAUNCH, *arguments, "--threads", "1", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_layers_then_each_epoch_and_keeps_the_weights(
     tmp_path: Path,
 ) -> None:
@@ -79,6 +80,7 @@ def test_the_command_prints_the_layers_then_each_epoch_and_keeps_the_weights(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_bar_moves_and_ctrl_c_ends_in_one_line() -> None:
     terminal, end = pty.openpty()
     with subprocess.Popen(
