@@ -85,7 +85,7 @@ def test_a_mistake_in_a_rayjob_would_be_seen(where: tuple[Any, ...], value: obje
         check_rayjob(job)
 
 
-@pytest.mark.parametrize(("name", "is_gpu"), zip(RAYJOBS, (False, True), strict=True))
+@pytest.mark.parametrize(("name", "is_gpu"), [(RAYJOBS[0], False), (RAYJOBS[1], True)])
 def test_rayjobs_end_in_order_before_their_deadline_and_only_one_shares_gpus(
     name: str, is_gpu: bool
 ) -> None:
