@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,8 +88,22 @@ def assert_exact(shape: Shape) -> None:
         assert_near(one, other, count)
 
 
-@pytest.mark.parametrize("shape", OF_THE_NET)
+def marked(*quick: Shape) -> list[Any]:
+    """All shapes, slow but for these: no net here needs the others to be compiled."""
+    return [
+        pytest.param(shape, marks=() if shape in quick else pytest.mark.slow)
+        for shape in (*OF_THE_NET, *OTHERS)
+    ]
+
+
+@pytest.mark.parametrize("shape", marked(*OF_THE_NET))
 def test_convolutions_and_their_gradients_are_exact_within_float32(shape: Shape) -> None:
+    assert_exact(shape)
+
+
+@pytest.mark.usefixtures("avx2")
+@pytest.mark.parametrize("shape", marked(OF_THE_NET[3], OF_THE_NET[5]))  # by tiles and by rows
+def test_those_for_avx2_are_as_exact(shape: Shape) -> None:
     assert_exact(shape)
 
 
@@ -98,23 +113,6 @@ def test_images_of_one_channel_need_no_gradient_and_are_exact_too() -> None:
     assert_near(VECTORS.convolve(case.images, case.weight, case.bias, False), out, 9)
     found = VECTORS.weight_gradient(case.gradient, case.images, case.weight)
     assert_near(found, of_weight, 3 * 28**2)
-
-
-@pytest.mark.parametrize("shape", [OF_THE_NET[3], OF_THE_NET[5]])  # by tiles and by rows
-def test_those_for_avx2_are_as_exact(avx2: None, shape: Shape) -> None:
-    assert_exact(shape)
-
-
-@pytest.mark.slow  # compiles what no net here needs
-@pytest.mark.parametrize("shape", OTHERS)
-def test_other_shapes_are_as_exact(shape: Shape) -> None:
-    assert_exact(shape)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [*OF_THE_NET, *OTHERS])
-def test_other_shapes_for_avx2_are_as_exact(avx2: None, shape: Shape) -> None:
-    assert_exact(shape)
 
 
 def test_sums_over_a_whole_batch_are_as_exact_as_torchs() -> None:
@@ -129,7 +127,7 @@ def test_sums_over_a_whole_batch_are_as_exact_as_torchs() -> None:
 
 @pytest.mark.parametrize("shape", [OF_THE_NET[3], OF_THE_NET[2]])
 @pytest.mark.parametrize("changed", ["images", "gradient", "weight"])
-def test_inputs_may_have_any_strides(shape: Shape, changed: str) -> None:
+def test_inputs_of_any_strides_give_the_same_bits(shape: Shape, changed: str) -> None:
     plain, strided = Case(*shape), Case(*shape)
     format_of = torch.contiguous_format if changed != "weight" else LAST
     setattr(strided, changed, getattr(strided, changed).contiguous(memory_format=format_of))
@@ -147,11 +145,6 @@ def test_relu_cuts_at_zero_and_keeps_what_is_no_number(shape: Shape) -> None:
     assert plain[1, :, 6 - kernel : 6, 6 - kernel : 6].isnan().all()
     expected = torch.where(plain < 0, 0, plain)
     torch.testing.assert_close(rectified, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_equal_inputs_give_equal_bits() -> None:
-    first, second = (Case(3, 16, 32, 20, 3).results() for _ in range(2))
-    assert all(map(torch.equal, first, second))
 
 
 def test_several_threads_and_other_cpus_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,11 @@ def test_mnist_is_what_was_published(mnist: Mnist) -> None:
     assert {array.dtype for array in vars(mnist).values()} == {np.dtype(np.uint8)}
     assert mnist.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert mnist.test_labels[:5].tolist() == [7, 2, 1, 0, 4]
+    # So that torch takes them without a copy.
+    assert all(array.flags.writeable for array in vars(mnist).values())
     # The mean and deviation that everybody normalizes MNIST by.
     assert mnist.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert mnist.train_images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
-
-
-def test_arrays_can_be_written_so_that_torch_takes_them_without_a_copy(mnist: Mnist) -> None:
-    assert all(array.flags.writeable for array in vars(mnist).values())
 
 
 def test_torchvision_reads_the_same_from_the_same_folder(mnist: Mnist) -> None:
@@ -48,18 +46,18 @@ sys.exit(" ".join({"torch", "torchvision", "rich", "pandas"} & set(sys.modules))
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_the_holdout_never_changes(mnist: Mnist) -> None:
+def test_the_holdout_never_changes_and_has_the_classes_in_proportion(
+    mnist: Mnist, small_mnist: Mnist
+) -> None:
     chosen = choose_stratified(mnist.train_labels, 5_000)
     assert hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest() == HOLDOUT_SHA256
     held_out = split(mnist, holdout=True)
     assert np.array_equal(held_out.val_images, mnist.train_images[chosen])
     assert np.array_equal(held_out.val_labels, mnist.train_labels[chosen])
-
-
-def test_the_holdout_has_the_classes_in_proportion(mnist: Mnist) -> None:
-    counts = np.bincount(split(mnist, holdout=True).val_labels)
+    counts = np.bincount(held_out.val_labels)
     assert counts.tolist() == [494, 562, 496, 511, 487, 452, 493, 522, 487, 496]
     assert np.abs(counts - np.bincount(mnist.train_labels) / 12).max() < 1
+    assert len(split(small_mnist, holdout=True).val_labels) == 100  # of 1,200
 
 
 def test_the_holdout_and_the_training_images_are_all_the_images(mnist: Mnist) -> None:
@@ -76,13 +74,9 @@ def test_without_a_holdout_all_images_train_in_their_own_order(mnist: Mnist) -> 
     assert np.array_equal(whole.train_labels, mnist.train_labels)
     assert whole.val_images.shape == (0, 28, 28)
     assert whole.val_labels.shape == (0,)
-
-
-@pytest.mark.parametrize("holdout", [True, False])
-def test_the_test_set_is_never_touched(mnist: Mnist, holdout: bool) -> None:
-    parts = split(mnist, holdout=holdout, images=100)
-    assert np.array_equal(parts.test_images, mnist.test_images)
-    assert np.array_equal(parts.test_labels, mnist.test_labels)
+    for parts in (whole, split(mnist, holdout=True, images=100)):  # the test set is never touched
+        assert np.array_equal(parts.test_images, mnist.test_images)
+        assert np.array_equal(parts.test_labels, mnist.test_labels)
 
 
 @pytest.mark.parametrize("images", [1, 10, 4_096, 55_000])
@@ -105,11 +99,6 @@ def test_a_number_of_images_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=limit):
         split(mnist, holdout=holdout, images=images)
-
-
-def test_a_small_set_is_split_alike(small_mnist: Mnist) -> None:
-    parts = split(small_mnist, holdout=True)
-    assert (len(parts.train_labels), len(parts.val_labels)) == (1_100, 100)
 
 
 def test_the_data_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,22 +85,19 @@ def test_a_mistake_in_a_rayjob_would_be_seen(where: tuple[Any, ...], value: obje
         check_rayjob(job)
 
 
-@pytest.mark.parametrize("name", RAYJOBS)
-def test_rayjobs_end_in_order_before_their_deadline_and_leave_no_cluster(name: str) -> None:
+@pytest.mark.parametrize(("name", "is_gpu"), [(RAYJOBS[0], False), (RAYJOBS[1], True)])
+def test_rayjobs_end_in_order_before_their_deadline_and_only_one_shares_gpus(
+    name: str, is_gpu: bool
+) -> None:
     spec = rayjob(name)["spec"]
     found = re.search(r"--time-budget (\d+)h", spec["entrypoint"])
     assert found
     assert int(found[1]) * 3600 < spec["activeDeadlineSeconds"]
     assert spec["shutdownAfterJobFinishes"]
-
-
-def test_only_the_gpu_rayjob_asks_for_gpus_and_shares_them() -> None:
-    for name, is_gpu in zip(RAYJOBS, (False, True), strict=True):
-        spec = rayjob(name)["spec"]
-        (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        assert ("nvidia.com/gpu" in limits) == is_gpu
-        assert ("--gpus-per-trial 0.25" in spec["entrypoint"]) == is_gpu
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert ("nvidia.com/gpu" in limits) == is_gpu
+    assert ("--gpus-per-trial 0.25" in spec["entrypoint"]) == is_gpu
 
 
 def test_ray_up_takes_the_cluster_of_virtual_machines() -> None:
@@ -153,15 +150,18 @@ def test_the_image_gets_all_files_that_it_takes_to_install_the_package(tmp_path:
     assert assets <= set(names)
 
 
+def add_program(tmp_path: Path, name: str, script: str) -> None:
+    program = tmp_path / "programs" / name
+    program.parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+
 def recorded(tmp_path: Path, *commands: str) -> dict[str, str]:
     """An environment in which these commands only write down what they were given."""
-    programs = tmp_path / "programs"
-    programs.mkdir()
     for command in commands:
-        program = programs / command
-        program.write_text(f'#!/bin/sh\necho {command} "$@" >> {tmp_path}/said\n')
-        program.chmod(0o755)
-    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        add_program(tmp_path, command, f'echo {command} "$@" >> {tmp_path}/said')
+    return {**os.environ, "PATH": f"{tmp_path}/programs:{os.environ['PATH']}"}
 
 
 def said(tmp_path: Path) -> list[str]:
@@ -197,9 +197,7 @@ def test_a_slurm_job_starts_its_search_and_submitted_again_resumes_it(tmp_path: 
         "SLURM_JOB_NUM_NODES": "3",
         "SLURM_CPUS_PER_TASK": "16",
     }
-    program = tmp_path / "programs" / "scontrol"
-    program.write_text("#!/bin/sh\nprintf 'node1\\nnode2\\nnode3\\n'\n")
-    program.chmod(0o755)
+    add_program(tmp_path, "scontrol", "printf 'node1\\nnode2\\nnode3\\n'")
     command = ["bash", str(DEPLOY / "slurm.sh"), "--space", "quick"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     _, start = said(tmp_path)

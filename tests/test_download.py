@@ -160,15 +160,12 @@ def test_when_all_fails_one_error_says_what_was_tried_and_what_to_do(
     assert "--data-dir" in message
 
 
-def test_archives_put_there_by_hand_are_enough(
+def test_archives_put_there_by_hand_are_enough_but_one_that_is_cut_off_is_not_taken(
     offline: None, mnist: Mnist, archives: Path, tmp_path: Path
 ) -> None:
     raw = tmp_path / "MNIST" / "raw"
     shutil.copytree(archives, raw)
     assert same(load_mnist(tmp_path), mnist)
-
-
-def test_an_archive_that_is_cut_off_is_not_taken(archives: Path, tmp_path: Path) -> None:
     cut = tmp_path / f"{TEST_LABELS}.gz"
     cut.write_bytes((archives / cut.name).read_bytes()[:-100])
     with pytest.raises(SourceError, match=TEST_LABELS):
@@ -336,6 +333,7 @@ def test_a_bar_is_drawn_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("raise SystemExit('what went wrong')", "what went wrong"),
         ("raise SystemExit(3)", "exit 3"),
+        ("input()", "EOF"),  # nothing can ask the user
         (
             "print(\"connection broken by 'no route': /x\\nERROR: no luck\")\nraise SystemExit(1)",
             r"no luck \(no route\)",
@@ -350,8 +348,3 @@ def test_a_failure_is_told_by_its_last_line(tmp_path: Path, program: str, reason
 def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="nowhere does not start: No such file"):
         run_download(["nowhere"], tmp_path / "download", "*", 1, 1.0, lambda _: None)
-
-
-def test_nothing_can_ask_the_user(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="EOF"):
-        run("input()", tmp_path, silence=5.0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -22,8 +23,6 @@ from tune_mnist.mnist.forward import (
     training_forward,
 )
 from tune_mnist.mnist.net import Net
-
-Masks = list[Tensor]
 
 # Five images: 5 x 81 x 8 values are no multiple of 64, the length of a row of the kernels. And
 # few: in half of all batches of 128 rounding decides some maximum of the pool, or some sign at
@@ -53,44 +52,15 @@ def net() -> Net:
     return with_arbitrary_norms(Net())
 
 
-@pytest.fixture
-def masks(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> Masks:
-    """Collect every mask that is drawn, flat in channels-last order."""
-    drawn: Masks = []
-    if backend is TORCH:
-
-        def record(
-            seed: int, dropout: float, size: int
-        ) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-            keep = keep_mask(seed, dropout, size)
-            drawn.append(torch.from_numpy(keep))
-            return keep
-
-        monkeypatch.setattr(forward, "keep_mask", record)
-    else:
-        from tune_mnist.mnist.cpu import loops
-
-        draw = loops.draw_keep
-
-        def record_filled(seed: int, dropout: float, keep: loops.Bytes) -> None:
-            draw(seed, dropout, keep)
-            drawn.append(torch.from_numpy(keep.copy()))
-
-        monkeypatch.setattr(loops, "draw_keep", record_filled)
-    return drawn
-
-
 class GivenDropout(nn.Module):
-    """Dropout by given masks."""
+    """Dropout by given factors."""
 
-    def __init__(self, rate: float, masks: Iterator[Tensor]) -> None:
+    def __init__(self, factors: Iterator[Tensor]) -> None:
         super().__init__()
-        self.rate, self.masks = rate, masks
+        self.factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        mask = next(self.masks).view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x * (mask.to(x.dtype) * (1 / (1 - self.rate)))
+        return x * next(self.factors).to(x.dtype)
 
 
 def with_arbitrary_norms(net: Net) -> Net:
@@ -120,11 +90,10 @@ def as_reference(net: Net, backend: Backend) -> Net:
     return deepcopy(net).to(memory_format=torch.channels_last).train()
 
 
-def with_given_dropout(net: Net, rate: float, masks: Iterator[Tensor] | None) -> Net:
+def with_given_dropout(net: Net, factors: Iterator[Tensor]) -> Net:
     for name, layer in list(net.features.named_children()):
         if isinstance(layer, nn.Dropout):
-            given = nn.Identity() if masks is None else GivenDropout(rate, masks)
-            net.features.add_module(name, given)
+            net.features.add_module(name, GivenDropout(factors))
     return net
 
 
@@ -136,6 +105,20 @@ def draw_batch(count: int = BATCH) -> tuple[Tensor, Tensor]:
 
 def seeded(seed: int = 13) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def drawn_factors(
+    net: Net, rate: float | Tensor, generator: torch.Generator, count: int = BATCH
+) -> list[Tensor]:
+    """What each dropout multiplies by, [B, channels, height, width]."""
+    images, _ = draw_batch(count)
+    return list(forward._dropout_factors(net, images, rate, generator))
+
+
+def plain_loss(plain: Net) -> Tensor:
+    """The loss of the plain net, in its own precision, on what `loss_of` takes."""
+    images, labels = draw_batch()
+    return functional.nll_loss(plain(images.to(plain.classifier.weight.dtype)), labels)
 
 
 def loss_of(
@@ -155,35 +138,24 @@ def relative_error(found: Tensor | None, expected: Tensor | None) -> float:
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_step_equals_that_of_the_plain_modules_with_the_same_masks(
-    net: Net,
-    masks: Masks,
-    backend: Backend,
-    dropout: float,
-    memory_format: torch.memory_format,
+    net: Net, backend: Backend, dropout: float, memory_format: torch.memory_format
 ) -> None:
     net = net.to(memory_format=memory_format)
     plain = as_reference(net, backend)
     loss = loss_of(net, backend, dropout)
     loss.backward()  # type: ignore[no-untyped-call]
-    assert len(masks) == (8 if dropout else 0)
+    factors = iter(drawn_factors(net, dropout, seeded()))
+    expected_loss = plain_loss(with_given_dropout(plain, factors))
+    expected_loss.backward()  # type: ignore[no-untyped-call]
 
-    with_given_dropout(plain, dropout, iter(masks) if masks else None)
-    images, labels = draw_batch()
-    plain_loss = functional.nll_loss(plain(images.to(plain.classifier.weight.dtype)), labels)
-    plain_loss.backward()  # type: ignore[no-untyped-call]
-
-    assert loss.item() == pytest.approx(plain_loss.item(), rel=2e-6)
+    assert next(factors, None) is None
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-6)
     for (name, parameter), expected in zip(
         net.named_parameters(), plain.parameters(), strict=True
     ):
         assert relative_error(parameter.grad, expected.grad) < 1e-4, name
     for buffer, of_plain in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer, of_plain.to(buffer.dtype), rtol=1e-4, atol=1e-5)
-
-
-def test_all_forms_give_the_same_loss_for_the_same_seed(net: Net, backend: Backend) -> None:
-    expected = loss_of(deepcopy(net), TORCH, dropout=0.3).item()
-    assert loss_of(net, backend, dropout=0.3).item() == pytest.approx(expected, rel=5e-5)
 
 
 def test_a_seed_fixes_every_bit(net: Net, backend: Backend) -> None:
@@ -207,63 +179,44 @@ def test_only_the_given_generator_is_used_and_not_for_a_dropout_of_0(
     assert torch.equal(torch.get_rng_state(), global_before)
 
 
-def assert_independent(kept: list[Tensor]) -> None:
-    """Masks drop a quarter, and no two of them have to do with each other."""
-    deviations = [mask.double() - 0.75 for mask in kept]
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_layers_and_steps_get_masks_of_the_asked_rate_that_are_independent(
+    net: Net, rate: float | Tensor
+) -> None:
+    generator = seeded()
+    factors = [factor for _ in range(2) for factor in drawn_factors(net, rate, generator, 64)]
+    assert len(factors) == 16
     sigma = (0.25 * 0.75) ** 0.5
-    for i, one in enumerate(deviations):
+    deviations: list[Tensor] = []
+    for factor in factors:
+        assert sorted(set(factor.flatten().tolist())) == pytest.approx([0, 4 / 3])
+        one = (factor.permute(0, 2, 3, 1).flatten() > 0).double() - 0.75
         assert abs(one.mean()) < 5 * sigma / one.numel() ** 0.5 + 2**-16
-        for other in deviations[:i]:
+        for other in deviations:
             count = min(one.numel(), other.numel())
             correlation = (one[:count] * other[:count]).mean() / sigma**2
             assert abs(correlation) < 5 / count**0.5
+        deviations.append(one)
 
 
-def test_layers_and_steps_get_masks_of_the_asked_rate_that_are_independent(
-    net: Net, masks: Masks, backend: Backend
-) -> None:
-    generator = seeded()
-    images, _ = draw_batch(count=64)
-    for _ in range(2):
-        training_forward(net, images, 0.25, generator, backend)
-    assert len(masks) == 16
-    assert_independent(masks)
-
-
-def drawn_factors(net: Net, rate: float, seed: int, count: int = 16) -> list[Tensor]:
-    """What each layer is multiplied by where the rate is a tensor, flat in channels-last order."""
-    images, _ = draw_batch(count)
-    drawn = forward._dropout_factors(net, images, torch.tensor(rate), seeded(seed))
-    return [factor.permute(0, 2, 3, 1).flatten() for factor in drawn]
-
-
-def test_a_rate_that_is_a_tensor_gives_masks_of_that_rate_that_are_independent(net: Net) -> None:
-    factors = drawn_factors(net, 0.25, seed=1) + drawn_factors(net, 0.25, seed=2)
-    assert len(factors) == 16
-    for factor in factors:
-        assert sorted(set(factor.tolist())) == pytest.approx([0, 4 / 3])
-    assert_independent([factor > 0 for factor in factors])
-
-
-def test_a_rate_that_is_a_tensor_of_0_keeps_everything(net: Net) -> None:
-    assert all((factor == 1).all() for factor in drawn_factors(net, 0.0, seed=1, count=4))
-
-
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_a_step_with_a_rate_that_is_a_tensor_equals_that_of_the_plain_modules(
-    net: Net, backend: Backend
+    net: Net, backend: Backend, rate: float
 ) -> None:
-    given = iter([factor > 0 for factor in drawn_factors(net, 0.3, seed=4, count=BATCH)])
-    plain = with_given_dropout(as_reference(net, TORCH), 0.3, given)
+    factors = drawn_factors(net, torch.tensor(rate), seeded(4))
+    assert rate > 0 or all((factor == 1).all() for factor in factors)
+    plain = with_given_dropout(as_reference(net, TORCH), iter(factors))
     images, _ = draw_batch()
-    found = training_forward(net, images, torch.tensor(0.3), seeded(4), backend)
+    found = training_forward(net, images, torch.tensor(rate), seeded(4), backend)
     torch.testing.assert_close(found, plain(images), rtol=1e-5, atol=1e-5)
-    assert next(given, None) is None
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
 def test_impossible_dropout_is_refused(net: Net, dropout: float) -> None:
     with pytest.raises(ConfigError, match="0 <= dropout < 1"):
         training_forward(net, draw_batch()[0], dropout, None)
+    with pytest.raises(ConfigError, match="0 <= dropout < 1"):
+        Net(dropout=dropout)
 
 
 def test_training_does_not_look_at_the_modules_modes_and_rates(net: Net, backend: Backend) -> None:
@@ -278,20 +231,16 @@ def test_training_does_not_look_at_the_modules_modes_and_rates(net: Net, backend
 def test_backward_may_run_twice_but_frees_activations_unless_asked_not_to(
     net: Net, backend: Backend
 ) -> None:
-    loss, parameters = loss_of(net, backend), list(net.parameters())
-    first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    second = torch.autograd.grad(loss, parameters)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(RuntimeError, match="second time"):  # torch's word for: they are gone
-        loss.backward()  # type: ignore[no-untyped-call]
-
-
-def test_images_may_ask_for_a_gradient(net: Net, backend: Backend) -> None:
     images, labels = draw_batch()
     images.requires_grad_()
     loss = functional.nll_loss(training_forward(net, images, 0.1, seeded(), backend), labels)
-    (gradient,) = torch.autograd.grad(loss, images)
-    assert gradient.abs().sum() > 0
+    inputs = [images, *net.parameters()]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert first[0].abs().sum() > 0  # images may ask for a gradient too
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):  # torch's word for: they are gone
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def test_batch_norm_with_scale_and_shift_0_has_gradients(net: Net, backend: Backend) -> None:
@@ -300,11 +249,9 @@ def test_batch_norm_with_scale_and_shift_0_has_gradients(net: Net, backend: Back
             nn.init.zeros_(layer.bias)
             with torch.no_grad():
                 layer.weight[::2] = 0
-    plain = with_given_dropout(as_reference(net, backend), 0.0, None)
-    images, labels = draw_batch()
+    plain = with_given_dropout(as_reference(net, backend), repeat(torch.ones(())))
     found = torch.autograd.grad(loss_of(net, backend, dropout=0.0), list(net.parameters()))
-    loss = functional.nll_loss(plain(images.to(plain.classifier.weight.dtype)), labels)
-    expected = torch.autograd.grad(loss, list(plain.parameters()))
+    expected = torch.autograd.grad(plain_loss(plain), list(plain.parameters()))
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) < 1e-4
 
@@ -340,33 +287,28 @@ def test_the_loss_is_torchs_cross_entropy(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 64, 150])
-def test_evaluation_equals_the_plain_net(net: Net, backend: Backend, count: int) -> None:
+def test_evaluation_equals_the_plain_net_and_changes_nothing(
+    net: Net, backend: Backend, count: int
+) -> None:
     images, _ = draw_batch(count)
     before_pool = net.features[22]
     assert isinstance(before_pool, nn.BatchNorm2d)
     assert (before_pool.weight < 0).any()
-    with torch.inference_mode():
-        expected = deepcopy(net).eval()(images)
+    before, copy = deepcopy(net), images.clone()
     found = evaluation_forward(net, images, backend)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_evaluation_changes_nothing(net: Net, backend: Backend) -> None:
-    before = deepcopy(net.state_dict())
-    images, _ = draw_batch()
-    copy = images.clone()
-    evaluation_forward(net, images, backend)
     assert net.training
+    torch.testing.assert_close(net.state_dict(), before.state_dict(), rtol=0, atol=0)
     assert torch.equal(images, copy)
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    with torch.inference_mode():
+        expected = before.eval()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_of_one_image_stays_with_it_in_evaluation(net: Net, backend: Backend) -> None:
     images, _ = draw_batch()
     images[2, 0, 14, 14] = torch.nan
     is_nan = evaluation_forward(net, images, backend).isnan()
-    assert torch.equal(is_nan.all(1), torch.arange(BATCH) == 2)
-    assert torch.equal(is_nan.any(1), torch.arange(BATCH) == 2)
+    assert torch.equal(is_nan, (torch.arange(BATCH) == 2)[:, None].expand(-1, 10))
 
 
 def test_nothing_to_score_is_nan(net: Net) -> None:
@@ -409,11 +351,8 @@ def test_masks_of_neighbouring_seeds_and_places_are_independent() -> None:
     shifted = [np.roll(masks[0], shift) for shift in (1, 2, 3, 4, 8, 32, 64, 4096, 65536)]
     for other in masks[1:] + shifted:
         assert abs(np.mean(masks[0] * other)) < 5 / count**0.5
-
-
-def test_products_of_four_draws_are_balanced() -> None:
-    signs = keep_mask(3, 0.5, 2**20).reshape(-1, 4) * 2.0 - 1
-    assert abs(signs.prod(1).mean()) < 5 / 2**9
+    of_one_draw = masks[0].reshape(-1, 4)
+    assert abs(of_one_draw.prod(1).mean()) < 5 / len(of_one_draw) ** 0.5
 
 
 def test_a_seed_fixes_a_mask_and_a_shorter_one_is_the_longer_one_cut() -> None:

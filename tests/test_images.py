@@ -1,7 +1,7 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,46 +24,39 @@ from tune_mnist.mnist.images import (
 )
 
 
-def read_only(data: Split) -> Split:
-    """A split as it comes out of shared memory."""
-    arrays = {entry.name: getattr(data, entry.name).copy() for entry in fields(data)}
-    for array in arrays.values():
-        array.setflags(write=False)
-    return Split(**arrays)
-
-
-def test_read_only_images_are_shared_without_a_warning(small_mnist: Mnist) -> None:
-    data = read_only(split(small_mnist, holdout=True))
+def test_a_splits_read_only_images_are_shared_without_a_warning_and_labels_fit_the_loss(
+    small_mnist: Mnist,
+) -> None:
+    found = split(small_mnist, holdout=True)
+    # As out of shared memory.
+    data = Split(**{name: np.broadcast_to(each, each.shape) for name, each in vars(found).items()})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tensors = SplitTensors.on(data, "cpu")
-    for name in ("train_images", "val_images", "test_images"):
-        array, tensor = getattr(data, name), getattr(tensors, name)
-        assert tensor.data_ptr() == array.ctypes.data
+    for name, array in vars(data).items():
+        tensor = getattr(tensors, name)
         np.testing.assert_array_equal(tensor.numpy(), array)
+        if name.endswith("images"):
+            assert tensor.data_ptr() == array.ctypes.data
+        else:
+            assert tensor.dtype == torch.int64
     assert tensors.device == torch.device("cpu")
+    without = SplitTensors.on(split(small_mnist, holdout=False), "cpu")
+    assert len(without.val_labels) == len(without.val_images) == 0
 
 
-def test_labels_are_what_the_loss_takes(small_mnist: Mnist) -> None:
-    data = split(small_mnist, holdout=False)
-    tensors = SplitTensors.on(data, "cpu")
-    assert tensors.train_labels.dtype == tensors.test_labels.dtype == torch.int64
-    assert tensors.train_labels.tolist() == data.train_labels.tolist()
-    assert len(tensors.val_labels) == len(tensors.val_images) == 0
-
-
-def test_scaling_takes_bytes_to_zero_and_one_and_leaves_them_alone() -> None:
+def test_pixels_go_to_zero_and_one_and_are_normalised_to_mean_0_and_deviation_1(
+    mnist: Mnist,
+) -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 28, 3)
     pixels = scaled(images)
     assert pixels.shape == (2, 1, 28, 3)
     torch.testing.assert_close(pixels[0, 0, 0], torch.tensor([0.0, 0.2, 1.0]))
     assert images[0, 0].tolist() == [0, 51, 255]
 
-
-def test_normalised_training_images_have_mean_0_and_deviation_1(mnist: Mnist) -> None:
-    pixels = normalised(scaled(torch.from_numpy(mnist.train_images)))
-    assert abs(pixels.mean().item()) < 1e-3
-    assert abs(pixels.std().item() - 1) < 1e-3
+    whole = normalised(scaled(torch.from_numpy(mnist.train_images)))
+    assert abs(whole.mean().item()) < 1e-3
+    assert abs(whole.std().item() - 1) < 1e-3
 
 
 def test_a_split_takes_the_place_of_one_as_large(small_mnist: Mnist) -> None:
@@ -87,22 +80,12 @@ def images(mnist: Mnist) -> Tensor:
     return scaled(torch.from_numpy(mnist.train_images[:64]))
 
 
-def move(
-    images: Tensor,
-    angle: float = 0.0,
-    scale: float = 1.0,
-    right: float = 0.0,
-    down: float = 0.0,
-) -> Tensor:
-    count = len(images)
-    sources = affine_sources(
-        images,
-        angle=torch.full((count,), math.radians(angle)),
-        scale=torch.full((count,), scale),
-        right=torch.full((count,), right),
-        down=torch.full((count,), down),
-    )
-    return sample(images, sources)
+def move(images: Tensor, **amounts: float) -> Tensor:
+    """Move all images by the same amounts, the angle in degrees."""
+    asked = {"angle": 0.0, "scale": 1.0, "right": 0.0, "down": 0.0} | amounts
+    asked["angle"] = math.radians(asked["angle"])
+    each = {name: torch.full((len(images),), amount) for name, amount in asked.items()}
+    return sample(images, affine_sources(images, **each))
 
 
 def distorted(images: Tensor, amounts: Mapping[str, float], seed: int = 3) -> Tensor:
@@ -134,23 +117,17 @@ def test_zero_amounts_change_nothing(images: Tensor) -> None:
     torch.testing.assert_close(found, images, rtol=0, atol=1e-5)
 
 
-def test_a_shift_moves_whole_pixels_right_and_down_and_fills_with_background(
-    images: Tensor,
+@pytest.mark.parametrize(
+    ("quarters", "right", "down"),
+    [(0, 3, 2), (1, 0, 0), (1, 3, 0)],
+    ids=["shift", "turn", "turn-then-shift"],
+)
+def test_turns_are_counter_clockwise_then_shifts_go_right_and_down_over_background(
+    images: Tensor, quarters: int, right: int, down: int
 ) -> None:
-    expected = functional.pad(images, (3, 0, 2, 0))[:, :, :28, :28]
-    found = move(images, right=3 / 28, down=2 / 28)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_a_quarter_turn_is_counter_clockwise(images: Tensor) -> None:
-    expected = torch.rot90(images, 1, dims=(2, 3))
-    torch.testing.assert_close(move(images, angle=90), expected, rtol=0, atol=1e-5)
-
-
-def test_the_shift_comes_after_the_turn(images: Tensor) -> None:
-    turned = torch.rot90(images, 1, dims=(2, 3))
-    expected = functional.pad(turned, (3, 0, 0, 0))[:, :, :, :28]
-    found = move(images, angle=90, right=3 / 28)
+    turned = torch.rot90(images, quarters, dims=(2, 3))
+    expected = functional.pad(turned, (right, 0, down, 0))[:, :, :28, :28]
+    found = move(images, angle=90 * quarters, right=right / 28, down=down / 28)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -195,43 +172,31 @@ def centres(images: Tensor) -> tuple[Tensor, Tensor]:
     return across, along
 
 
-def test_shifts_stay_within_their_bound_and_reach_near_it() -> None:
-    before = dot(14, 14, 2000)
-    x, y = centres(distorted(before, {"shift": 0.2}))
-    for moved in (x - 0.5, y - 0.5):
-        assert 0.98 * 5.6 < moved.abs().max() < 5.6 + 0.01
-        assert moved.min() < 0 < moved.max()
+def test_amounts_stay_within_their_bounds_and_reach_near_them() -> None:
+    for moved in centres(distorted(dot(14, 14, 2000), {"shift": 0.2})):
+        assert 0.98 * 5.6 < (moved - 0.5).abs().max() < 5.6 + 0.01
+        assert (moved - 0.5).min() < 0 < (moved - 0.5).max()
 
-
-def test_angles_stay_within_their_bound_and_reach_near_it() -> None:
-    before = dot(14, 22, 2000)  # right of the middle
-    x, y = centres(distorted(before, {"rotation": 30}))
+    right_of_middle = dot(14, 22, 2000)
+    x, y = centres(distorted(right_of_middle, {"rotation": 30}))
     start = math.degrees(math.atan2(-0.5, 8.5))
     angles = torch.rad2deg(torch.atan2(-y, x)) - start  # y points down
     assert 29 < angles.abs().max() < 30.3
     assert angles.min() < -29
     assert angles.max() > 29
 
-
-def test_scales_stay_within_their_bound_and_reach_near_it() -> None:
-    before = dot(14, 22, 2000)
-    x, _ = centres(distorted(before, {"scale": 0.25}))
+    x, _ = centres(distorted(right_of_middle, {"scale": 0.25}))
     factors = x / 8.5
     assert 0.74 < factors.min() < 0.76
     assert 1.24 < factors.max() < 1.26
 
 
-def test_displacements_are_as_large_everywhere_as_asked_for() -> None:
+def test_displacements_have_one_size_everywhere_and_are_smooth_and_free_of_each_other() -> None:
     noise = torch.rand(4000, 2, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
     fields = smooth(noise)
     spread = fields.square().mean(0).sqrt()  # of each pixel and axis
     torch.testing.assert_close(spread, torch.ones(2, 28, 28), rtol=0, atol=0.06)
     assert fields.mean().abs() < 0.02
-
-
-def test_displacements_are_smooth_and_of_each_axis_its_own() -> None:
-    noise = torch.rand(4000, 2, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    fields = smooth(noise)
 
     def correlation(one: Tensor, other: Tensor) -> float:
         return float((one * other).mean())

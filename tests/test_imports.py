@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_there_is_something_to_look_at() -> None:
 
 def test_the_package_itself_imports_nothing_before_it_is_asked_to() -> None:
     assert own_imports("tune_mnist", at_start_only=True) == set()
+    assert brought("tune_mnist", at_start_only=True) <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - {"tune_mnist"}))
@@ -106,20 +108,13 @@ def test_imports_point_one_way(name: str) -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    order: list[str] = []
-    left = {name: own_imports(name) for name in FILES}
-    while left:
-        free = sorted(name for name, needed in left.items() if not needed & left.keys())
-        assert free, f"a circle among {sorted(left)}"
-        order += free
-        for name in free:
-            del left[name]
-    assert set(order) == set(FILES)
+    TopologicalSorter({name: own_imports(name) for name in FILES}).prepare()  # or it names them
 
 
-def test_nothing_is_a_drawer() -> None:
-    for name in FILES:
+def test_a_file_has_one_subject_that_fits_on_a_few_screens() -> None:
+    for name, path in FILES.items():
         assert name.rpartition(".")[2] not in ("utils", "util", "common", "helpers", "misc")
+        assert len(path.read_text().splitlines()) < 460, name
 
 
 def brought(name: str, at_start_only: bool = False) -> set[str]:
@@ -142,14 +137,8 @@ def test_a_room_does_without(place: str, packages: set[str], at_start_only: bool
         assert not found, f"{name} imports {sorted(found)}"
 
 
-def test_a_search_starts_without_torch() -> None:
-    """Its import takes seconds; workers need it, the driver does not."""
-    for name in with_all_they_import({"tune_mnist.search"}):
-        found = brought(name, True) & {"torch", "torchvision"}
-        assert not found, f"{name} imports {sorted(found)}"
-
-
-def test_neither_does_ray_or_optuna_bring_torch_or_sqlalchemy_along() -> None:
+def test_a_search_starts_without_torch_and_what_else_takes_seconds_to_import() -> None:
+    """Workers need torch, the driver does not; nor do Ray and Optuna bring any of these along."""
     code = "import sys, tune_mnist.search; print(sorted(sys.modules.keys() & {*sys.argv[1:]}))"
     done = subprocess.run(
         [sys.executable, "-c", code, "torch", "torchvision", "sqlalchemy", "matplotlib", "plotly"],
@@ -158,11 +147,6 @@ def test_neither_does_ray_or_optuna_bring_torch_or_sqlalchemy_along() -> None:
         check=True,
     )
     assert done.stdout == "[]\n"
-
-
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_has_one_subject_that_fits_on_a_few_screens(name: str) -> None:
-    assert len(FILES[name].read_text().splitlines()) < 460
 
 
 def test_what_is_imported_is_declared() -> None:

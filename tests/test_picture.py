@@ -1,5 +1,5 @@
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,31 +15,18 @@ Uint8s = npt.NDArray[np.uint8]
 DIGITS = 60
 
 
-def plain(digit: Uint8s) -> Image.Image:
-    return Image.fromarray(digit)
-
-
-def large_dark_on_light(digit: Uint8s) -> Image.Image:
+def dark_on_light(digit: Uint8s) -> Image.Image:
     return Image.fromarray(255 - digit).resize((420, 420), Image.Resampling.BICUBIC)
 
 
 def off_centre(digit: Uint8s) -> Image.Image:
     whole = Image.new("L", (500, 300), 240)
-    whole.paste(
-        Image.fromarray(240 - (digit * 0.8).astype(np.uint8)).resize((150, 150)), (330, 20)
-    )
+    grey = 240 - (digit * 0.8).astype(np.uint8)
+    whole.paste(Image.fromarray(grey).resize((150, 150)), (330, 20))
     return whole
 
 
-def transparent_dark(digit: Uint8s) -> Image.Image:
-    return _transparent(digit, (20, 30, 90))
-
-
-def transparent_light(digit: Uint8s) -> Image.Image:
-    return _transparent(digit, (255, 250, 220))
-
-
-def _transparent(digit: Uint8s, colour: tuple[int, int, int]) -> Image.Image:
+def transparent(digit: Uint8s, colour: tuple[int, int, int]) -> Image.Image:
     image = Image.new("RGBA", (28, 28), (*colour, 0))
     image.putalpha(Image.fromarray(digit))
     return image.resize((200, 200))
@@ -65,21 +52,25 @@ def photographed(digit: Uint8s) -> Image.Image:
     return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
 
 
-RENDERINGS = [
-    *(plain, large_dark_on_light, off_centre, transparent_dark, transparent_light, coloured),
-    photographed,
-]
+RENDERINGS: dict[str, Callable[[Uint8s], Image.Image]] = {
+    "plain": Image.fromarray,
+    "dark on light": dark_on_light,
+    "off centre": off_centre,
+    "transparent, dark": partial(transparent, colour=(20, 30, 90)),
+    "transparent, light": partial(transparent, colour=(255, 250, 220)),
+    "coloured": coloured,
+    "photographed": photographed,
+}
 
 
-@pytest.mark.parametrize("render", RENDERINGS, ids=lambda render: str(render.__name__))
+@pytest.mark.parametrize("rendering", RENDERINGS)
 def test_a_picture_becomes_the_digit_that_it_was_made_of(
-    render: object, mnist: Mnist, tmp_path: Path
+    rendering: str, mnist: Mnist, tmp_path: Path
 ) -> None:
-    assert callable(render)
     path = tmp_path / "digit.png"
     likeness = []
     for digit in mnist.test_images[:DIGITS]:
-        render(digit).save(path)
+        RENDERINGS[rendering](digit).save(path)
         found = read_digit(path).astype(float)
         likeness.append(np.corrcoef(found.ravel(), digit.astype(float).ravel())[0, 1])
     assert np.median(likeness) > 0.93
@@ -97,11 +88,17 @@ def test_a_thin_pen_is_not_lost(tmp_path: Path) -> None:
     assert 1 <= (found > 128).any(axis=0).sum() <= 4
 
 
+def save_half(path: Path) -> None:
+    Image.effect_noise((50, 50), 99).save(path)
+    path.write_bytes(path.read_bytes()[:400])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda path: None, "cannot be read (No such file or directory)"),
         (lambda path: path.write_bytes(b"GIF89a but no"), "digit.png"),
+        (save_half, "digit.png"),
         (lambda path: path.write_text("no image"), "is no image that can be read"),
         (lambda path: path.mkdir(), "cannot be read (Is a directory)"),
         (lambda path: Image.new("L", (50, 50), 200).save(path), "nothing in it can be told"),
@@ -110,25 +107,11 @@ def test_a_thin_pen_is_not_lost(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_picture_of_a_digit_is_refused(
-    make: object, words: str, tmp_path: Path
+    make: Callable[[Path], object], words: str, tmp_path: Path
 ) -> None:
-    assert callable(make)
     path = tmp_path / "digit.png"
     make(path)
     with pytest.raises(ConfigError) as refusal:
         read_digit(path)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_truncated_file_is_refused(mnist: Mnist, tmp_path: Path) -> None:
-    path = tmp_path / "digit.png"
-    large_dark_on_light(mnist.test_images[0]).save(path)
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(ConfigError, match=r"digit\.png"):
-        read_digit(path)
-
-
-def test_the_package_is_imported_without_torch() -> None:
-    code = "import sys, tune_mnist; assert tune_mnist.load; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -89,7 +89,9 @@ def test_a_replayed_step_moves_everything_as_a_cpus_does(
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-def test_the_average_follows_weights_and_statistics_by_its_formula(data: Split) -> None:
+def test_the_average_follows_the_net_by_its_formula_and_is_the_net_where_none_is_asked(
+    data: Split,
+) -> None:
     config = replace(SGD, ema_decay=0.25)
     step = make_step(config, data, known=True)
     expected, seen = step.net.vector.clone(), 0
@@ -103,12 +105,9 @@ def test_the_average_follows_weights_and_statistics_by_its_formula(data: Split) 
     take_all(step, step.take, config, after=follow)
     torch.testing.assert_close(step.average.vector, expected)
     assert not torch.equal(step.average.vector, step.net.vector)
-
-
-def test_without_an_average_it_is_the_net_itself(data: Split) -> None:
-    step = make_step(SGD, data, known=True)
-    take_all(step, step.take, SGD)
-    assert torch.equal(step.average.vector, step.net.vector)
+    without = make_step(SGD, data, known=True)
+    take_all(without, without.take, SGD)
+    assert torch.equal(without.average.vector, without.net.vector)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
