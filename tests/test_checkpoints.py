@@ -71,18 +71,15 @@ def test_a_damaged_or_missing_newest_state_falls_back_to_the_one_before(
     assert saved.load(7) == checkpoint(3)
 
 
-def test_without_any_sound_state_a_trial_starts_over(
+def test_states_ahead_of_the_rows_or_not_sound_are_passed_over(
     folder: RunFolder, saved: Checkpoints
 ) -> None:
-    for name in names(folder):
-        (folder.checkpoints / name).write_bytes(b"")
-    assert saved.load(7) is None
-
-
-def test_states_ahead_of_the_rows_are_passed_over(saved: Checkpoints) -> None:
     assert saved.load(7, up_to=3) == checkpoint(3)
     assert saved.load(7, up_to=2) == checkpoint(2)
     assert saved.load(7, up_to=1) is None
+    for name in names(folder):
+        (folder.checkpoints / name).write_bytes(b"")
+    assert saved.load(7) is None
 
 
 def test_a_diverged_epochs_row_is_read_as_it_was_written(folder: RunFolder) -> None:

@@ -46,9 +46,12 @@ def as_nobody(path: Path) -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_folder_is_made_with_those_above_it_and_opened_again(tmp_path: Path) -> None:
+def test_a_folder_is_made_with_those_above_it_and_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "some results" / "größe ≤ 5 #1?%20"
     check_new_run(path)
+    assert list(tmp_path.iterdir()) == []
     made = RunFolder.create(path)
     made.write_search({"name": "größe", "small": 1e-05, "none": None})
     opened = RunFolder.open(path)
@@ -56,15 +59,10 @@ def test_a_folder_is_made_with_those_above_it_and_opened_again(tmp_path: Path) -
     assert opened.name == "größe ≤ 5 #1?%20"
     assert opened.read_search() == {"name": "größe", "small": 1e-05, "none": None}
     assert opened.checkpoints.is_dir()
+    monkeypatch.chdir(path)
+    assert RunFolder.open(Path()).name == opened.name
     with opened.only_writer():
         pass
-
-
-def test_a_run_in_the_current_folder_has_a_name(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.path)
-    assert RunFolder.open(Path()).name == "run"
 
 
 def test_a_folder_whose_search_was_killed_before_it_began_is_taken(tmp_path: Path) -> None:
@@ -118,11 +116,6 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro") as disk:
         assert_refused(disk / "run", "Read-only file system")
-
-
-def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_new_run(tmp_path / "results" / "deep" / "run")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_several_that_make_the_same_run_at_once_one_succeeds(tmp_path: Path) -> None:

@@ -65,14 +65,6 @@ def test_a_history_is_read_as_it_was_written(search: RecordedSearch) -> None:
     assert len(loaded.trials[2].finite_rows) == 1
 
 
-def test_a_new_run_has_an_empty_history(tmp_path: Path) -> None:
-    folder = RecordedSearch(tmp_path).folder
-    folder.events.unlink()
-    folder.epochs.unlink()
-    history = History.load(folder)
-    assert (history.trials, history.rows, history.elapsed, history.sessions) == ({}, [], 0.0, 0)
-
-
 def test_a_session_resumes_where_the_one_before_was_killed(search: RecordedSearch) -> None:
     history = History.load(search.folder)
     assert history.closed_as is None
@@ -98,6 +90,10 @@ def test_a_header_that_was_never_finished_is_written_again(
     history.open_session({})
     assert search.folder.epochs.read_text() == ",".join(COLUMNS) + "\n"
     History.load(search.folder)
+    search.folder.events.unlink()
+    search.folder.epochs.unlink()
+    history = History.load(search.folder)  # as of a new run
+    assert (history.trials, history.rows, history.elapsed, history.sessions) == ({}, [], 0.0, 0)
 
 
 def test_an_epoch_counts_once(search: RecordedSearch) -> None:
@@ -262,12 +258,10 @@ while True:
     search.trial([0.5, 0.6, 0.7])
 """
     folder = RunFolder(tmp_path / "search")
-    lengths = []
+    lengths = [0]
     with running(code, tmp_path):
-        until = time.monotonic() + 0.7
-        while time.monotonic() < until:
+        while len(set(lengths)) < 5:
             lengths.append(len(History.load(folder).rows))
-    assert len(set(lengths)) > 3
     assert lengths == sorted(lengths)
     History.load(folder)
 

@@ -180,18 +180,9 @@ def test_numbers_are_written_whole_or_rounded(search: RecordedSearch) -> None:
     assert trials["val_loss_at_best"].iloc[0] == 0.018765
 
 
-def test_the_tables_stay_when_they_cannot_be_replaced(search: RecordedSearch) -> None:
-    search.trial([0.98])
-    write_tables(search.folder, search.history, "val_accuracy")
-    search.folder.best.unlink()
-    search.folder.best.mkdir()
-    with pytest.raises(OSError, match="directory"):
-        write_tables(search.folder, search.history, "val_accuracy")
-    assert len(read_table(search.folder.trials)) == 1
-    assert not list(search.folder.path.glob(".*.tmp"))
-
-
-def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) -> None:
+def test_a_history_read_from_disk_makes_the_same_tables_and_a_failure_leaves_them(
+    search: RecordedSearch,
+) -> None:
     search.trial([0.97, 0.98])
     trial = search.start(lr=0.3)
     search.epoch(trial, 0.9)
@@ -202,6 +193,12 @@ def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) 
     before = search.folder.trials.read_text(), search.folder.best.read_text()
     write_tables(search.folder, History.load(search.folder), "val_accuracy")
     assert before == (search.folder.trials.read_text(), search.folder.best.read_text())
+    search.folder.best.unlink()
+    search.folder.best.mkdir()  # so that it cannot be replaced
+    with pytest.raises(OSError, match="directory"):
+        write_tables(search.folder, search.history, "val_accuracy")
+    assert before[0] == search.folder.trials.read_text()
+    assert not list(search.folder.path.glob(".*.tmp"))
 
 
 def test_two_thousand_trials_take_a_fraction_of_a_second(search: RecordedSearch) -> None:
