@@ -79,12 +79,12 @@ def test_a_browser_draws_every_chart_of_runs_of_every_kind_and_has_no_complaint(
     page = _page(full, empty(tmp_path, "empty"), all_failed(tmp_path), evil)
     charts = page.count('class="chart"')
     assert charts >= 20
-    found = visit(full.folder.path / "report.html")
-    assert found.console == []
-    assert found.dom.count('class="main-svg"') >= charts
-    assert len(re.findall('class="chart [^"]*js-plotly-plot', found.dom)) == charts
-    assert "WebGL is not supported" not in _said(found.dom)
-    title = re.findall(r"<title>(.*?)</title>", found.dom)[0]
+    dom, console = visit(full.folder.path / "report.html")
+    assert console == []
+    assert dom.count('class="main-svg"') >= charts
+    assert len(re.findall('class="chart [^"]*js-plotly-plot', dom)) == charts
+    assert "WebGL is not supported" not in _said(dom)
+    title = re.findall(r"<title>(.*?)</title>", dom)[0]
     assert title.startswith("rich &lt;b&gt;")
 
 
