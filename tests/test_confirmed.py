@@ -73,26 +73,19 @@ def test_a_sure_gain_is_told_with_its_interval(tmp_path: Path) -> None:
     )
 
 
-def test_a_gain_that_may_be_chance_is_called_so(tmp_path: Path) -> None:
-    said = conclusion(_table(tmp_path, BASELINE, [0.991, 0.990, 0.993, 0.992, 0.989]))
+def test_a_gain_that_may_be_chance_and_a_loss_are_called_so(tmp_path: Path) -> None:
+    said = conclusion(_table(tmp_path / "gain", BASELINE, [0.991, 0.990, 0.993, 0.992, 0.989]))
     assert ", which cannot be told from the baseline's 99.08%: +0.02 points (paired, " in said
-
-
-def test_a_loss_is_no_gain(tmp_path: Path) -> None:
-    said = conclusion(_table(tmp_path, BASELINE, [0.98, 0.981, 0.982, 0.981, 0.98]))
+    said = conclusion(_table(tmp_path / "loss", BASELINE, [0.98, 0.981, 0.982, 0.981, 0.98]))
     assert "1.00 points below the baseline's 99.08%" in said
 
 
-def test_a_runner_up_as_good_is_named(tmp_path: Path) -> None:
-    winner = [0.995, 0.996, 0.995, 0.994, 0.995]
-    alike = [0.996, 0.995, 0.994, 0.995, 0.9952]
-    said = conclusion(_table(tmp_path, BASELINE, winner, alike))
+def test_a_runner_up_that_is_as_good_or_better_is_named(tmp_path: Path) -> None:
+    winner, alike = [0.995, 0.996, 0.995, 0.994, 0.995], [0.996, 0.995, 0.994, 0.995, 0.9952]
+    said = conclusion(_table(tmp_path / "alike", BASELINE, winner, alike))
     assert said.endswith(" It cannot be told from trial 5.")
-
-
-def test_a_runner_up_that_is_better_is_named_with_how_much(tmp_path: Path) -> None:
-    winner = [0.993, 0.994, 0.993, 0.994, 0.993]
-    said = conclusion(_table(tmp_path, BASELINE, winner, [a + 0.002 for a in winner]))
+    better = [accuracy + 0.002 for accuracy in winner]
+    said = conclusion(_table(tmp_path / "better", BASELINE, winner, better))
     assert said.endswith(
         " Trial 5, which the search ranked lower, is above it by 0.20 points "
         "(95% interval +0.20 to +0.20)."

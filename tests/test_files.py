@@ -22,18 +22,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_replaced_file_has_the_new_content_and_nothing_else_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "a file.csv"
+def test_a_replaced_file_has_the_new_content_and_can_keep_the_old(tmp_path: Path) -> None:
+    path, before = tmp_path / "a file.csv", tmp_path / "before"
     replace_file(path, "größer\n")
     assert path.read_bytes() == "größer\n".encode()
     replace_file(path, b"\x00\r\n")
     assert path.read_bytes() == b"\x00\r\n"
     assert names(tmp_path) == ["a file.csv"]
-
-
-def test_the_old_content_can_be_kept(tmp_path: Path) -> None:
-    path, before = tmp_path / "new", tmp_path / "before"
-    for content in ("one", "two", "three"):
+    for content in ("two", "three"):
         replace_file(path, content, keep_as=before)
     assert (path.read_text(), before.read_text()) == ("three", "two")
 
@@ -51,19 +47,20 @@ def test_a_new_file_has_the_rights_that_any_new_file_has(tmp_path: Path) -> None
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
+def test_a_link_stays_a_link_a_device_a_device_and_a_folder_is_an_error(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to("target")
     replace_file(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
-
-
-def test_a_device_is_written_to_and_not_replaced() -> None:
     null = Path("/dev/null")
     replace_file(null, "nothing")
     assert stat.S_ISCHR(null.stat().st_mode)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        replace_file(tmp_path / "folder", "content")
+    assert names(tmp_path) == ["folder", "link", "target"]
 
 
 @pytest.mark.root
@@ -74,13 +71,6 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(small_disk:
         replace_file(path, b"x" * 100_000, keep_as=before)
     assert path.read_text() == "old"
     assert names(small_disk) == ["file"]
-
-
-def test_a_folder_in_the_way_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").mkdir()
-    with pytest.raises(IsADirectoryError):
-        replace_file(tmp_path / "file", "content")
-    assert names(tmp_path) == ["file"]
 
 
 def test_readers_of_a_file_that_is_replaced_all_the_time_see_whole_contents(
@@ -124,26 +114,18 @@ def test_a_log_holds_its_lines_across_sessions(tmp_path: Path) -> None:
     assert AppendLog(log.path).read() == [b"one", "zwölf".encode(), b"three"]
 
 
+@pytest.mark.parametrize("finished", [b"", b"one\n"])
+@pytest.mark.parametrize("rest", [b"o", b"\x00" * 4096, b"\xff\xfe"])
 def test_an_unfinished_line_is_ignored_by_readers_and_cut_by_the_next_writer(
-    tmp_path: Path,
+    tmp_path: Path, finished: bytes, rest: bytes
 ) -> None:
     path = tmp_path / "log"
-    path.write_bytes(b"one\ntw")
+    path.write_bytes(finished + rest)
     log = AppendLog(path)
-    assert log.read() == [b"one"]
-    assert path.read_bytes() == b"one\ntw"  # its writer may be alive and about to finish it
-    log.append("three")
-    assert path.read_bytes() == b"one\nthree\n"
-
-
-@pytest.mark.parametrize("rest", [b"o", b"\x00" * 4096, b"\xff\xfe"])
-def test_a_first_line_that_was_never_finished_counts_as_none(tmp_path: Path, rest: bytes) -> None:
-    path = tmp_path / "log"
-    path.write_bytes(rest)
-    log = AppendLog(path)
-    assert log.read() == []
-    log.append("one")
-    assert path.read_bytes() == b"one\n"
+    assert log.read() == finished.splitlines()
+    assert path.read_bytes() == finished + rest  # its writer may be alive and about to finish it
+    log.append("two")
+    assert path.read_bytes() == finished + b"two\n"
 
 
 @pytest.mark.root

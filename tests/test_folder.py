@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from support.disks import mounted
+from support.processes import running
 
 from tune_mnist.errors import RunFolderError
 from tune_mnist.runs.folder import RunFolder, check_new_run
 
 HOLD = """
-import subprocess, sys, time
-from pathlib import Path
+import subprocess, time
 from tune_mnist.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1])).only_writer():
     child = subprocess.Popen(["sleep", "60"])  # as Ray's processes may outlive a killed driver
@@ -46,9 +46,12 @@ def as_nobody(path: Path) -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_folder_is_made_with_those_above_it_and_opened_again(tmp_path: Path) -> None:
+def test_a_folder_is_made_with_those_above_it_and_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "some results" / "größe ≤ 5 #1?%20"
     check_new_run(path)
+    assert list(tmp_path.iterdir()) == []
     made = RunFolder.create(path)
     made.write_search({"name": "größe", "small": 1e-05, "none": None})
     opened = RunFolder.open(path)
@@ -56,15 +59,10 @@ def test_a_folder_is_made_with_those_above_it_and_opened_again(tmp_path: Path) -
     assert opened.name == "größe ≤ 5 #1?%20"
     assert opened.read_search() == {"name": "größe", "small": 1e-05, "none": None}
     assert opened.checkpoints.is_dir()
+    monkeypatch.chdir(path)
+    assert RunFolder.open(Path()).name == opened.name
     with opened.only_writer():
         pass
-
-
-def test_a_run_in_the_current_folder_has_a_name(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(folder.path)
-    assert RunFolder.open(Path()).name == "run"
 
 
 def test_a_folder_whose_search_was_killed_before_it_began_is_taken(tmp_path: Path) -> None:
@@ -82,33 +80,23 @@ def test_a_folder_whose_search_was_killed_before_it_began_is_taken(tmp_path: Pat
     assert {found.name for found in path.iterdir()} == {".lock", "checkpoints", "search.yaml"}
 
 
-def test_a_folder_with_anything_else_in_it_is_not_taken(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    RunFolder.create(path).checkpoints.joinpath("0.pt").touch()
-    os.utime(path, (0, 0))
+def assert_refused(path: Path, words: str) -> None:
     for refuse in (check_new_run, RunFolder.create):
-        with pytest.raises(RunFolderError, match="exists"):
+        with pytest.raises(RunFolderError, match=words):
             refuse(path)
 
 
-def test_a_run_that_exists_is_refused_early_and_late(folder: RunFolder) -> None:
-    for refuse in (check_new_run, RunFolder.create):
-        with pytest.raises(RunFolderError, match=f"{folder.path} exists .* --resume"):
-            refuse(folder.path)
-
-
-def test_a_link_that_leads_nowhere_is_in_the_way_as_well(tmp_path: Path) -> None:
-    (tmp_path / "run").symlink_to("nowhere")
-    with pytest.raises(RunFolderError, match="exists"):
-        check_new_run(tmp_path / "run")
-
-
-def test_a_file_where_a_folder_should_be_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results").touch()
-    for path in (tmp_path / "results" / "run", tmp_path / "results" / "deeper" / "run"):
-        for refuse in (check_new_run, RunFolder.create):
-            with pytest.raises(RunFolderError, match=r"cannot write to .*results.*--results-dir"):
-                refuse(path)
+def test_what_lies_in_the_way_is_refused_early_and_late(folder: RunFolder, tmp_path: Path) -> None:
+    assert_refused(folder.path, f"{folder.path} exists .* --resume")
+    others = RunFolder.create(tmp_path / "others")
+    (others.checkpoints / "0.pt").touch()
+    os.utime(others.path, (0, 0))
+    assert_refused(others.path, "exists")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert_refused(tmp_path / "link", "exists")
+    for path in (folder.search / "run", folder.search / "deeper" / "run"):  # below a file
+        assert_refused(path, r"cannot write to .*results.*--results-dir")
+    assert_refused(tmp_path / ("x" * 300), "File name too long")
 
 
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
@@ -116,9 +104,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
         results = tmp_path / f"results{mode}"
         results.mkdir(mode=mode)
         with as_nobody(results):
-            for refuse in (check_new_run, RunFolder.create):
-                with pytest.raises(RunFolderError, match=r"cannot write to .*Permission denied"):
-                    refuse(results / "run")
+            assert_refused(results / "run", r"cannot write to .*Permission denied")
     with (
         as_nobody(results),
         pytest.raises(RunFolderError, match=r"cannot be read \(Permission denied"),
@@ -129,26 +115,13 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro") as disk:
-        for refuse in (check_new_run, RunFolder.create):
-            with pytest.raises(RunFolderError, match="Read-only file system"):
-                refuse(disk / "run")
-
-
-def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    for refuse in (check_new_run, RunFolder.create):
-        with pytest.raises(RunFolderError, match="File name too long"):
-            refuse(tmp_path / ("x" * 300))
-
-
-def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_new_run(tmp_path / "results" / "deep" / "run")
-    assert list(tmp_path.iterdir()) == []
+        assert_refused(disk / "run", "Read-only file system")
 
 
 def test_of_several_that_make_the_same_run_at_once_one_succeeds(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tune_mnist.runs.folder import RunFolder;"
-        "sys.stdin.read(); RunFolder.create(Path(sys.argv[1]))"
+        "input(); RunFolder.create(Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "results" / "run")]
     racers = [
@@ -157,13 +130,9 @@ def test_of_several_that_make_the_same_run_at_once_one_succeeds(tmp_path: Path) 
     ]
     for racer in racers:
         assert racer.stdin is not None
-        racer.stdin.close()
-    errors = []
-    for racer in racers:
-        assert racer.stderr is not None
-        errors.append(racer.stderr.read())
-        racer.stderr.close()
-        racer.wait()
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    errors = [racer.communicate()[1] for racer in racers]
     assert sorted(racer.returncode for racer in racers) == [0, 1, 1]
     assert sum("is never overwritten" in error for error in errors) == 2
 
@@ -200,35 +169,29 @@ def test_a_damaged_search_yaml_is_one_clear_line(folder: RunFolder, content: byt
 
 def test_one_process_writes_at_a_time(folder: RunFolder) -> None:
     with folder.only_writer():
-        with pytest.raises(RunFolderError, match="is in use"), folder.only_writer():
-            pass
-        done = subprocess.run(
-            [sys.executable, "-c", HOLD, str(folder.path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "is in use: another search is writing to it" in done.stderr
+        for refused in (folder, RunFolder.open(folder.path)):
+            with (
+                pytest.raises(RunFolderError, match="is in use: another search is writing to it"),
+                refused.only_writer(),
+            ):
+                pass
     with folder.only_writer():  # and no longer than it needs to
         pass
 
 
 def test_a_killed_writer_holds_nothing_even_if_its_children_live_on(folder: RunFolder) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None
-        child = int(holder.stdout.readline())
-        try:
-            with pytest.raises(RunFolderError, match="is in use"), folder.only_writer():
-                pass
-            holder.kill()
-            holder.wait()
-            os.kill(child, 0)
-            with folder.only_writer():
-                pass
-        finally:
-            os.kill(child, signal.SIGKILL)
+    with (
+        running(HOLD, folder.path) as line,
+        pytest.raises(RunFolderError, match="is in use"),
+        folder.only_writer(),
+    ):
+        pass
+    try:
+        os.kill(int(line), 0)
+        with folder.only_writer():
+            pass
+    finally:
+        os.kill(int(line), signal.SIGKILL)
 
 
 def test_a_new_writer_clears_up_what_a_killed_one_had_begun(folder: RunFolder) -> None:

@@ -33,12 +33,9 @@ def test_a_time_is_said_in_the_units_that_fit(seconds: float, text: str) -> None
     assert duration(seconds) == text
 
 
-def test_accuracies_and_gains_are_said_in_percent() -> None:
+def test_accuracies_gains_and_counts_are_said_in_words() -> None:
     assert (percent(0.9883), percent(math.nan)) == ("98.83%", "-")
     assert (points(0.0041), points(-0.001), points(math.nan)) == ("+0.41", "-0.10", "-")
-
-
-def test_one_is_singular_and_thousands_are_grouped() -> None:
     assert (count(1, "trial"), count(55_000, "image")) == ("1 trial", "55,000 images")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 from filelock import FileLock
 from optuna.samplers import RandomSampler
 from PIL import Image
@@ -40,8 +41,6 @@ def _said(page: str) -> str:
 
 
 def _add_model(search: RecordedSearch) -> None:
-    import torch
-
     weights = io.BytesIO()
     torch.save(Net().state_dict(), weights)
     content = pack_model(TrainConfig(), weights.getvalue(), trial=3, epoch=9)
@@ -61,16 +60,13 @@ def _confirm(search: RecordedSearch) -> None:
     candidates = [Candidate(name, 0, rank, TrainConfig()) for rank, name in enumerate(finals)]
     table = confirmed_table(candidates, records, epochs=1, images=60_000)
     write_confirmed(search.folder, table)
-    inner.folder.write_search(
-        {
-            "confirmation": {
-                "epochs": 1,
-                "images": None,
-                "seeds": [8, 9],
-                "configurations": [{}, {}],
-            }
-        }
-    )
+    asked: dict[str, Any] = {
+        "epochs": 1,
+        "images": None,
+        "seeds": [8, 9],
+        "configurations": [{}, {}],
+    }
+    inner.folder.write_search({"confirmation": asked})
 
 
 def test_a_browser_draws_every_chart_of_runs_of_every_kind_and_has_no_complaint(
@@ -79,24 +75,20 @@ def test_a_browser_draws_every_chart_of_runs_of_every_kind_and_has_no_complaint(
     full = rich(tmp_path, "rich <b>& famous")
     _add_model(full)
     _confirm(full)
-    others = [
-        empty(tmp_path, "empty"),
-        all_failed(tmp_path),
-        rich(tmp_path, EVIL.replace("/", ""), trials=6, end=""),
-    ]
-    page = _page(full, *others)
+    evil = rich(tmp_path, EVIL.replace("/", ""), trials=6, end="")
+    page = _page(full, empty(tmp_path, "empty"), all_failed(tmp_path), evil)
     charts = page.count('class="chart"')
     assert charts >= 20
-    found = visit(full.folder.path / "report.html")
-    assert found.console == []
-    assert found.dom.count('class="main-svg"') >= charts
-    assert len(re.findall('class="chart [^"]*js-plotly-plot', found.dom)) == charts
-    assert "WebGL is not supported" not in _said(found.dom)
-    title = re.findall(r"<title>(.*?)</title>", found.dom)[0]
+    dom, console = visit(full.folder.path / "report.html")
+    assert console == []
+    assert dom.count('class="main-svg"') >= charts
+    assert len(re.findall('class="chart [^"]*js-plotly-plot', dom)) == charts
+    assert "WebGL is not supported" not in _said(dom)
+    title = re.findall(r"<title>(.*?)</title>", dom)[0]
     assert title.startswith("rich &lt;b&gt;")
 
 
-def test_a_page_carries_all_it_needs_and_takes_nothing_that_a_run_says_for_html(
+def test_a_page_carries_all_it_needs_in_order_and_takes_nothing_that_a_run_says_for_html(
     tmp_path: Path,
 ) -> None:
     page = _page(rich(tmp_path, "x" + EVIL.replace("/", "")))
@@ -106,17 +98,13 @@ def test_a_page_carries_all_it_needs_and_takes_nothing_that_a_run_says_for_html(
     assert page.count("<script") == page.count("</script>") == len(scripts)
     assert "default-src 'none'" in page
     assert len(page) < 6e6
-
-
-def test_the_verdict_comes_first_and_the_command_and_versions_last(tmp_path: Path) -> None:
-    said = _said(_page(rich(tmp_path)))
+    said = _said(page)
     order = [
         *("Best of 24 trials", "The best configurations", "Learning curves", "Progress"),
         *("Where the budget went", "Hyperparameters", "What mattered", "What the best model"),
         *("python -m tune_mnist.search --space default --trials 20 --epochs 9", "ray: 2.60.0"),
     ]
-    places = [said.index(words) for words in order]
-    assert places == sorted(places)
+    assert re.search(".*".join(map(re.escape, order)), said)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +199,11 @@ def test_runs_that_were_asked_different_questions_are_called_so(tmp_path: Path) 
 def test_the_pictures_are_drawn_beside_the_page(tmp_path: Path) -> None:
     runs = [RunView.read(rich(tmp_path, name).folder.path) for name in ("one", "two $x$")]
     assert report_path(runs) == tmp_path / "report-one-two $x$.html"
-    written = [
-        *write_report(runs[:1], tmp_path / "a.html"),
-        *write_report(runs, tmp_path / "b.html"),
-    ]
-    pictures = [path for path in written if path.suffix == ".png"]
-    assert [path.name for path in pictures] == [
-        *("a-progress.png", "a-curves.png", "b-progress.png"),
-    ]
+    one = write_report(runs[:1], tmp_path / "a.html")
+    both = write_report(runs, tmp_path / "b.html")
+    pictures = [path for path in (*one, *both) if path.suffix == ".png"]
+    names = [path.name for path in pictures]
+    assert names == ["a-progress.png", "a-curves.png", "b-progress.png"]
     for path in pictures:
         with Image.open(path) as picture:
             assert picture.size == (1200, 690)

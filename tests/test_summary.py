@@ -35,7 +35,9 @@ def _line(text: str, start: str) -> str:
     return line
 
 
-def test_the_headline_names_the_winner_the_baseline_and_the_gain(search: RecordedSearch) -> None:
+def test_the_winner_the_baseline_the_gain_and_the_files_are_named(
+    search: RecordedSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search.trial([0.97, 0.96], [0.9712, 0.96])
     search.trial([0.98, 0.99], [0.98, 0.9853])
     said = _said(search)
@@ -44,6 +46,9 @@ def test_the_headline_names_the_winner_the_baseline_and_the_gain(search: Recorde
     assert "Gain on the test set: +1.41 points." in said
     assert "the test set steered nothing" in said
     assert "One seed each: differences up to about 0.3 points may be chance." in said
+    monkeypatch.chdir(search.folder.path.parent)
+    search.folder.best.touch()
+    assert "In search: best.csv, epochs.csv" in _said(search)
 
 
 def test_a_winner_that_chance_may_have_made_is_called_so(search: RecordedSearch) -> None:
@@ -65,25 +70,13 @@ def test_a_winner_picked_on_the_test_set_is_called_so(search: RecordedSearch) ->
 
 
 def test_a_baseline_that_nothing_beats_is_the_best(search: RecordedSearch) -> None:
-    search.trial([0.98])
+    search.epoch(search.start(), 0.98)
     search.trial([0.97], state="stopped")
     said = _said(search)
     assert "Of 2 trials none was better than the baseline, val accuracy 98.00%" in said
     assert "Gain" not in said
-
-
-def test_a_baseline_that_still_runs_is_compared_at_its_best_so_far(search: RecordedSearch) -> None:
-    search.epoch(search.start(), 0.9)
-    search.trial([0.98])
-    assert "The baseline so far: val accuracy 90.00%" in _said(search)
-
-
-def test_without_a_baseline_epoch_there_is_no_gain(search: RecordedSearch) -> None:
-    search.end(search.start(), "failed", "MemoryError: no room")
-    search.trial([0.98])
-    said = _said(search)
-    assert "The baseline has no epoch to compare with." in said
-    assert "1 failed; trial 0: MemoryError: no room" in said
+    search.trial([0.99])
+    assert "The baseline so far: val accuracy 98.00%" in _said(search)
 
 
 def test_the_table_holds_five_and_the_baseline_and_only_what_differs(
@@ -120,49 +113,33 @@ def test_the_cost_is_compared_with_training_all_to_the_end(search: RecordedSearc
 
 
 def test_the_first_failure_and_the_first_divergence_are_explained(search: RecordedSearch) -> None:
-    search.trial([0.9])
+    assert "No trial was started." in _said(search)
+    assert "Epochs" not in _said(search)
     for reason in ("RuntimeError: [red]first[/red]", "RuntimeError: second"):
-        search.trial([0.5], state="failed", reason=reason)
+        search.end(search.start(), "failed", reason)
+    said = _said(search)
+    assert "None of 2 trials finished an epoch that counts." in said
+    assert "2 failed; the first, trial 0: RuntimeError: [red]first[/red]" in said
     diverged = search.start()
     search.diverged_epoch(diverged)
     search.end(diverged, "diverged", "the loss was not finite at step 33 of epoch 1")
+    search.trial([0.98])
     said = _said(search)
-    assert "2 failed; the first, trial 1: RuntimeError: [red]first[/red]" in said
-    assert "1 diverged; trial 3: the loss was not finite at step 33 of epoch 1" in said
+    assert "The baseline has no epoch to compare with." in said
+    assert "1 diverged; trial 2: the loss was not finite at step 33 of epoch 1" in said
     assert all(char.isprintable() for char in said.replace("\n", ""))  # no terminal: plain text
 
 
-def test_a_search_without_a_best_trial_says_why(search: RecordedSearch) -> None:
-    said = _said(search)
-    assert "No trial was started." in said
-    assert "Epochs" not in said
-    for _ in range(2):
-        search.end(search.start(), "failed", "RuntimeError: no such device")
-    said = _said(search)
-    assert "None of 2 trials finished an epoch that counts." in said
-    assert "2 failed; the first, trial 0: RuntimeError: no such device" in said
-
-
-def test_the_files_are_named(search: RecordedSearch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(search.folder.path.parent)
-    search.folder.best.touch()
-    assert "In search: best.csv, epochs.csv" in _said(search)
-
-
 def test_every_run_is_listed_with_its_state_its_best_and_its_trials(tmp_path: Path) -> None:
-    endings = {
-        "[bold]done": "finished",
-        "out": "out of time",
-        "interrupted": "SIGINT",
-        "killed": "",
-    }
-    for name, end in endings.items():
-        rich(tmp_path, name, end=end)
+    rich(tmp_path, "[bold]done", end="finished")
+    rich(tmp_path, "out", end="out of time")
+    rich(tmp_path, "interrupted", end="SIGINT")
+    rich(tmp_path, "killed", end="")
     all_failed(tmp_path, "broken")
     running = empty(tmp_path, "running")
     with FileLock(running.folder.path / ".lock"):
-        lines = _printed(listing(tmp_path)).splitlines()
-    found = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+        printed = _printed(listing(tmp_path))
+    found = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in printed.splitlines()[1:]}
     assert found["[bold]done"].startswith("finished 23/20")
     assert " 98.85% 98.85% " in found["[bold]done"]
     assert found["out"].startswith("out of time 23")

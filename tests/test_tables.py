@@ -40,12 +40,10 @@ def _cells(table: pd.DataFrame, row: int, *names: str) -> list[Any]:
 def test_a_trial_has_its_best_and_its_last_epoch(search: RecordedSearch) -> None:
     search.trial([0.97, 0.99, 0.98], [0.96, 0.985, 0.987])
     trials, _ = _written(search)
-    assert _cells(trials, 0, "best_epoch", "best_val_accuracy", "test_accuracy_at_best") == [
-        *(2, 0.99, 0.985)
-    ]
-    assert _cells(trials, 0, "last_epoch", "last_val_accuracy", "last_test_accuracy") == [
-        *(3, 0.98, 0.987)
-    ]
+    best = _cells(trials, 0, "best_epoch", "best_val_accuracy", "test_accuracy_at_best")
+    assert best == [2, 0.99, 0.985]
+    last = _cells(trials, 0, "last_epoch", "last_val_accuracy", "last_test_accuracy")
+    assert last == [3, 0.98, 0.987]
     assert _cells(trials, 0, "epochs", "state", "seconds") == [3, "complete", 7.5]
 
 
@@ -53,7 +51,8 @@ def test_of_epochs_with_equal_accuracy_the_lower_loss_is_best(search: RecordedSe
     trial = search.start()
     for loss in (0.3, 0.2, 0.2, 0.4):
         search.epoch(trial, 0.99, val_loss=loss)
-    assert _trials(search)["best_epoch"].tolist() == [2]
+    search.trial([math.nan, 0.5])  # one without a number to compare is never best
+    assert _trials(search)["best_epoch"].tolist() == [2, 2]
 
 
 def test_a_trial_without_an_end_is_running_and_ranks(search: RecordedSearch) -> None:
@@ -82,11 +81,6 @@ def test_a_diverged_epoch_ranks_nowhere(search: RecordedSearch) -> None:
     assert best["last_val_accuracy"].tolist() == [0.99, 0.98]
 
 
-def test_an_epoch_without_a_number_to_compare_ranks_nowhere(search: RecordedSearch) -> None:
-    search.trial([math.nan, 0.5], [0.99, 0.6])
-    assert _trials(search)["best_epoch"].tolist() == [2]
-
-
 def test_a_failed_trial_keeps_its_reason_its_retries_and_its_epochs(
     search: RecordedSearch,
 ) -> None:
@@ -96,18 +90,8 @@ def test_a_failed_trial_keeps_its_reason_its_retries_and_its_epochs(
     search.history.rerun_trial(trial, 5.0, ray_id="12345678", error=reason)
     search.end(trial, "failed", reason)
     trials, _ = _written(search)
-    assert _cells(trials, 0, "state", "reason", "retries", "ray_id", "best_epoch") == [
-        *("failed", reason, 1, "12345678", 1)
-    ]
-
-
-def test_best_has_the_rank_by_the_best_epoch_and_by_the_last(search: RecordedSearch) -> None:
-    for accuracies in ([0.97, 0.97], [0.99, 0.95], [0.98, 0.98]):
-        search.trial(accuracies)
-    _, best = _written(search)
-    assert best["trial"].tolist() == [1, 2, 0]
-    assert best["rank"].tolist() == [1, 2, 3]
-    assert best["rank_by_last"].tolist() == [3, 1, 2]
+    cells = _cells(trials, 0, "state", "reason", "retries", "ray_id", "best_epoch")
+    assert cells == ["failed", reason, 1, "12345678", 1]
 
 
 def test_equal_accuracies_rank_by_loss_then_by_epochs_used(search: RecordedSearch) -> None:
@@ -147,10 +131,14 @@ def test_the_gain_is_in_test_accuracy_over_the_baseline(search: RecordedSearch) 
     assert best["gain_at_last"].tolist() == [0.013, 0.0]
 
 
-def test_without_a_baseline_epoch_the_gain_is_empty(search: RecordedSearch) -> None:
+def test_best_has_both_ranks_and_no_gain_without_a_baseline_epoch(search: RecordedSearch) -> None:
     search.start()
-    search.trial([0.98])
+    for accuracies in ([0.97, 0.97], [0.99, 0.95], [0.98, 0.98]):
+        search.trial(accuracies)
     _, best = _written(search)
+    assert best["trial"].tolist() == [2, 3, 1]
+    assert best["rank"].tolist() == [1, 2, 3]
+    assert best["rank_by_last"].tolist() == [3, 1, 2]
     assert best[["gain_at_best", "gain_at_last"]].isna().all(axis=None)
 
 
@@ -192,18 +180,9 @@ def test_numbers_are_written_whole_or_rounded(search: RecordedSearch) -> None:
     assert trials["val_loss_at_best"].iloc[0] == 0.018765
 
 
-def test_the_tables_stay_when_they_cannot_be_replaced(search: RecordedSearch) -> None:
-    search.trial([0.98])
-    write_tables(search.folder, search.history, "val_accuracy")
-    search.folder.best.unlink()
-    search.folder.best.mkdir()
-    with pytest.raises(OSError, match="directory"):
-        write_tables(search.folder, search.history, "val_accuracy")
-    assert len(read_table(search.folder.trials)) == 1
-    assert not list(search.folder.path.glob(".*.tmp"))
-
-
-def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) -> None:
+def test_a_history_read_from_disk_makes_the_same_tables_and_a_failure_leaves_them(
+    search: RecordedSearch,
+) -> None:
     search.trial([0.97, 0.98])
     trial = search.start(lr=0.3)
     search.epoch(trial, 0.9)
@@ -214,6 +193,12 @@ def test_a_history_read_from_disk_makes_the_same_tables(search: RecordedSearch) 
     before = search.folder.trials.read_text(), search.folder.best.read_text()
     write_tables(search.folder, History.load(search.folder), "val_accuracy")
     assert before == (search.folder.trials.read_text(), search.folder.best.read_text())
+    search.folder.best.unlink()
+    search.folder.best.mkdir()  # so that it cannot be replaced
+    with pytest.raises(OSError, match="directory"):
+        write_tables(search.folder, search.history, "val_accuracy")
+    assert before[0] == search.folder.trials.read_text()
+    assert not list(search.folder.path.glob(".*.tmp"))
 
 
 def test_two_thousand_trials_take_a_fraction_of_a_second(search: RecordedSearch) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,8 @@ _SWITCHES = (
 )
 
 
-@dataclass(frozen=True)
-class Visit:
-    """What came of opening a page."""
-
-    dom: str
-    console: list[str]  # what the page, or the browser about the page, had to say
-
-
-def visit(page: Path) -> Visit:
-    """Open a file, or skip the test where there is no browser."""
+def visit(page: Path) -> tuple[str, list[str]]:
+    """Return a file's DOM and what the console said; skip the test without a browser."""
     browser = next(filter(None, map(shutil.which, _NAMES)), None)
     if browser is None:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
@@ -46,4 +37,4 @@ def visit(page: Path) -> Visit:
         )
     # How fast it draws without a GPU is the browser's matter.
     said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return Visit(done.stdout, [line for line in said if "GL Driver Message" not in line])
+    return done.stdout, [line for line in said if "GL Driver Message" not in line]

@@ -1,9 +1,10 @@
-"""An epoch as training would report it, made up."""
+"""Epochs as training would report them, made up."""
 
 import math
 from typing import Any
 
 from tune_mnist.mnist.metrics import EpochMetrics
+from tune_mnist.runs.history import EpochRow
 
 
 def epoch_metrics(epoch: int, val: float, test: float | None = None, **other: Any) -> EpochMetrics:
@@ -22,3 +23,11 @@ def epoch_metrics(epoch: int, val: float, test: float | None = None, **other: An
         "diverged_step": None if finite else 7,
     }
     return EpochMetrics(epoch=epoch, **(values | other))
+
+
+def epoch_row(
+    trial: int, epoch: int, val: float, test: float | None = None, **other: Any
+) -> EpochRow:
+    """Return such an epoch as the history of a search holds it."""
+    values = {"elapsed": 0.25, **epoch_metrics(epoch, val, test).as_dict(), **other}
+    return EpochRow(trial=trial, **values)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from support.epochs import epoch_metrics
+from support.epochs import epoch_row
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import EpochRow, History, Origin, State, TrialRecord
+from tune_mnist.runs.history import History, Origin, State, TrialRecord
 
 
 class RecordedSearch:
@@ -39,8 +39,8 @@ class RecordedSearch:
     def epoch(self, trial: int, val: float, test: float | None = None, **values: Any) -> None:
         """Add a trial's next epoch; 2 s of training and 0.5 s of evaluation unless told."""
         self.clock += 2.5
-        metrics = epoch_metrics(self.history.trials[trial].epochs + 1, val, test, **values)
-        self.history.add_epoch(EpochRow(**metrics.as_dict(), trial=trial, elapsed=self.clock))
+        epoch = self.history.trials[trial].epochs + 1
+        self.history.add_epoch(epoch_row(trial, epoch, val, test, elapsed=self.clock, **values))
 
     def diverged_epoch(self, trial: int, step: int = 33) -> None:
         """Add an epoch whose loss was not finite: it was not evaluated."""

@@ -32,18 +32,10 @@ def empty(path: Path, name: str, **asked: Any) -> RecordedSearch:
 
 def write_search(search: RecordedSearch, space: Any = SPACE, **asked: Any) -> None:
     """Write a run's search.yaml, with this space in it."""
+    settings = {"metric": "val_accuracy", "trials": 20, "epochs": 9, "time_budget": None}
+    settings |= {"images": None, "grace_epochs": 1, "reduction_factor": 3.0, "seed": 0}
     content = {
-        "asked": {
-            "metric": "val_accuracy",
-            "trials": 20,
-            "epochs": 9,
-            "time_budget": None,
-            "images": None,
-            "grace_epochs": 1,
-            "reduction_factor": 3.0,
-            "seed": 0,
-            **asked,
-        },
+        "asked": settings | asked,
         "space_name": "default",
         "space_source": "/somewhere/search_spaces/default.yaml",
         "space": space,

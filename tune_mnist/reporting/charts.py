@@ -61,13 +61,12 @@ def accuracy_ticks(accuracies: Sequence[float]) -> list[float]:
     """Return the ticks of an axis with these accuracies: where errors halve, or evenly spaced."""
     low, high = min(accuracies, default=0.0), max(accuracies, default=1.0)
     ticks = [tick for tick in _TICKS if low <= tick <= high]
-    if len(ticks) < _FEW_TICKS:
-        ticks = [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if tick < 1]
-    return ticks
+    if len(ticks) >= _FEW_TICKS:
+        return ticks
+    return [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if tick < 1]
 
 
 def name_of_metric(metric: Metric) -> str:
-    """Return a metric's name in words."""
     return {"val_accuracy": "held-out accuracy", "test_accuracy": "test accuracy"}[metric]
 
 
@@ -102,10 +101,8 @@ def curve_groups(run: RunView) -> list[CurveGroup]:
 def learning_curves(run: RunView) -> go.Figure:
     """Draw every trial's curve, and where ASHA stopped it."""
     groups = curve_groups(run)
-    figure = go.Figure([_curves(run, group) for group in groups])
-    for group in groups:
-        if group.label == "stopped":
-            figure.add_trace(_crosses(run, group.records))
+    crosses = [_crosses(run, group.records) for group in groups if group.label == "stopped"]
+    figure = go.Figure([*(_curves(run, group) for group in groups), *crosses])
     drawn = [value for trace in figure.data for value in trace.customdata or () if value]
     figure.update_layout(
         height=460,
@@ -196,19 +193,17 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
 def budget(run: RunView) -> go.Figure:
     """Draw between which rungs the epochs were spent, and on trials of which final state."""
     found = epochs_by_band(run.history, run.asked.epochs)
-    figure = go.Figure()
-    for state, colour in STATES.items():
-        spent = [by_state[state] for by_state in found.values()]  # type: ignore[index]
-        if any(spent):
-            figure.add_trace(
-                go.Bar(
-                    x=[f"epoch {band}" for band in found],
-                    y=spent,
-                    name=state,
-                    marker_color=colour,
-                    hovertemplate=f"%{{y:,}} epochs of trials that are {state}<extra></extra>",
-                )
-            )
+    bars = [
+        go.Bar(
+            x=[f"epoch {band}" for band in found],
+            y=[by_state[state] for by_state in found.values()],  # type: ignore[index]
+            name=state,
+            marker_color=colour,
+            hovertemplate=f"%{{y:,}} epochs of trials that are {state}<extra></extra>",
+        )
+        for state, colour in STATES.items()
+    ]
+    figure = go.Figure([bar for bar in bars if any(bar.y)])
     figure.update_layout(
         height=340, barmode="stack", xaxis_type="category", yaxis_title="epochs trained"
     )
@@ -218,11 +213,10 @@ def budget(run: RunView) -> go.Figure:
 def time_spent(run: RunView) -> go.Figure:
     """Draw where the workers' time went."""
     colours = (STATES["complete"], STATES["running"], STATES["stopped"])
-    figure = go.Figure()
     spent = worker_seconds(run.history)
     whole = sum(spent.values()) or 1.0
-    for (what, seconds), colour in zip(spent.items(), colours, strict=True):
-        figure.add_trace(
+    figure = go.Figure(
+        [
             go.Bar(
                 x=[seconds / whole],
                 y=[""],
@@ -231,7 +225,9 @@ def time_spent(run: RunView) -> go.Figure:
                 marker_color=colour,
                 hovertemplate=f"{what}: {duration(seconds)}<extra></extra>",
             )
-        )
+            for (what, seconds), colour in zip(spent.items(), colours, strict=True)
+        ]
+    )
     figure.update_layout(height=150, barmode="stack", xaxis={"tickformat": ".0%", "range": [0, 1]})
     return figure
 

@@ -74,5 +74,4 @@ def _probabilities(model: "SavedModel", images: npt.NDArray[np.uint8]) -> npt.ND
     batches = torch.split(torch.from_numpy(images.copy()), _BATCH)
     with torch.inference_mode():
         outputs = [evaluation_forward(model.net, normalised(scaled(batch))) for batch in batches]
-    probabilities: npt.NDArray[np.float32] = torch.cat(outputs).exp().numpy()
-    return probabilities
+    return np.asarray(torch.cat(outputs).exp())

@@ -46,6 +46,7 @@ _STATES = {
     "killed": "killed, and can be resumed",
     "failed": "ended by an error, and can be resumed",
 }
+_QUESTION = ("metric", "epochs", "images")  # runs that agree on these can be compared
 _DEFAULTS = {"metric": "val_accuracy", "time_budget": None, "images": None}  # the command line's
 
 
@@ -63,14 +64,8 @@ def write_report(
 ) -> list[Path]:
     """Write a page about one run, or one that compares several, and return the files written.
 
-    Args:
-        runs: one or more, at work or ended, however little there is in them.
-        path: of the HTML file.
-        data_dir: the folder of MNIST, for the digits that the best model gets wrong.
-        pictures: whether to draw the main charts as PNG files as well.
-
-    Raises:
-        OSError: a file could not be written; the old one is untouched.
+    The runs may be at work or ended. `data_dir` is MNIST's folder, for the digits that the best
+    model gets wrong; `pictures` are the main charts as PNG files. An OSError leaves the old file.
     """
     environment = Environment(
         loader=PackageLoader("tune_mnist.reporting", "assets"),
@@ -114,12 +109,9 @@ def _chart_data(figure: go.Figure) -> dict[str, Any]:
 
 def _comparison(runs: Sequence[RunView]) -> dict[str, Any]:
     """Return what only a page about several runs shows."""
+    asked = {name: {getattr(run.asked, name) for run in runs} for name in _QUESTION}
     return {
-        "differences": [
-            name
-            for name in ("metric", "epochs", "images")
-            if len({getattr(run.asked, name) for run in runs}) > 1
-        ],
+        "differences": [name for name, values in asked.items() if len(values) > 1],
         "progress": _progress(runs) if any(run.history.rows for run in runs) else None,
     }
 
@@ -207,11 +199,9 @@ def _mistakes(run: RunView, data_dir: Path | None) -> dict[str, Any]:
 
 def _commands(run: RunView) -> list[str]:
     """Return the commands that repeat the search and its confirmation."""
-    commands = [repeat_command(run.search)]
-    asked = confirmation_of(run.folder)
-    if asked is not None and not run.search.get("confirm"):
-        commands.append(repeat_confirmation(run.folder, asked))
-    return commands
+    asked = None if run.search.get("confirm") else confirmation_of(run.folder)
+    confirm = [] if asked is None else [repeat_confirmation(run.folder, asked)]
+    return [repeat_command(run.search), *confirm]
 
 
 def repeat_command(search: Mapping[str, Any]) -> str:

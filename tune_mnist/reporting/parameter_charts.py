@@ -7,7 +7,7 @@ from typing import Any
 
 import optuna
 import plotly.graph_objects as go
-from optuna.trial import TrialState, create_trial
+from optuna.trial import create_trial
 
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.reporting.charts import (
@@ -43,14 +43,8 @@ def importances(
         frozen = space.frozen_params(trial.record.config)
         if trial.best is not None and frozen is not None:
             params, distributions = frozen
-            study.add_trial(
-                create_trial(
-                    state=TrialState.COMPLETE,
-                    params=params,
-                    distributions=distributions,
-                    value=trial.best.accuracy(metric),
-                )
-            )
+            value = trial.best.accuracy(metric)
+            study.add_trial(create_trial(value=value, params=params, distributions=distributions))
     if len(study.trials) < ENOUGH_TRIALS:
         return {}
     with warnings.catch_warnings():
@@ -62,7 +56,6 @@ def importances(
 
 
 def importance_bars(shares: Mapping[str, float]) -> go.Figure:
-    """Draw each parameter's share in reaching the best accuracies."""
     names = list(shares)[::-1]
     figure = go.Figure(
         go.Bar(
@@ -146,7 +139,6 @@ def _dimension(parameter: Parameter, configs: Sequence[Mapping[str, Any]]) -> di
 
 
 def slices(run: RunView, space: SearchSpace) -> dict[str, go.Figure]:
-    """Draw each parameter's values against the best accuracies of the trials."""
     return {name: _slice(run, each, space) for name, each in space.parameters.items()}
 
 

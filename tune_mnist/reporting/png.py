@@ -27,11 +27,7 @@ _DPI = 150
 
 
 def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
-    """Draw the runs' progress and, of a single run, its learning curves, beside the page.
-
-    Raises:
-        OSError: a file could not be written.
-    """
+    """Draw the runs' progress and, of a single run, its learning curves, beside the page."""
     figures = {"progress": _progress(runs)}
     if len(runs) == 1:
         figures["curves"] = _curves(runs[0])

@@ -34,13 +34,9 @@ _STYLES: dict[RunState, str] = {"running": "green", "killed": "red", "failed": "
 
 
 def summary(folder: RunFolder, history: History, metric: Metric, *, epochs: int) -> Group:
-    """Return the summary of a search, for rich; without a terminal it is plain text.
+    """Return the summary of a search by its metric and its budget of epochs per trial, for rich.
 
-    Args:
-        folder: the run's.
-        history: what happened.
-        metric: what the search selected by.
-        epochs: the budget of a trial.
+    Without a terminal it is plain text.
     """
     trials = ranked_trials(history, metric)
     ranked, baseline = rank_by_best(trials, metric), baseline_of(trials)
@@ -86,13 +82,9 @@ class BestTable:
             for rank, trial in enumerate(self.ranked, start=1)
             if rank <= ROWS or trial.is_baseline
         ]
-        configs = [trial.record.config for _, trial in shown]
-        compared = [*configs, self.baseline.record.config] if self.baseline else configs
-        names = [
-            name
-            for name in CONFIG_FIELDS
-            if len({str(getattr(config, name)) for config in compared}) > 1
-        ]
+        compared = [trial for _, trial in shown] + ([self.baseline] if self.baseline else [])
+        settings = [trial.record.config.as_dict() for trial in compared]
+        names = [name for name in CONFIG_FIELDS if len({str(each[name]) for each in settings}) > 1]
         held_out = ("val accuracy",) if self.metric == "val_accuracy" else ()
         lines = [("rank", "trial", *held_out, "test accuracy", "gain", "at epoch", *names)]
         for rank, trial in shown:
@@ -176,7 +168,6 @@ def _accuracies(trial: RankedTrial, metric: Metric) -> str:
 
 
 def no_best(history: History) -> str:
-    """Return why there is no best trial."""
     if not history.trials:
         return "No trial was started."
     return f"None of {count(len(history.trials), 'trial')} finished an epoch that counts."
@@ -204,8 +195,7 @@ def failures(history: History) -> list[str]:
     for state in ("failed", "diverged"):
         trials = [record for record in history.trials.values() if record.state == state]
         if trials:
-            which = "" if len(trials) == 1 else "the first, "
-            first = trials[0]
+            first, which = trials[0], "" if len(trials) == 1 else "the first, "
             lines.append(f"{len(trials):,} {state}; {which}trial {first.number}: {first.reason}")
     return lines
 

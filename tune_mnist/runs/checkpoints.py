@@ -41,12 +41,10 @@ class Checkpoints:
         replace_file(newest, content, keep_as=before, sync=False)
 
     def load(self, number: int, *, up_to: float = math.inf) -> Checkpoint | None:
-        """Return a trial's newest readable state, or None.
+        """Return a trial's newest readable state up to an epoch, or None.
 
-        Args:
-            number: the trial's.
-            up_to: ignore states of later epochs. After a power cut a checkpoint can be ahead of
-                `epochs.csv`; resuming from it would leave a gap there.
+        After a power cut a checkpoint can be ahead of `epochs.csv`; resuming from it would leave a
+        gap there.
         """
         for path in self._paths(number):
             # Missing or damaged: try the previous one, then start over.
@@ -57,7 +55,6 @@ class Checkpoints:
         return None
 
     def remove(self, number: int) -> None:
-        """Remove a finished trial's states."""
         for path in self._paths(number):
             path.unlink(missing_ok=True)
 

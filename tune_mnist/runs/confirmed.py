@@ -61,13 +61,9 @@ def confirmed_table(
     epochs: int,
     images: int,
 ) -> pd.DataFrame:
-    """Return the table; a training that diverged or failed counts in `seeds`, not in `n`.
+    """Return the table of the candidates, the baseline first, and each one's trainings by seed.
 
-    Args:
-        candidates: the configurations, the baseline first.
-        records: each candidate's trainings, in the order of the seeds.
-        epochs: that each training was to last.
-        images: that each was trained on.
+    A training that diverged or failed before its last epoch counts in `seeds`, not in `n`.
     """
     done = [
         [each for each in trainings if each.state == "complete" and each.epochs == epochs]
@@ -77,16 +73,15 @@ def confirmed_table(
     ranked = [(each.rank or math.inf, i) for i, each in enumerate(candidates) if i]
     winner = lasts[min(ranked)[1] if ranked else 0]
     rows = []
-    for position, candidate in enumerate(candidates):
-        last = lasts[position]
-        bests = [max(row.test_accuracy for row in each.rows) for each in done[position]]
+    for candidate, trainings, finished, last in zip(candidates, records, done, lasts, strict=True):
+        bests = [max(row.test_accuracy for row in each.rows) for each in finished]
         mean, low, high = interval(list(last.values()))
         rows.append(
             {
                 "configuration": candidate.name,
                 "trial": candidate.trial,
                 "rank": candidate.rank,
-                "seeds": len(records[position]),
+                "seeds": len(trainings),
                 "n": len(last),
                 "epochs": epochs,
                 "images": images,
@@ -112,7 +107,6 @@ def _difference(
 
 
 def write_confirmed(folder: RunFolder, table: pd.DataFrame) -> None:
-    """Write confirmed.csv; an OSError leaves the old file untouched."""
     replace_file(folder.confirmed, table.to_csv(index=False, lineterminator="\n"))
 
 
@@ -120,9 +114,8 @@ def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
     """Return confirmed.csv, None if there is none, or raise RunFolderError if it is damaged."""
     try:
         table = pd.read_csv(folder.confirmed, dtype={"configuration": str})
-        if table.empty or not all(
-            map(pd.api.types.is_numeric_dtype, table[list(_NUMBERS)].dtypes)
-        ):
+        numeric = map(pd.api.types.is_numeric_dtype, table[list(_NUMBERS)].dtypes)
+        if table.empty or not all(numeric):
             raise ValueError("rows of numbers were expected")
     except FileNotFoundError:
         return None
@@ -185,14 +178,13 @@ def _against_others(winner: Mapping[str, Any], rest: Sequence[Mapping[str, Any]]
         if not row["behind_low"] > 0 and not row["behind_high"] < 0  # true also of one seed's NaN
     ]
     text = f" It cannot be told from {' or '.join(names)}." if names else ""
-    for row in rest:
-        if row["behind_high"] < 0:
-            text += (
-                f" {row['configuration'].capitalize()}, which the search ranked lower, is above "
-                f"it by {-100 * row['behind']:.2f} points"
-                f"{_in_brackets(points(-row['behind_high']), points(-row['behind_low']))}."
-            )
-    return text
+    return text + "".join(
+        f" {row['configuration'].capitalize()}, which the search ranked lower, is above it by "
+        f"{-100 * row['behind']:.2f} points"
+        f"{_in_brackets(points(-row['behind_high']), points(-row['behind_low']))}."
+        for row in rest
+        if row["behind_high"] < 0
+    )
 
 
 def _in_brackets(low: str, high: str, prefix: str = "") -> str:

@@ -12,17 +12,11 @@ from pathlib import Path
 def replace_file(
     path: Path, content: bytes | str, *, keep_as: Path | None = None, sync: bool = True
 ) -> None:
-    """Write a whole file; readers of `path` see the old content or the new, never half.
+    """Write a whole file, or raise OSError and leave the old one untouched.
 
-    Args:
-        path: the file. A symbolic link is followed; anything but a plain file, such as
-            /dev/stdout, is written to in place.
-        content: the new content.
-        keep_as: where to keep the old content, once the new one is safely written.
-        sync: wait for the disk, so that a power cut cannot leave the file empty.
-
-    Raises:
-        OSError: the file could not be written; the old one is untouched.
+    Readers of `path` see the old content or the new, never half. A symbolic link is followed;
+    anything but a plain file, such as /dev/stdout, is written to in place. The old content is kept
+    at `keep_as`. `sync` waits for the disk, so that a power cut cannot leave the file empty.
     """
     data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
@@ -68,11 +62,7 @@ class AppendLog:
         self._file: int | None = None
 
     def read(self) -> list[bytes]:
-        """Return the finished lines without their line ends; none if there is no file.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Return the finished lines without their ends, none if there is no file."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:

@@ -42,15 +42,13 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is the run's."""
         return self.path.resolve().name  # resolved for `--resume .`
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a new run's folder, or reuse one whose search was killed before it started.
+        """Make a new run's folder, or raise RunFolderError if it exists or cannot be made.
 
-        Raises:
-            RunFolderError: the folder exists, or cannot be made.
+        One whose search was killed before it started is used again.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +102,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
-        """Hold the right to write to the run; it ends with the process, even a killed one.
+        """Hold the right to write to the run, or raise RunFolderError if another process does.
 
-        Raises:
-            RunFolderError: another process holds it.
+        The operating system's lock counts, not whether its file exists: a killed process holds
+        none.
         """
-        # The operating system's lock counts, not whether the file exists: a killed process holds
-        # none.
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -156,9 +152,8 @@ def _is_abandoned(path: Path) -> bool:
         return False
     if time.time() - path.stat().st_mtime < _STARTING:
         return False
-    checkpoints = path / "checkpoints"
     others = {found.name for found in path.iterdir() if not found.match(".search.yaml.*.tmp")}
-    return others <= {".lock", "checkpoints"} and not any(checkpoints.glob("*"))
+    return others <= {".lock", "checkpoints"} and not any((path / "checkpoints").glob("*"))
 
 
 def _exists(path: Path) -> RunFolderError:

@@ -82,12 +82,10 @@ class TrialRecord:
 
     @property
     def epochs(self) -> int:
-        """Epochs finished."""
         return len(self.rows)
 
     @property
     def finite_rows(self) -> list[EpochRow]:
-        """The epochs that did not diverge."""
         return [row for row in self.rows if not row.diverged]
 
     def rows_that_count(self, metric: Metric) -> list[EpochRow]:
@@ -112,16 +110,15 @@ class History:
 
     @classmethod
     def load(cls, folder: RunFolder) -> "History":
-        """Read a run's history; an unfinished last line is ignored.
+        """Read a run's history, or raise RunFolderError with the damaged line.
 
-        Raises:
-            RunFolderError: a file is damaged; the message names the line.
+        An unfinished last line is ignored.
         """
         history = cls(folder)
         events = 0
         for events, content in _numbered(history._events):
             try:
-                history._apply_event(_entry(content))
+                history._apply_event(json.loads(content.decode()))
             except _DAMAGE as error:
                 raise _damaged(folder.events, events, error) from error
         for line, content in _numbered(history._epochs):
@@ -137,11 +134,7 @@ class History:
         return history
 
     def open_session(self, facts: Mapping[str, Any]) -> None:
-        """Record that a driver has begun to work on the run.
-
-        Raises:
-            OSError: the event could not be written; so with all methods that record one.
-        """
+        """Record that a driver has begun to work; like all that record, it may raise OSError."""
         if not self._epochs.read():
             self._epochs.append(",".join(COLUMNS))
         self._record("session", **facts)
@@ -174,10 +167,8 @@ class History:
     def end_trial(self, number: int, elapsed: float, state: State, reason: str) -> None:
         """Record a trial's final state; from then on even a power cut does not undo it."""
         self._epochs.sync()
-        epochs = self.trials[number].epochs
-        self._record(
-            "end", trial=number, elapsed=elapsed, state=state, reason=reason, epochs=epochs
-        )
+        result = {"state": state, "reason": reason, "epochs": self.trials[number].epochs}
+        self._record("end", trial=number, elapsed=elapsed, **result)
         self._events.sync()
 
     def add_epoch(self, row: EpochRow) -> bool:
@@ -197,7 +188,9 @@ class History:
         self._events.append(json.dumps(entry, allow_nan=False))
         self._apply_event(entry)
 
-    def _apply_event(self, entry: dict[str, Any]) -> None:
+    def _apply_event(self, entry: Any) -> None:
+        if not isinstance(entry, dict):
+            raise ValueError(f"an event was expected, but got {entry!r}")
         match entry["event"]:
             case "session":
                 self.sessions += 1
@@ -289,13 +282,6 @@ def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(log.read(), start=1)
     except OSError as error:
         raise RunFolderError(f"{log.path} cannot be read ({error.strerror})") from error
-
-
-def _entry(line: bytes) -> dict[str, Any]:
-    entry = json.loads(line.decode())
-    if not isinstance(entry, dict):
-        raise ValueError(f"an event was expected, but got {entry!r}")
-    return entry
 
 
 def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:

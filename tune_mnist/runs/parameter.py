@@ -39,9 +39,7 @@ class Parameter:
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """Its values, if it is no range."""
-        domain = self.distribution
-        return domain.choices if isinstance(domain, CategoricalDistribution) else None
+        return getattr(self.distribution, "choices", None)
 
     def active(self, values: Mapping[str, Value]) -> bool:
         """Return True if the parameter is sampled, given what was sampled before it."""
@@ -89,10 +87,9 @@ class Parameter:
 
 
 def parse_parameter(name: str, data: Mapping[Any, Any]) -> Parameter:
-    """Parse `{choices | low, high [, log] [, step]} [, when]`, without a look at other parameters.
+    """Parse `{choices | low, high [, log] [, step]} [, when]`, or raise SearchSpaceError.
 
-    Raises:
-        SearchSpaceError: a key or value is not usable; the message begins with the key.
+    Other parameters are not looked at. The message begins with the key that is not usable.
     """
     where = f"parameters.{name}"
     check_keys(where, data, _KEYS)
@@ -111,13 +108,14 @@ def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistr
         raise SearchSpaceError(
             f"{where}.choices: must be a list of at least one value, but got {given!r}"
         )
-    values = [checked(f"{where}.choices", name, value) for value in given]
-    for position, value in enumerate(values):
-        if value in values[:position]:
+    values: list[Value] = []
+    for value in (checked(f"{where}.choices", name, each) for each in given):
+        if value in values:
             raise SearchSpaceError(
                 f"{where}.choices: each value may stand there once, but got {show([value])} "
                 "twice; remove one"
             )
+        values.append(value)
     return CategoricalDistribution(values)
 
 
@@ -127,11 +125,10 @@ def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution 
             f"{where}: is no number and needs choices, but got {data!r}; "
             f"write {{choices: [{show(possible)}]}}"
         )
-    for key in ("low", "high"):
-        if key not in data:
-            raise SearchSpaceError(
-                f"{where}: needs low and high, or choices, but got {data!r}; add {key}"
-            )
+    if missing := [key for key in ("low", "high") if key not in data]:
+        raise SearchSpaceError(
+            f"{where}: needs low and high, or choices, but got {data!r}; add {missing[0]}"
+        )
     low: Any = checked(f"{where}.low", name, data["low"])
     high: Any = checked(f"{where}.high", name, data["high"])
     if low > high:

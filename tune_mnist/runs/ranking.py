@@ -27,13 +27,12 @@ class BestSoFar:
 
     def take(self, record: TrialRecord, row: EpochRow) -> bool:
         """Remember this epoch and return True if it is better than all before it."""
-        metric = self._metric
-        better = row.counts(metric) and (
-            self.found is None or score(row, metric) > score(self.found[1], metric)
-        )
-        if better:
-            self.found = record, row
-        return better
+        if not row.counts(self._metric):
+            return False
+        if self.found and score(row, self._metric) <= score(self.found[1], self._metric):
+            return False
+        self.found = record, row
+        return True
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class RankedTrial:
 
     @classmethod
     def of(cls, record: TrialRecord, metric: Metric) -> "RankedTrial":
-        """Find a trial's best and last epoch."""
         rows = record.rows_that_count(metric)
         best = max(rows, key=lambda row: score(row, metric), default=None)  # the first of equals
         return cls(record, best, rows[-1] if rows else None)
@@ -57,7 +55,6 @@ class RankedTrial:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is the trial that all others are compared with."""
         return self.record.origin == "baseline"
 
 
@@ -73,25 +70,22 @@ def baseline_of(trials: Iterable[RankedTrial]) -> RankedTrial | None:
 
 def rank_by_best(trials: Iterable[RankedTrial], metric: Metric) -> list[RankedTrial]:
     """Return the trials that have a best epoch, the highest score first."""
-    return _rank(((trial.best, trial) for trial in trials), metric)
+    return _rank([(trial.best, trial) for trial in trials], metric)
 
 
 def rank_by_last(trials: Iterable[RankedTrial], metric: Metric) -> list[RankedTrial]:
     """Return the trials that have a last epoch, the highest score there first."""
-    return _rank(((trial.last, trial) for trial in trials), metric)
+    return _rank([(trial.last, trial) for trial in trials], metric)
 
 
 def _rank(
     trials: Iterable[tuple[EpochRow | None, RankedTrial]], metric: Metric
 ) -> list[RankedTrial]:
     """Sort by score; of equals, the trial that used fewer epochs, then the earlier one."""
-    keys = []
-    for row, trial in trials:
-        if row is not None:
-            accuracy, negative_loss = score(row, metric)
-            key = (-accuracy, -negative_loss, trial.record.epochs, trial.record.number)
-            keys.append((key, trial))
-    return [trial for _, trial in sorted(keys, key=itemgetter(0))]
+    scored = [(score(row, metric), trial) for row, trial in trials if row is not None]
+    scored.sort(key=lambda pair: (pair[1].record.epochs, pair[1].record.number))
+    scored.sort(key=itemgetter(0), reverse=True)  # stable: equals keep their order
+    return [trial for _, trial in scored]
 
 
 def gain(row: EpochRow | None, baseline: EpochRow | None) -> float:

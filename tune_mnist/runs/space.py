@@ -71,12 +71,11 @@ class SearchSpace:
         The configuration need not be one of this space.
         """
         given = config.as_dict()
-        fixed = {name: given[name] for name in self.constants}
-        active: dict[str, Value] = {}
+        known = {name: given[name] for name in self.constants}
         for name, parameter in self.parameters.items():
-            if parameter.active({**fixed, **active}):
-                active[name] = given[name]
-        return active
+            if parameter.active(known):
+                known[name] = given[name]
+        return {name: value for name, value in known.items() if name in self.parameters}
 
     def frozen_params(
         self, config: TrainConfig
@@ -92,9 +91,8 @@ class SearchSpace:
         if "ema_decay" in self.constants:
             config = self.config({**config.as_dict(), "ema_decay": self.constants["ema_decay"]})
         params = self.active_values(config)
-        if any(self.parameters[name].rule_broken_by(value) for name, value in params.items()):
-            return None
-        if self.config(params) != config:
+        broken = any(self.parameters[name].rule_broken_by(value) for name, value in params.items())
+        if broken or self.config(params) != config:
             return None
         return params, {name: self.parameters[name].distribution for name in params}
 
@@ -112,10 +110,9 @@ class SearchSpace:
 
     @classmethod
     def from_dict(cls, data: Any, name: str, source: str) -> Self:
-        """Check what a space file holds and make a space of it.
+        """Make a space of a file's content, or raise a SearchSpaceError of one line.
 
-        Raises:
-            SearchSpaceError: with file, key, rule, value and way out, in one line.
+        It has the file, the key, the rule, the value and the way out.
         """
         try:
             return cls._parse(data, name, source)
@@ -134,22 +131,13 @@ class SearchSpace:
         parameters, constants = _parse_parameters(data)
         needs = all_conditions(parameters)
         check_nesterov(parameters, constants, needs)
-        return cls(
-            name=name,
-            source=source,
-            epochs=_parse_epochs(data.get("epochs", 20)),
-            parameters=parameters,
-            constants=constants,
-            start=_parse_start(data.get("start", []), parameters, constants, needs),
-        )
-
-
-def _parse_epochs(epochs: Any) -> int:
-    if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
-        raise SearchSpaceError(
-            f"epochs: must be a whole number from 1 to {MAX_EPOCHS}, but got {epochs!r}"
-        )
-    return epochs
+        epochs = data.get("epochs", 20)
+        if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
+            raise SearchSpaceError(
+                f"epochs: must be a whole number from 1 to {MAX_EPOCHS}, but got {epochs!r}"
+            )
+        start = _parse_start(data.get("start", []), parameters, constants, needs)
+        return cls(name, source, epochs, parameters, constants, start)
 
 
 def _parse_parameters(data: Mapping[str, Any]) -> tuple[dict[str, Parameter], dict[str, Value]]:
@@ -243,8 +231,8 @@ def _check_active(where: str, point: Mapping[str, Value], needs: Mapping[str, Co
 
 def load_space(name_or_path: str) -> SearchSpace:
     """Return the space of this name or in this file, or raise SearchSpaceError."""
-    path = find_space(name_or_path)
-    return SearchSpace.from_dict(read_yaml(path), name=path.stem, source=str(path))
+    path = _find_space(name_or_path)
+    return SearchSpace.from_dict(_read_yaml(path), name=path.stem, source=str(path))
 
 
 def spaces_folder() -> Path:
@@ -257,12 +245,10 @@ def spaces_folder() -> Path:
 
 
 def available_spaces() -> list[str]:
-    """Return the names of the project's own spaces."""
     return sorted(path.stem for path in spaces_folder().glob("*.yaml"))
 
 
-def find_space(name_or_path: str) -> Path:
-    """Return the path of a space's file, by name or path, or raise SearchSpaceError."""
+def _find_space(name_or_path: str) -> Path:
     names = available_spaces()
     if name_or_path in names:
         return spaces_folder() / f"{name_or_path}.yaml"
@@ -279,8 +265,7 @@ def find_space(name_or_path: str) -> Path:
     )
 
 
-def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; raise SearchSpaceError, also if a key is given twice."""
+def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
     except OSError as error:

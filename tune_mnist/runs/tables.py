@@ -38,10 +38,8 @@ _PLACES = 6  # accuracies come in steps of 1/10,000; losses need no more to be c
 def write_tables(folder: RunFolder, history: History, metric: Metric) -> None:
     """Write trials.csv and best.csv; an OSError leaves the old file untouched."""
     trials = ranked_trials(history, metric)
-    for path, table in (
-        (folder.trials, trials_table(trials, metric)),
-        (folder.best, best_table(trials, metric)),
-    ):
+    for path, table_of in ((folder.trials, trials_table), (folder.best, best_table)):
+        table = table_of(trials, metric)
         replace_file(path, table.to_csv(index=False, lineterminator="\n"))
 
 
@@ -52,10 +50,8 @@ def trials_table(trials: Sequence[RankedTrial], metric: Metric) -> pd.DataFrame:
 
 def best_table(trials: Sequence[RankedTrial], metric: Metric) -> pd.DataFrame:
     """Return the best trials, by their best epoch and by their last."""
-    ranks_by_last = {
-        trial.record.number: rank
-        for rank, trial in enumerate(rank_by_last(trials, metric), start=1)
-    }
+    by_last = enumerate(rank_by_last(trials, metric), start=1)
+    ranks_by_last = {trial.record.number: rank for rank, trial in by_last}
     baseline = baseline_of(trials) or _NOTHING
     rows = []
     for rank, trial in enumerate(rank_by_best(trials, metric), start=1):
@@ -132,11 +128,9 @@ def _config(record: TrialRecord) -> dict[str, Any]:
 
 
 def _first_at_reference(record: TrialRecord) -> int | None:
-    for row in record.finite_rows:
-        # Rounded, so that an accuracy that was single precision once still counts.
-        if round(row.test_accuracy, _PLACES) >= REFERENCE_ACCURACY:
-            return row.epoch
-    return None
+    # Rounded, so that an accuracy that was single precision once still counts.
+    accuracies = ((row.epoch, round(row.test_accuracy, _PLACES)) for row in record.finite_rows)
+    return next((epoch for epoch, reached in accuracies if reached >= REFERENCE_ACCURACY), None)
 
 
 def _seconds(record: TrialRecord) -> float:

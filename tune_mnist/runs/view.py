@@ -65,7 +65,6 @@ class RunView:
 
     @property
     def metric(self) -> Metric:
-        """What the search selects by."""
         return self.asked.metric
 
     @property
@@ -76,7 +75,6 @@ class RunView:
 
     @cached_property
     def trials(self) -> list[RankedTrial]:
-        """All trials, in order of start."""
         return ranked_trials(self.history, self.metric)
 
     @cached_property
@@ -86,12 +84,10 @@ class RunView:
 
     @property
     def best(self) -> RankedTrial | None:
-        """The trial with the highest score."""
         return self.ranked[0] if self.ranked else None
 
     @property
     def baseline(self) -> RankedTrial | None:
-        """The trial that all others are compared with."""
         return baseline_of(self.trials)
 
     @property
@@ -150,8 +146,7 @@ def is_at_work(folder: RunFolder) -> bool:
 
 def find_runs(results: Path) -> tuple[list[RunView], list[RunFolderError]]:
     """Return the runs in a folder of results, newest first, and why others cannot be read."""
-    found: list[RunView] = []
-    errors: list[RunFolderError] = []
+    found, errors = [], []
     for search in sorted(results.glob("*/search.yaml")):
         try:
             found.append(RunView.read(search.parent))
