@@ -175,7 +175,7 @@ class StartOptions(_Options):
     """Which search to start, resume or list."""
 
     space: Annotated[str, _WHAT] = "default"
-    """Search space: a name (default, sgd, quick) or the path of a YAML file."""
+    """Search space: a name (default, refined, sgd, quick) or the path of a YAML file."""
 
     run: Annotated[str | None, _RUN] = None
     """Name of the run's folder; the space and the time unless given."""
