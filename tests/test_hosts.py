@@ -82,9 +82,10 @@ def story(
         drivers["first"].wait_until(lambda: cut_off.address not in cluster.alive())
         drivers["first"].wait_until(lambda: retries_in(searches.folder("first")) > 0)
         killed.kill()
-        for run, script in scripts.items():
-            script.release()
-            assert drivers[run].wait() == 0, drivers[run].output
+        for script in scripts.values():
+            script.release()  # both, as trials that are held may have all the slots
+        for driver in drivers.values():
+            assert driver.wait() == 0, driver.output
         yield Story(searches, drivers["first"].output, seconds_to_join)
 
 
