@@ -34,7 +34,7 @@ from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, default_data_dir, split
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.optim import learning_rates
+from tune_mnist.mnist.step import learning_rates
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.packing import Packing, Probe
 from tune_mnist.tuning.resources import Node, TrialResources

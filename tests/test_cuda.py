@@ -21,8 +21,7 @@ from tune_mnist.mnist.cuda import StepKey, Workspace, bfloat16_forward, products
 from tune_mnist.mnist.data import Mnist, Split, split
 from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.optim import step_table
-from tune_mnist.mnist.step import StepKind
+from tune_mnist.mnist.step import StepKind, step_table
 from tune_mnist.mnist.training import Run, draw_order, train
 from tune_mnist.tuning import packing
 from tune_mnist.tuning.resources import TrialResources

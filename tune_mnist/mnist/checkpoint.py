@@ -17,8 +17,7 @@ from torch import Tensor
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.optim import flat
-from tune_mnist.mnist.step import Step
+from tune_mnist.mnist.step import Step, flat
 
 State = dict[str, Any]
 

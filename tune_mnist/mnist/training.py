@@ -24,8 +24,7 @@ from tune_mnist.mnist.forward import TORCH, Score, tally, training_forward
 from tune_mnist.mnist.images import SplitTensors
 from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.optim import constants, learning_rates, step_table
-from tune_mnist.mnist.step import Step, StepKind, Take
+from tune_mnist.mnist.step import Step, StepKind, Take, constants, learning_rates, step_table
 
 DIVERGENCE_CHECK_EVERY = 32  # steps, on a CPU
 

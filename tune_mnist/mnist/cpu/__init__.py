@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tune_mnist.mnist.forward import TORCH, Backend
 from tune_mnist.mnist.net import IMAGE_SHAPE, Net
-from tune_mnist.mnist.optim import FlatNet
+from tune_mnist.mnist.step import FlatNet
 
 TOLERANCE = 1e-3  # of a result's norm; what was tried is within 2e-5 (AVX-512, AVX2, oneDNN)
 
