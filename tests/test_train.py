@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.train import (
     TrainSettings,
-    chosen_config,
-    chosen_epochs,
+    chosen,
     describe,
     train_by,
 )
@@ -172,13 +172,12 @@ def test_a_missing_gpu_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_baseline_is_trained_unless_told_otherwise(tmp_path: Path) -> None:
-    assert chosen_config(TrainSettings()) == TrainConfig()
-    assert chosen_epochs(TrainSettings()) == 20
+    assert chosen(TrainSettings()) == (TrainConfig(), 20)
     assert describe(TrainConfig()) == "Configuration: baseline"
     path = tmp_path / "mine.yaml"
     path.write_text("lr: 0.3\ndropout: 0.2\n")
     settings = TrainSettings(config=path, overrides=("lr=1e-3",))
-    assert chosen_config(settings) == TrainConfig(lr=1e-3, dropout=0.2)
+    assert chosen(settings) == (TrainConfig(lr=1e-3, dropout=0.2), 20)
 
 
 def test_a_trial_of_a_search_is_retrained_by_its_number(tmp_path: Path) -> None:
@@ -189,6 +188,5 @@ def test_a_trial_of_a_search_is_retrained_by_its_number(tmp_path: Path) -> None:
     found = TrainConfig(lr=0.123456789012345678, schedule="cosine")
     history.start_trial(TrialRecord(0, found, seed=1, origin="sampled"), elapsed=0.0)
     settings = TrainSettings(run=folder.path, trial=0)
-    assert chosen_config(settings) == found
-    assert chosen_epochs(settings) == 7
-    assert chosen_epochs(TrainSettings(run=folder.path, trial=0, epochs=3)) == 3
+    assert chosen(settings) == (found, 7)
+    assert chosen(replace(settings, epochs=3)) == (found, 3)

@@ -8,12 +8,13 @@
 All 60,000 training images are trained on, and the test set is measured after every epoch.
 """
 
-import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from shutil import get_terminal_size
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
@@ -100,15 +101,14 @@ class TrainSettings:
 
 def train_by(settings: TrainSettings) -> None:
     """Train as the settings say and print each epoch."""
-    config = chosen_config(settings)
-    epochs = chosen_epochs(settings)
+    config, epochs = chosen(settings)
     if settings.save is not None:
         check_writable(settings.save)
 
     import torch
 
     from tune_mnist.mnist.data import load_mnist, split
-    from tune_mnist.mnist.net import Net, layer_table
+    from tune_mnist.mnist.net import layer_table
     from tune_mnist.mnist.training import train
 
     device = chosen_device(settings.device)
@@ -117,7 +117,7 @@ def train_by(settings: TrainSettings) -> None:
         torch.set_num_threads(settings.threads)
     data = split(load_mnist(settings.data_dir), holdout=False, images=settings.images)
 
-    tell(layer_table(Net(config.dropout)))
+    tell(layer_table())
     tell(describe(config))
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
     done: list[EpochMetrics] = []
@@ -151,39 +151,32 @@ def train_by(settings: TrainSettings) -> None:
     tell(summary(done))
 
 
-def chosen_config(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration to train: the file's, a trial's or the baseline, under --set."""
+def chosen(settings: TrainSettings) -> tuple[TrainConfig, int]:
+    """Return what to train, the file's, a trial's or the baseline under --set, and how long."""
+    config, epochs = TrainConfig(), settings.epochs or DEFAULT_EPOCHS
     if settings.run is not None or settings.trial is not None:
-        config = config_of_trial(settings)
-    else:
-        config = TrainConfig() if settings.config is None else read_config(settings.config)
+        config, epochs = of_trial(settings)
+    elif settings.config is not None:
+        config = read_config(settings.config)
     try:
-        return override(config, settings.overrides)
+        return override(config, settings.overrides), epochs
     except ConfigError as error:
         raise ConfigError(f"--set: {error}") from error
 
 
-def config_of_trial(settings: TrainSettings) -> TrainConfig:
-    """Return the configuration of the trial that --run and --trial name, or raise ConfigError."""
+def of_trial(settings: TrainSettings) -> tuple[TrainConfig, int]:
+    """Return the configuration of the trial that --run and --trial name, and its epochs."""
     if settings.run is None or settings.trial is None or settings.config is not None:
         raise ConfigError("--run and --trial go together, and without --config")
-    trials = History.load(RunFolder.open(settings.run)).trials
+    folder = RunFolder.open(settings.run)
+    trials = History.load(folder).trials
     if settings.trial not in trials:
         raise ConfigError(
             f"--trial: the {len(trials)} trials of {settings.run} are numbered from 0, "
             f"but got {settings.trial}"
         )
-    return trials[settings.trial].config
-
-
-def chosen_epochs(settings: TrainSettings) -> int:
-    """Return --epochs, or as many as the run's trials may train, or 20."""
-    if settings.epochs is not None:
-        return settings.epochs
-    if settings.run is not None:
-        folder = RunFolder.open(settings.run)
-        return read_asked(folder, folder.read_search()).epochs
-    return DEFAULT_EPOCHS
+    epochs = settings.epochs or read_asked(folder, folder.read_search()).epochs
+    return trials[settings.trial].config, epochs
 
 
 def chosen_device(device: str) -> str:
@@ -206,44 +199,36 @@ class StepBar:
     """The progress of an epoch: a live bar on a terminal, elsewhere one line when it has ended."""
 
     def __init__(self, steps: int) -> None:
-        self.steps = steps
+        self.steps, self.is_live = steps, sys.stdout.isatty()
 
     def __enter__(self) -> None:
-        self.done, self.prefix = 0, ""
-        self.began = self.drawn = time.perf_counter()
-        self.bar = None
-        if sys.stdout.isatty():
-            # With a size: a container's terminal may report 0 x 0, where tqdm draws nothing.
-            self.bar = _Bar(total=self.steps, file=sys.stdout, ncols=_columns(), nrows=2)
+        self.drawn = time.perf_counter()
+        # With a size: a container's terminal may report 0 x 0, where tqdm draws nothing.
+        live = {"file": sys.stdout, "ncols": get_terminal_size().columns, "nrows": 2}
+        line = {"file": StringIO(), "ncols": 100, "ascii": True}
+        self.bar = _Bar(total=self.steps, **(live if self.is_live else line))
 
     def step(self, number: int, loss: "Tensor") -> None:
-        self.done = number
+        self.bar.n = number
         now = time.perf_counter()
         last = number == self.steps
         # Looking at the loss waits for a GPU: only as often as an eye can follow.
         if last or now - self.drawn >= DRAW_EVERY:
             self.drawn = now
-            self.prefix = f"Loss={loss.item():.4f} batch_id={number - 1}"
-            if self.bar is not None:
-                self.bar.n, self.bar.ncols = number, _columns()
-                self.bar.set_description(self.prefix)
+            if self.is_live:
+                self.bar.ncols = get_terminal_size().columns
+            self.bar.set_description(f"Loss={loss.item():.4f} batch_id={number - 1}")
         if last:
             self._finish()  # now, and not after the evaluation, which is no step of the epoch
 
     def _finish(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif self.prefix:
-            elapsed, style = time.perf_counter() - self.began, {"ncols": 100, "ascii": True}
-            tell(tqdm.format_meter(self.done, self.steps, elapsed, prefix=self.prefix, **style))
+        if not self.is_live and self.bar.desc:
+            tell(str(self.bar))
+        self.bar.close()
 
     def __exit__(self, *exception: object) -> None:
-        if self.done < self.steps:  # diverged or interrupted
+        if self.bar.n < self.steps:  # diverged or interrupted
             self._finish()
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size().columns
 
 
 def describe(config: TrainConfig) -> str:
@@ -257,7 +242,6 @@ def describe(config: TrainConfig) -> str:
 
 
 def check_converging(result: "EpochMetrics", config: TrainConfig) -> None:
-    """Raise TuneMnistError if the epoch diverged."""
     if result.diverged_step is not None:
         raise TuneMnistError(
             f"training diverged in epoch {result.epoch} at step {result.diverged_step}: "
@@ -287,10 +271,8 @@ def check_writable(path: Path) -> None:
     """Raise ConfigError unless a file can be written there; leaves nothing behind."""
     if path.is_dir():
         raise ConfigError(f"--save {path}: is a folder; name a file in it")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     try:
-        probe.touch()
-        probe.unlink()
+        TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"--save {path}: cannot be written: {error.strerror}") from error
 
@@ -298,9 +280,9 @@ def check_writable(path: Path) -> None:
 def save(
     path: Path, config: TrainConfig, settings: TrainSettings, epochs: int, result: "EpochResult"
 ) -> None:
-    """Write the weights and where they come from, for `torch.load(path, weights_only=True)`.
+    """Write the weights and where they come from, or raise TuneMnistError and leave the old file.
 
-    If the file cannot be written, TuneMnistError is raised and an earlier one stays as it was.
+    `torch.load(path, weights_only=True)` reads it.
     """
     from tune_mnist.mnist.checkpoint import pack_model
 

@@ -4,12 +4,13 @@ The defaults are the reference baseline: constant-rate SGD without augmentation.
 configuration as a YAML file, with `NAME=VALUE` texts over it.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 import yaml
 
@@ -18,6 +19,7 @@ from tune_mnist.errors import ConfigError, did_you_mean
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
 Value = str | bool | int | float
+MAX_EPOCHS = 1000  # of a trial
 
 # How precisely a GPU computes the training steps. float32 is the default: only its losses can be
 # compared with a CPU's, step by step. Evaluation is always in float32, and so are weights, their
@@ -31,29 +33,12 @@ def check_precision(precision: Precision, device: str) -> None:
         raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The closed interval in which a number must lie; `open_low` / `open_high` exclude an end."""
-
-    low: float
-    high: float
-    open_low: bool = False
-    open_high: bool = False
-
-    def hold(self, value: float) -> bool:
-        """Return True if `value` lies within the limits (NaN never does)."""
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below
-
-    def __str__(self) -> str:
-        return f"{'>' if self.open_low else '>='} {self.low:g} and " + (
-            f"{'<' if self.open_high else '<='} {self.high:g}"
-        )
+_HOLDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
-def _number(default: float, low: float, high: float, **ends: bool) -> Any:
-    return field(default=default, metadata={"limits": Limits(low, high, **ends)})
+def _number(default: float, *limits: str) -> Any:
+    """Declare a number, between limits such as `> 0` and `<= 10`."""
+    return field(default=default, metadata={"limits": limits})
 
 
 @dataclass(frozen=True)
@@ -61,27 +46,25 @@ class TrainConfig:
     """Hyperparameters of one training run; a value outside its limits raises ConfigError."""
 
     optimizer: Optimizer = "sgd"
-    lr: float = _number(0.01, 0, 10, open_low=True)  # peak rate of the schedule
-    momentum: float = _number(0.9, 0, 1, open_high=True)  # sgd
+    lr: float = _number(0.01, "> 0", "<= 10")  # peak rate of the schedule
+    momentum: float = _number(0.9, ">= 0", "< 1")  # sgd
     nesterov: bool = False  # sgd; needs momentum > 0
-    beta1: float = _number(0.9, 0, 1, open_high=True)  # adamw: decay of the first moment
-    beta2: float = _number(0.999, 0, 1, open_high=True)  # adamw: decay of the second moment
-    weight_decay: float = _number(0.0, 0, 1)  # sgd: L2 term; adamw: decoupled
-    batch_size: int = _number(128, 2, 10_000)  # images; batch norm needs 2
+    beta1: float = _number(0.9, ">= 0", "< 1")  # adamw: decay of the first moment
+    beta2: float = _number(0.999, ">= 0", "< 1")  # adamw: decay of the second moment
+    weight_decay: float = _number(0.0, ">= 0", "<= 1")  # sgd: L2 term; adamw: decoupled
+    batch_size: int = _number(128, ">= 2", "<= 10000")  # images; batch norm needs 2
     schedule: Schedule = "constant"
-    step_every: int = _number(8, 1, 1000)  # step: epochs between two cuts of the rate
-    step_factor: float = _number(0.1, 0, 1, open_low=True)  # step: what a cut multiplies by
-    peak_position: float = _number(
-        0.3, 0, 1, open_low=True, open_high=True
-    )  # onecycle: of the run
-    dropout: float = _number(0.1, 0, 1, open_high=True)  # probability of a zero
-    label_smoothing: float = _number(0.0, 0, 1, open_high=True)
-    rotation: float = _number(0.0, 0, 180)  # degrees, uniform in +-rotation
-    shift: float = _number(0.0, 0, 0.5)  # fraction of the width, uniform in +-shift, each axis
-    scale: float = _number(0.0, 0, 0.9)  # fraction, factor uniform in 1 +- scale
-    elastic: float = _number(0.0, 0, 0.5)  # fraction of the width a pixel is displaced by, r.m.s.
-    augmented_part: float = _number(1.0, 0, 1, open_low=True)  # of the run, from its start
-    ema_decay: float = _number(0.0, 0, 1, open_high=True)  # a step; 0: raw weights are evaluated
+    step_every: int = _number(8, ">= 1", "<= 1000")  # step: epochs between two cuts of the rate
+    step_factor: float = _number(0.1, "> 0", "<= 1")  # step: what a cut multiplies by
+    peak_position: float = _number(0.3, "> 0", "< 1")  # onecycle: of the run
+    dropout: float = _number(0.1, ">= 0", "< 1")  # probability of a zero
+    label_smoothing: float = _number(0.0, ">= 0", "< 1")
+    rotation: float = _number(0.0, ">= 0", "<= 180")  # degrees, uniform in +-rotation
+    shift: float = _number(0.0, ">= 0", "<= 0.5")  # of the width, uniform in +-shift, each axis
+    scale: float = _number(0.0, ">= 0", "<= 0.9")  # fraction, factor uniform in 1 +- scale
+    elastic: float = _number(0.0, ">= 0", "<= 0.5")  # of the width: displacement, r.m.s.
+    augmented_part: float = _number(1.0, "> 0", "<= 1")  # of the run, from its start
+    ema_decay: float = _number(0.0, ">= 0", "< 1")  # a step; 0: raw weights are evaluated
 
     def __post_init__(self) -> None:
         for name in CONFIG_FIELDS:
@@ -130,10 +113,6 @@ def is_integer(name: str) -> bool:
     return _TYPES[name] is int
 
 
-def limits_of(name: str) -> Limits:
-    return cast(Limits, CONFIG_FIELDS[name].metadata["limits"])
-
-
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` is a hyperparameter."""
     if name not in CONFIG_FIELDS:
@@ -159,8 +138,10 @@ def check_value(name: str, value: Any) -> Value:
         raise ConfigError(f"{name}: must be a number, but got {value!r}{_hint_for_number(value)}")
     if is_integer(name) and value % 1 != 0:  # true of NaN and infinities as well
         raise ConfigError(f"{name}: must be a whole number, but got {value!r}")
-    if not limits_of(name).hold(value):  # before float(), which overflows on huge whole numbers
-        raise ConfigError(f"{name}: must be {limits_of(name)}, but got {value!r}")
+    limits = CONFIG_FIELDS[name].metadata["limits"]
+    for sign, bound in map(str.split, limits):  # before float(), which overflows on huge integers
+        if not _HOLDS[sign](value, float(bound)):  # nor does NaN
+            raise ConfigError(f"{name}: must be {' and '.join(limits)}, but got {value!r}")
     return int(value) if is_integer(name) else float(value)
 
 

@@ -44,10 +44,12 @@ class SplitTensors:
     @classmethod
     def on(cls, split: Split, device: str, *, copy: bool = False) -> Self:
         """Put a split, or a copy of it, on a device."""
-        tensors = {name: _tensor(array) for name, array in vars(split).items()}
-        return cls(
-            **{name: each.to(device, _dtype(name), copy=copy) for name, each in tensors.items()}
-        )
+
+        def put(name: str, array: npt.NDArray[np.uint8]) -> Tensor:
+            dtype = torch.int64 if name.endswith("labels") else torch.uint8
+            return _tensor(array).to(device, dtype, copy=copy)
+
+        return cls(**{name: put(name, array) for name, array in vars(split).items()})
 
     def fits(self, split: Split) -> bool:
         return all(getattr(self, name).shape == array.shape for name, array in vars(split).items())
@@ -56,10 +58,6 @@ class SplitTensors:
         """Overwrite what these tensors hold with a split; they stay where they are."""
         for name, array in vars(split).items():
             getattr(self, name).copy_(_tensor(array))
-
-
-def _dtype(name: str) -> torch.dtype:
-    return torch.int64 if name.endswith("labels") else torch.uint8
 
 
 def _tensor(array: npt.NDArray[np.uint8]) -> Tensor:

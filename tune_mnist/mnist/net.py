@@ -81,26 +81,22 @@ def blocks(net: Net) -> Iterator[Block]:
         )
 
 
-def layer_table(net: Net) -> str:
-    """Draw the table of a net's layers, in the order they run; sizes are those of one image."""
+def layer_table() -> str:
+    """Draw the table of the net's layers, in the order they run; sizes are those of one image."""
     rows: list[tuple[str, Tensor, int]] = []
 
     def note(layer: nn.Module, _: Any, output: Tensor) -> None:
         rows.append((type(layer).__name__, output, _count(layer.parameters())))
 
-    leaves = [layer for layer in net.modules() if not list(layer.children())]
-    hooks = [layer.register_forward_hook(note) for layer in leaves]
-    was_training = net.training
-    images = torch.zeros(1, *IMAGE_SHAPE)
-    with torch.inference_mode():
-        net.eval()(images)  # batch norm's statistics and random numbers stay as they are
-    net.train(was_training)
-    for hook in hooks:
-        hook.remove()
+    with torch.device("meta"):  # no weights are drawn
+        net, images = Net().eval(), torch.zeros(1, *IMAGE_SHAPE)
+    for layer in net.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(note)
+    net(images)
 
     rule = "-" * 58
     total = _count(net.parameters())
-    trainable = _count(each for each in net.parameters() if each.requires_grad)
     input_mb = _megabytes(images.numel())
     pass_mb = _megabytes(2 * sum(output.numel() for _, output, _ in rows))  # and its gradients
     parameters_mb = _megabytes(total)
@@ -113,8 +109,8 @@ def layer_table(net: Net) -> str:
             ),
             rule,
             f"Total params: {total:,}",
-            f"Trainable params: {trainable:,}",
-            f"Non-trainable params: {total - trainable:,}",
+            f"Trainable params: {total:,}",
+            "Non-trainable params: 0",
             rule,
             f"Input size (MB): {input_mb:.3f}",
             f"Forward/backward pass size (MB): {pass_mb:.3f}",

@@ -128,8 +128,8 @@ def _digit(ink: Floats) -> Floats:
     chosen = [i for i in candidates if amounts[i - 1] >= _SPECK * largest]
     near = ndimage.binary_dilation(np.isin(parts, chosen), iterations=2)  # with their soft edges
     ink = np.where(near, ink, 0)
-    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    (held,) = ndimage.find_objects((ink != 0).astype(int))
+    return np.asarray(ink[held])
 
 
 def _boxed(ink: Floats) -> Floats:

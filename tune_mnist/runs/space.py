@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial
 
 from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean
-from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig, Value
+from tune_mnist.mnist.config import CONFIG_FIELDS, MAX_EPOCHS, TrainConfig, Value
 from tune_mnist.runs.folder import YAML_ERRORS
 from tune_mnist.runs.parameter import (
     Conditions,
@@ -33,7 +33,6 @@ from tune_mnist.runs.parameter import (
     show,
 )
 
-MAX_EPOCHS = 1000  # of a trial
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -14,9 +14,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.config import Precision
+from tune_mnist.mnist.config import MAX_EPOCHS, Precision
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.runs.space import MAX_EPOCHS
 from tune_mnist.tuning.remote import is_uri, storage_uri
 
 _WHAT = Parameter(group=Group.create_ordered("What to search"))

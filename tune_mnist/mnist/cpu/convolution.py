@@ -5,12 +5,13 @@ of images, and the net's shapes: channels of results that eight divides.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from tune_mnist.mnist.cpu import llvm
 from tune_mnist.mnist.cpu.loops import Floats
@@ -45,8 +46,10 @@ def convolutions(one_thread: bool) -> Convolutions:
         return Convolutions(convolve, image_gradient, weight_gradient)
     return Convolutions(
         torch_convolve,
-        partial(_torch_gradient, of_images=True),
-        partial(_torch_gradient, of_images=False),
+        lambda gradient, images, weight: F.conv_transpose2d(
+            gradient, weight.contiguous(memory_format=LAST)
+        ),
+        lambda gradient, images, weight: conv2d_weight(images, weight.shape, gradient),  # type: ignore[no-untyped-call]
     )
 
 
@@ -116,23 +119,3 @@ def _scratch(tiles: int, channels: int) -> Floats:
 def _array(images: Tensor) -> Any:
     """View channels-last images [B, C, H, W] as an array [B, H, W, C]."""
     return images.permute(0, 2, 3, 1).numpy()
-
-
-def _torch_gradient(
-    gradient: Tensor, images: Tensor, weight: Tensor, *, of_images: bool
-) -> Tensor:
-    """Return the gradient of the images or of the weight, by torch."""
-    of_input, of_weight, _ = torch.ops.aten.convolution_backward(
-        gradient,
-        images,
-        weight.contiguous(memory_format=LAST),
-        [weight.shape[0]],
-        [1, 1],  # stride
-        [0, 0],  # padding
-        [1, 1],  # dilation
-        False,  # transposed
-        [0, 0],
-        1,  # groups
-        [of_images, not of_images, False],
-    )
-    return of_input if of_images else of_weight  # type: ignore[no-any-return]
