@@ -20,8 +20,8 @@ from tune_mnist.errors import RunFolderError
 from tune_mnist.mnist.checkpoint import pack_model
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.net import Net
+from tune_mnist.reporting.findings import most_at_once
 from tune_mnist.reporting.page import report_path, write_report
-from tune_mnist.reporting.statistics import most_at_once
 from tune_mnist.runs.confirmed import Candidate, confirmed_table, write_confirmed
 from tune_mnist.runs.space import available_spaces, load_space
 from tune_mnist.runs.view import RunView

@@ -9,7 +9,7 @@ of a search some slots have nothing left to do. A trial's evaluation was asked f
 busy; the share of the steps alone stands beside it.
 """
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tune_mnist.benchmarks.watched import Note, time_to_first_step, watch_search
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.data import load_mnist
-from tune_mnist.reporting.statistics import most_at_once
+from tune_mnist.reporting.findings import most_at_once
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 
@@ -130,22 +130,15 @@ def ms_per_report(reports: list[float]) -> float:
 
 def ms_between_reports(workers: list[list[Note]]) -> list[float]:
     """Return the milliseconds between reports of one trial, shared by the trials beside it."""
-    return [
-        (after.ended - before.ended) * 1e3 / len(workers)
-        for notes in workers
-        for before, after in pairwise(notes)
-        if before.trial == after.trial
-    ]
+    pairs = chain.from_iterable(map(pairwise, workers))
+    times = [after.ended - before.ended for before, after in pairs if before.trial == after.trial]
+    return [time * 1e3 / len(workers) for time in times]
 
 
 def turnarounds(workers: list[list[Note]]) -> list[float]:
     """Return the seconds from a trial's last report to the next one's first step, by worker."""
-    return [
-        after.began - before.ended
-        for notes in workers
-        for before, after in pairwise(notes)
-        if before.trial != after.trial
-    ]
+    pairs = chain.from_iterable(map(pairwise, workers))
+    return [after.began - before.ended for before, after in pairs if before.trial != after.trial]
 
 
 def _keys(measured: Measurements) -> dict[str, Any]:

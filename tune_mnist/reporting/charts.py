@@ -16,11 +16,15 @@ from matplotlib.ticker import MaxNLocator
 
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.reporting.mistakes import Mistakes
-from tune_mnist.reporting.statistics import Milestone, epochs_by_band, milestones, worker_seconds
+from tune_mnist.reporting.findings import (
+    Milestone,
+    Mistakes,
+    epochs_by_band,
+    milestones,
+    worker_seconds,
+)
 from tune_mnist.runs.formatting import differences, duration
 from tune_mnist.runs.history import TrialRecord
-from tune_mnist.runs.ranking import RankedTrial
 from tune_mnist.runs.view import RunView
 
 # Distinct from each other, and visible on white as well as on black.
@@ -35,9 +39,7 @@ STATES = {
 RUNS = ("#3f86d0", "#e08a2e", "#2a9d5c", "#a86fd1", "#d9534f", "#35a7a7", "#c2a33c", "#8a94a3")
 MOST_CURVES = 400  # more make the page slow and show nothing new
 _TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.993, 0.995, 0.997, 0.998, 0.999)
-_FEW_TICKS = 3
 _LEAST_ERROR = 1e-4  # one image in 10,000; 100% is drawn here
-_DIGITS = [str(digit) for digit in range(10)]
 
 
 def error(accuracy: float) -> float:
@@ -61,7 +63,7 @@ def accuracy_ticks(accuracies: Sequence[float]) -> list[float]:
     """Return the ticks of an axis with these accuracies: where errors halve, or evenly spaced."""
     low, high = min(accuracies, default=0.0), max(accuracies, default=1.0)
     ticks = [tick for tick in _TICKS if low <= tick <= high]
-    if len(ticks) >= _FEW_TICKS:
+    if len(ticks) >= 3:
         return ticks
     return [float(tick) for tick in MaxNLocator(nbins=5).tick_values(low, high) if tick < 1]
 
@@ -102,16 +104,15 @@ def learning_curves(run: RunView) -> go.Figure:
     """Draw every trial's curve, and where ASHA stopped it."""
     groups = curve_groups(run)
     crosses = [_crosses(run, group.records) for group in groups if group.label == "stopped"]
-    figure = go.Figure([*(_curves(run, group) for group in groups), *crosses])
-    drawn = [value for trace in figure.data for value in trace.customdata or () if value]
-    figure.update_layout(
+    curves = [_curves(run, group) for group in groups]
+    drawn = [value for curve in curves for value in curve.customdata if value]
+    layout = go.Layout(
         height=460,
-        hovermode="closest",
         xaxis_title="epoch",
         xaxis_dtick=1 if run.asked.epochs <= 12 else None,
         yaxis=accuracy_axis(name_of_metric(run.metric), drawn),
     )
-    return figure
+    return go.Figure([*curves, *crosses], layout)
 
 
 def drawn_trials(run: RunView) -> list[TrialRecord]:
@@ -152,7 +153,7 @@ def progress_lines(runs: Sequence[RunView]) -> list[ProgressLine]:
 
 def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
     """Draw the best so far against the time, or the epochs, that the search had spent."""
-    figure = go.Figure()
+    traces = []
     longest = max((run.history.elapsed for run in runs), default=0.0)
     unit, seconds = ("seconds", 1.0) if longest < 120 else ("minutes", 60.0)
     if longest > 2 * 3600:
@@ -166,7 +167,7 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
             times = [*(each.row.elapsed for each in line.found), history.elapsed]
             xs = [time / seconds for time in times]
         texts = [f"trial {each.record.number} at epoch {each.row.epoch}" for each in line.found]
-        figure.add_trace(
+        traces.append(
             go.Scatter(
                 x=xs,
                 y=[error(value) for value in values],
@@ -180,14 +181,13 @@ def progress(runs: Sequence[RunView], *, by_time: bool) -> go.Figure:
             )
         )
     title = f"{unit} since the start" if by_time else "epochs trained, all trials together"
-    figure.update_layout(
+    layout = go.Layout(
         height=380,
-        hovermode="closest",
         xaxis_title=title,
         xaxis_rangemode="tozero",
-        yaxis=accuracy_axis("best so far", [v for t in figure.data for v in t.customdata]),
+        yaxis=accuracy_axis("best so far", [v for t in traces for v in t.customdata]),
     )
-    return figure
+    return go.Figure(traces, layout)
 
 
 def budget(run: RunView) -> go.Figure:
@@ -203,11 +203,10 @@ def budget(run: RunView) -> go.Figure:
         )
         for state, colour in STATES.items()
     ]
-    figure = go.Figure([bar for bar in bars if any(bar.y)])
-    figure.update_layout(
+    layout = go.Layout(
         height=340, barmode="stack", xaxis_type="category", yaxis_title="epochs trained"
     )
-    return figure
+    return go.Figure([bar for bar in bars if any(bar.y)], layout)
 
 
 def time_spent(run: RunView) -> go.Figure:
@@ -215,51 +214,43 @@ def time_spent(run: RunView) -> go.Figure:
     colours = (STATES["complete"], STATES["running"], STATES["stopped"])
     spent = worker_seconds(run.history)
     whole = sum(spent.values()) or 1.0
-    figure = go.Figure(
-        [
-            go.Bar(
-                x=[seconds / whole],
-                y=[""],
-                orientation="h",
-                name=f"{what} {seconds / whole:.0%}",
-                marker_color=colour,
-                hovertemplate=f"{what}: {duration(seconds)}<extra></extra>",
-            )
-            for (what, seconds), colour in zip(spent.items(), colours, strict=True)
-        ]
-    )
-    figure.update_layout(height=150, barmode="stack", xaxis={"tickformat": ".0%", "range": [0, 1]})
-    return figure
+    bars = [
+        go.Bar(
+            x=[seconds / whole],
+            y=[""],
+            orientation="h",
+            name=f"{what} {seconds / whole:.0%}",
+            marker_color=colour,
+            hovertemplate=f"{what}: {duration(seconds)}<extra></extra>",
+        )
+        for (what, seconds), colour in zip(spent.items(), colours, strict=True)
+    ]
+    share = {"tickformat": ".0%", "range": [0, 1]}
+    return go.Figure(bars, go.Layout(height=150, barmode="stack", xaxis=share))
 
 
 def confirmed_winners(confirmed: pd.DataFrame) -> go.Figure:
     """Draw the means over fresh seeds with their 95% intervals, the best at the top."""
     table = confirmed.iloc[::-1]
-    figure = go.Figure(
-        go.Scatter(
-            x=table["test_accuracy_mean"],
-            y=[html.escape(str(name)) for name in table["configuration"]],
-            error_x={
-                "type": "data",
-                "array": table["interval_high"] - table["test_accuracy_mean"],
-                "arrayminus": table["test_accuracy_mean"] - table["interval_low"],
-                "color": STATES["stopped"],  # plotly's own is lost on black
-                "thickness": 2,
-                "width": 6,
-            },
-            mode="markers",
-            marker_size=11,
-            marker_color=[BASELINE if n == "baseline" else BEST for n in table["configuration"]],
-            customdata=table["n"],
-            hovertemplate="%{x:.3%} over %{customdata} seeds<extra>%{y}</extra>",
-        )
+    means = go.Scatter(
+        x=table["test_accuracy_mean"],
+        y=[html.escape(str(name)) for name in table["configuration"]],
+        error_x={
+            "type": "data",
+            "array": table["interval_high"] - table["test_accuracy_mean"],
+            "arrayminus": table["test_accuracy_mean"] - table["interval_low"],
+            "color": STATES["stopped"],  # plotly's own is lost on black
+            "thickness": 2,
+            "width": 6,
+        },
+        mode="markers",
+        marker_size=11,
+        marker_color=[BASELINE if n == "baseline" else BEST for n in table["configuration"]],
+        customdata=table["n"],
+        hovertemplate="%{x:.3%} over %{customdata} seeds<extra>%{y}</extra>",
     )
-    figure.update_layout(
-        height=120 + 44 * len(table),
-        xaxis_tickformat=".2%",
-        xaxis_title="test accuracy at the last epoch",
-    )
-    return figure
+    axis = {"tickformat": ".2%", "title": "test accuracy at the last epoch"}
+    return go.Figure(means, go.Layout(height=120 + 44 * len(table), xaxis=axis))
 
 
 def _curves(run: RunView, group: CurveGroup) -> go.Scatter:
@@ -289,8 +280,7 @@ def _curves(run: RunView, group: CurveGroup) -> go.Scatter:
 
 
 def _crosses(run: RunView, trials: list[TrialRecord]) -> go.Scatter:
-    ranked = [RankedTrial.of(record, run.metric) for record in trials]
-    ends = [(each.record, each.last) for each in ranked if each.last]
+    ends = [(each, rows[-1]) for each in trials if (rows := each.rows_that_count(run.metric))]
     return go.Scatter(
         x=[row.epoch for _, row in ends],
         y=[error(row.accuracy(run.metric)) for _, row in ends],
@@ -304,23 +294,21 @@ def _crosses(run: RunView, trials: list[TrialRecord]) -> go.Scatter:
 
 def confusion(found: Mistakes) -> go.Figure:
     """Draw the mistakes by digit; the diagonal, a hundred times as much, stays blank."""
-    wrong = found.confusion.astype(float)
-    np.fill_diagonal(wrong, np.nan)
-    figure = go.Figure(
-        go.Heatmap(
-            z=[[None if np.isnan(count) else count for count in line] for line in wrong],
-            x=_DIGITS,
-            y=_DIGITS,
-            text=[[f"{count:.0f}" if count > 0 else "" for count in line] for line in wrong],
-            texttemplate="%{text}",
-            colorscale=[[0.0, "rgba(217,83,79,0.0)"], [1.0, "rgba(217,83,79,0.9)"]],
-            showscale=False,
-            xgap=2,
-            ygap=2,
-            hovertemplate="a %{y} read as %{x}: %{z:.0f}<extra></extra>",
-        )
+    digits = [str(digit) for digit in range(10)]
+    wrong = found.confusion.astype(object)
+    np.fill_diagonal(wrong, None)
+    counts = go.Heatmap(
+        z=wrong.tolist(),
+        x=digits,
+        y=digits,
+        text=[[count or "" for count in line] for line in wrong],
+        texttemplate="%{text}",
+        colorscale=[[0.0, "rgba(217,83,79,0.0)"], [1.0, "rgba(217,83,79,0.9)"]],
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        hovertemplate="a %{y} read as %{x}: %{z:.0f}<extra></extra>",
     )
-    figure.update_layout(height=430, width=430)
-    figure.update_xaxes(type="category", title="read as", showgrid=False)
-    figure.update_yaxes(type="category", title="is", showgrid=False, autorange="reversed")
-    return figure
+    axis = {"type": "category", "showgrid": False}
+    across, down = axis | {"title": "read as"}, axis | {"title": "is", "autorange": "reversed"}
+    return go.Figure(counts, go.Layout(height=430, width=430, xaxis=across, yaxis=down))

@@ -10,7 +10,6 @@ import secrets
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from tune_mnist.errors import RunFolderError, SearchSpaceError, TuneMnistError
 from tune_mnist.reporting import charts
-from tune_mnist.reporting.mistakes import find_mistakes
+from tune_mnist.reporting.findings import find_mistakes
 from tune_mnist.reporting.parameter_charts import (
     ENOUGH_TRIALS,
     importance_bars,
@@ -67,8 +66,9 @@ def write_report(
     The runs may be at work or ended. `data_dir` is MNIST's folder, for the digits that the best
     model gets wrong; `pictures` are the main charts as PNG files. An OSError leaves the old file.
     """
+    assets = PackageLoader("tune_mnist.reporting", "assets")
     environment = Environment(
-        loader=PackageLoader("tune_mnist.reporting", "assets"),
+        loader=assets,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -84,8 +84,8 @@ def write_report(
     }
     page = environment.get_template("report.html").render(
         nonce=secrets.token_urlsafe(16),
-        css=_asset("report.css"),
-        js=_asset("report.js"),
+        css=assets.get_source(environment, "report.css")[0],
+        js=assets.get_source(environment, "report.js")[0],
         plotly=get_plotlyjs(),
         comparison=_comparison(runs) if len(runs) > 1 else None,
         reports=[_report(run, data_dir) for run in runs],
@@ -94,10 +94,6 @@ def write_report(
     )
     replace_file(path, page)
     return [path, *(write_pictures(runs, path) if pictures else ())]
-
-
-def _asset(name: str) -> str:
-    return (files("tune_mnist.reporting") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _chart_data(figure: go.Figure) -> dict[str, Any]:
@@ -199,9 +195,16 @@ def _mistakes(run: RunView, data_dir: Path | None) -> dict[str, Any]:
 
 def _commands(run: RunView) -> list[str]:
     """Return the commands that repeat the search and its confirmation."""
-    asked = None if run.search.get("confirm") else confirmation_of(run.folder)
-    confirm = [] if asked is None else [repeat_confirmation(run.folder, asked)]
-    return [repeat_command(run.search), *confirm]
+    commands = [repeat_command(run.search)]
+    asked = confirmation_of(run.folder)
+    if asked and not run.search.get("confirm"):
+        words = ["python", "-m", "tune_mnist.confirm", short_path(run.folder.path)]
+        words += ["--top", f"{len(asked['configurations']) - 1}"]
+        words += ["--seeds", f"{len(asked['seeds'])}", "--epochs", f"{asked['epochs']}"]
+        if asked["images"] is not None:
+            words += ["--images", f"{asked['images']}"]
+        commands.append(shlex.join(words))
+    return commands
 
 
 def repeat_command(search: Mapping[str, Any]) -> str:
@@ -231,13 +234,3 @@ def confirmation_of(folder: RunFolder) -> Mapping[str, Any] | None:
     except (RunFolderError, KeyError, TypeError):
         return None
     return found if is_whole else None
-
-
-def repeat_confirmation(folder: RunFolder, asked: Mapping[str, Any]) -> str:
-    """Return the command that confirmed a run's winners."""
-    words = ["python", "-m", "tune_mnist.confirm", short_path(folder.path)]
-    words += ["--top", f"{len(asked['configurations']) - 1}"]
-    words += ["--seeds", f"{len(asked['seeds'])}", "--epochs", f"{asked['epochs']}"]
-    if asked["images"] is not None:
-        words += ["--images", f"{asked['images']}"]
-    return shlex.join(words)

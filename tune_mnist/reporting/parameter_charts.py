@@ -15,6 +15,7 @@ from tune_mnist.reporting.charts import (
     BEST,
     STATES,
     accuracy_axis,
+    accuracy_ticks,
     error,
     name_of_metric,
 )
@@ -25,8 +26,6 @@ from tune_mnist.runs.view import RunView
 
 ENOUGH_TRIALS = 10  # for a first idea of what matters
 _COLOURS = [[0.0, "#8a94a3"], [0.6, "#3f86d0"], [1.0, "#2a9d5c"]]
-_TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
-_INACTIVE = "-"
 
 
 def importances(
@@ -57,21 +56,18 @@ def importances(
 
 def importance_bars(shares: Mapping[str, float]) -> go.Figure:
     names = list(shares)[::-1]
-    figure = go.Figure(
-        go.Bar(
-            x=[shares[name] for name in names],
-            y=names,
-            orientation="h",
-            marker_color=STATES["complete"],
-            texttemplate="%{x:.0%}",
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
-        )
+    bars = go.Bar(
+        x=[shares[name] for name in names],
+        y=names,
+        orientation="h",
+        marker_color=STATES["complete"],
+        texttemplate="%{x:.0%}",
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{y}: %{x:.1%}<extra></extra>",
     )
-    figure.update_layout(height=90 + 26 * len(names))
-    figure.update_xaxes(tickformat=".0%", range=[0, 1.2 * max(shares.values())])
-    return figure
+    axis = {"tickformat": ".0%", "range": [0, 1.2 * max(shares.values())]}
+    return go.Figure(bars, go.Layout(height=90 + 26 * len(names), xaxis=axis))
 
 
 def parallel_coordinates(run: RunView, space: SearchSpace) -> go.Figure:
@@ -85,24 +81,21 @@ def parallel_coordinates(run: RunView, space: SearchSpace) -> go.Figure:
     # Coloured by rank: most trials are close together at the top, where the differences matter.
     shades = [position / max(len(trials) - 1, 1) for position in range(len(trials))]
     dimensions = [_dimension(parameter, configs) for parameter in space.parameters.values()]
-    ticks = [tick for tick in _TICKS if values[0] <= tick <= values[-1]]
-    ticks = [values[0], *ticks, values[-1]]
+    inner = [tick for tick in accuracy_ticks(values) if values[0] < tick < values[-1]]
+    ticks = [values[0], *inner, values[-1]]
     reached = {
         "label": name_of_metric(run.metric),
         "values": [-math.log10(error(value)) for value in values],
         "tickvals": [-math.log10(error(tick)) for tick in ticks],
         "ticktext": [f"{100 * tick:.4g}%" for tick in ticks],
     }
-    figure = go.Figure(
-        go.Parcoords(
-            dimensions=[*dimensions, reached],
-            line={"color": shades, "colorscale": _COLOURS},
-            labelangle=-20,
-            labelside="top",
-        )
+    lines = go.Parcoords(
+        dimensions=[*dimensions, reached],
+        line={"color": shades, "colorscale": _COLOURS},
+        labelangle=-20,
+        labelside="top",
     )
-    figure.update_layout(height=460, margin={"l": 60, "r": 60, "t": 90, "b": 30})
-    return figure
+    return go.Figure(lines, go.Layout(height=460, margin={"l": 60, "r": 60, "t": 90, "b": 30}))
 
 
 def _dimension(parameter: Parameter, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -127,7 +120,7 @@ def _dimension(parameter: Parameter, configs: Sequence[Mapping[str, Any]]) -> di
         ticks = {at: f"{10**at if domain.log else at:.3g}" for at in inner}
     inactive = low - (high - low) * 0.15
     if None in numbers:
-        ticks = {inactive: _INACTIVE, **ticks}
+        ticks = {inactive: "-", **ticks}
     placed = [inactive if number is None else number for number in numbers]
     return {
         "label": parameter.name,
@@ -143,7 +136,7 @@ def slices(run: RunView, space: SearchSpace) -> dict[str, go.Figure]:
 
 
 def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
-    figure = go.Figure()
+    traces = []
     ranked = run.ranked
     groups: list[tuple[str, list[RankedTrial], str, str, float]] = [
         (state, [t for t in ranked if t.record.state == state], colour, "circle", 7)
@@ -158,7 +151,7 @@ def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
             if parameter.name in (values := space.active_values(trial.record.config))
         ]
         if points:
-            figure.add_trace(
+            traces.append(
                 go.Scatter(
                     x=[_shown(value) if parameter.choices else value for value, _, _ in points],
                     y=[error(accuracy) for _, accuracy, _ in points],
@@ -171,12 +164,15 @@ def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
                 )
             )
     accuracies = [trial.accuracy(run.metric) for trial in ranked]
-    margin = {"l": 8, "r": 8, "t": 10, "b": 8}
-    figure.update_layout(height=260, showlegend=False, hovermode="closest", margin=margin)
-    figure.update_xaxes(_value_axis(parameter), title=parameter.name)
-    figure.update_yaxes(accuracy_axis("", accuracies), autorange=False)
-    figure.update_yaxes(range=_error_range(accuracies))
-    return figure
+    layout = go.Layout(
+        height=260,
+        showlegend=False,
+        margin={"l": 8, "r": 8, "t": 10, "b": 8},
+        xaxis=_value_axis(parameter) | {"title": parameter.name},
+        yaxis=accuracy_axis("", accuracies)
+        | {"autorange": False, "range": _error_range(accuracies)},
+    )
+    return go.Figure(traces, layout)
 
 
 def _value_axis(parameter: Parameter) -> dict[str, Any]:

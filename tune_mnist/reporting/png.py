@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -35,7 +34,6 @@ def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
     for name, figure in figures.items():
         path = page.with_name(f"{page.stem}-{name}.png")
         buffer = BytesIO()
-        FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png")
         replace_file(path, buffer.getvalue())
         written.append(path)
@@ -78,8 +76,7 @@ def _curves(run: RunView) -> Figure:
 def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     return figure, axes

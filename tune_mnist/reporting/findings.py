@@ -1,13 +1,21 @@
-"""What a search spent: its progress against epochs and time, and where both went."""
+"""What a report finds in a run: what the search spent, what its best model gets wrong."""
 
-import math
+import base64
+import io
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from tune_mnist.mnist.data import read_test_set
 from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar
 
@@ -56,8 +64,8 @@ def worker_seconds(history: History) -> dict[str, float]:
     place on a crowded machine.
     """
     rows = [row for _, row in history.rows]
-    training = _total(row.seconds for row in rows)
-    evaluation = _total(row.evaluation_seconds for row in rows)
+    training = float(np.nansum([row.seconds for row in rows]))
+    evaluation = float(np.nansum([row.evaluation_seconds for row in rows]))
     workers = most_at_once(
         (record.started, history.elapsed if record.state == "running" else record.ended)
         for record in history.trials.values()
@@ -72,12 +80,56 @@ def most_at_once(spans: Iterable[tuple[float, float]]) -> int:
     At equal times an end comes before a begin: what follows takes the place of what ended.
     """
     changes = [(time, step) for span in spans for time, step in zip(span, (1, -1), strict=True)]
-    most = now = 0
-    for _, step in sorted(changes):
-        now += step
-        most = max(most, now)
-    return most
+    return max(accumulate((step for _, step in sorted(changes)), initial=0))
 
 
-def _total(seconds: Iterable[float]) -> float:
-    return sum(value for value in seconds if not math.isnan(value))
+@dataclass(frozen=True)
+class Mistake:
+    """A digit that the model read wrongly."""
+
+    index: int  # in the test set
+    label: int
+    guess: int
+    confidence: float  # the probability that the model gave its guess
+    image: npt.NDArray[np.uint8]  # [28, 28]
+
+    def png(self) -> str:
+        """Return the digit, dark on light, as a data URI."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(255 - self.image).save(buffer, "png", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """How a model reads the test set."""
+
+    confusion: npt.NDArray[np.int64]  # [label, guess]: images
+    wrong: list[Mistake]  # the most confident first
+    facts: Mapping[str, Any]  # of the model: its trial, its epoch, ...
+
+
+def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
+    """Read the test set with a run's best model, or raise TuneMnistError if one is missing."""
+    images, labels = read_test_set(data_dir)
+    # Here, because torch takes seconds to import and a report can do without.
+    import torch
+
+    from tune_mnist.mnist.checkpoint import load_model
+    from tune_mnist.mnist.forward import evaluation_forward
+    from tune_mnist.mnist.images import normalised, scaled
+
+    model = load_model(folder.best_model)
+    pixels = normalised(scaled(torch.from_numpy(images.copy())))
+    probabilities = np.asarray(evaluation_forward(model.net, pixels).exp())
+    guesses = probabilities.argmax(axis=1)
+    confusion = np.zeros((10, 10), dtype=np.int64)
+    np.add.at(confusion, (labels, guesses), 1)
+    wrong = [
+        Mistake(i, int(labels[i]), int(guesses[i]), float(probabilities[i].max()), images[i])
+        for i in map(int, np.flatnonzero(guesses != labels))
+    ]
+    wrong.sort(key=lambda mistake: -mistake.confidence)
+    return Mistakes(confusion, wrong, model.facts)
