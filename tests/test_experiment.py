@@ -197,7 +197,7 @@ def test_a_retried_trial_is_the_next_one_and_goes_on_from_its_last_epoch(course:
     number = course.start()
     course.epoch(number, 0.9)
     course.experiment.retry(number, "the worker died")
-    assert course.experiment.live == 0
+    assert course.experiment.running == []
     assignment = course.experiment.next_trial("other")
     assert (assignment.number, assignment.state) == (number, b"after 1")
     record = course.history.trials[number]

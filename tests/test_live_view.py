@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console, ConsoleDimensions, Group
 from support.course import Course, new_rules
-from support.recorded import RecordedSearch
+from support.recorded import RecordedSearch, tally_of
 from support.terminal import Terminal
 
-from tune_mnist.runs.ranking import BestSoFar
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning import live_view as module
 from tune_mnist.tuning.live_view import (
@@ -27,7 +26,6 @@ from tune_mnist.tuning.live_view import (
     start_line,
 )
 from tune_mnist.tuning.resources import Node, TrialResources
-from tune_mnist.tuning.tally import Tally
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 ONE_CPU, QUARTER_GPU = TrialResources(1, 0), TrialResources(1, 0.25)
@@ -39,19 +37,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedSearch:
     return RecordedSearch(tmp_path)
 
 
-def _tally(search: RecordedSearch, **rules: Any) -> Tally:
-    asked = new_rules(**{"trials": 50, "epochs": 20, **rules})
-    best = BestSoFar(asked.metric)
-    for record, row in search.history.rows:
-        best.take(record, row)
-    tally = Tally(asked, search.history, best, 0.0)
-    for record in search.history.unfinished():
-        tally.start(record.number)
-    return tally
-
-
 def _view(search: RecordedSearch, height: int = 30, **rules: Any) -> list[str]:
-    tally = _tally(search, **rules)
+    tally = tally_of(search, **rules)
     return live_view(tally, search.folder, 200.0, height).plain.splitlines()
 
 
@@ -176,7 +163,7 @@ def test_the_view_is_no_higher_than_the_terminal(recorded: RecordedSearch, heigh
 def test_a_line_is_cut_where_the_terminal_is_narrow(recorded: RecordedSearch) -> None:
     recorded.start(lr=0.012345, momentum=0.812345, dropout=0.212345, weight_decay=0.000123)
     file = io.StringIO()
-    view = live_view(_tally(recorded), recorded.folder, 200.0, 30)
+    view = live_view(tally_of(recorded), recorded.folder, 200.0, 30)
     Console(file=file, width=50).print(Group(view))
     lines = file.getvalue().splitlines()
     assert len(lines) == len(view.plain.splitlines())
@@ -186,7 +173,7 @@ def test_a_line_is_cut_where_the_terminal_is_narrow(recorded: RecordedSearch) ->
 def test_a_finished_trial_is_one_line_with_its_reason(recorded: RecordedSearch) -> None:
     recorded.trial([0.98, 0.97], [0.981, 0.97], state="stopped", lr=0.02, nesterov=True)
     recorded.end(recorded.start(), "failed", "RuntimeError: no such device")
-    tally, trials = _tally(recorded), recorded.history.trials
+    tally, trials = tally_of(recorded), recorded.history.trials
     assert finished_line(tally, trials[0], 200.0) == (
         "[3 min 20 s] 2/50 done: trial 0 stopped after 2 epochs, "
         "val 98.00%, test 98.10% at epoch 1, lr 0.02, nesterov"
@@ -217,9 +204,7 @@ class Shown:
     def start(self) -> Any:
         """Start a trial and return it as Tune sees it."""
         assignment = self.course.experiment.next_trial("0123abcd")
-        trial = SimpleNamespace(config={"assignment": assignment})
-        self.progress.on_trial_start(0, [], trial)  # type: ignore[arg-type]
-        return trial
+        return SimpleNamespace(config={"assignment": assignment})
 
     def epoch(self, trial: Any, accuracy: float = 0.97) -> Any:
         self.course.epoch(trial.config["assignment"].number, accuracy)

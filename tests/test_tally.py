@@ -3,12 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.course import new_rules
-from support.recorded import RecordedSearch
+from support.recorded import RecordedSearch, tally_of
 
 from tune_mnist.runs.history import TrialRecord
-from tune_mnist.runs.ranking import BestSoFar
-from tune_mnist.tuning.tally import Tally
+from tune_mnist.tuning.live_view import Tally
 
 
 @pytest.fixture
@@ -17,8 +15,7 @@ def search(tmp_path: Path) -> RecordedSearch:
 
 
 def _tally(search: RecordedSearch, **rules: Any) -> Tally:
-    rules = {"trials": 12, "epochs": 20, **rules}
-    return Tally(new_rules(**rules), search.history, BestSoFar("val_accuracy"), search.clock)
+    return tally_of(search, search.clock, **{"trials": 12, **rules})
 
 
 def _end(search: RecordedSearch, tally: Tally, epochs: int) -> None:
@@ -28,14 +25,13 @@ def _end(search: RecordedSearch, tally: Tally, epochs: int) -> None:
 def test_trials_are_counted_from_start_to_end(search: RecordedSearch) -> None:
     tally = _tally(search)
     first, second = search.start(), search.start(lr=0.5)
-    tally.catch_up()
-    assert list(tally.running) == [first, second]
+    assert [each.number for each in tally.running] == [first, second]
     assert tally.differences(tally.running[second]) == "lr 0.5"
     search.epoch(first, 0.9)
     search.end(first, "stopped")
     ended = tally.end(first)
     assert ended is search.history.trials[first]
-    assert (tally.done, tally.epochs, list(tally.running)) == (1, 1, [second])
+    assert (tally.done, tally.epochs, len(tally.running)) == (1, 1, 1)
     assert tally.states == {"stopped": 1}
     assert tally.end(second) is None  # interrupted: a resume will continue it
     assert tally.done == 1
@@ -49,23 +45,17 @@ def test_the_baselines_best_is_kept_by_the_metric_and_of_equals_the_loss(
     for loss in (0.3, 0.1, 0.2):
         search.epoch(baseline, 0.9, val_loss=loss)
     search.epoch(other, 0.95)
-    tally.catch_up()
     assert tally.baseline.found is not None
     assert tally.baseline.found[1].epoch == 2
 
 
-def test_a_resumed_search_counts_what_was_done_and_waits_for_the_rest(
-    search: RecordedSearch,
-) -> None:
+def test_a_resumed_search_counts_what_was_done(search: RecordedSearch) -> None:
     search.trial([0.9, 0.95])
     search.trial([0.5], state="failed", reason="RuntimeError")
-    waiting = search.start()
-    search.epoch(waiting, 0.8)
+    search.epoch(search.start(), 0.8)
     tally = _tally(search)
-    assert (tally.done, tally.epochs, tally.running) == (2, 4, {})
+    assert (tally.done, tally.epochs) == (2, 4)
     assert tally.last_failure is search.history.trials[1]
-    tally.start(waiting)
-    assert list(tally.running) == [waiting]
 
 
 def test_nothing_is_said_of_the_time_left_before_there_is_something_to_go_by(
@@ -87,7 +77,6 @@ def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
     number = search.start()
     for _ in range(10):
         search.epoch(number, 0.9, seconds=59.5)
-    tally.catch_up()
     assert tally.time_left(search.clock) == "about 10 min left"
 
 
@@ -123,6 +112,5 @@ def test_a_look_costs_the_same_after_many_trials(search: RecordedSearch) -> None
     tally = _tally(search, trials=10_000)
     began = time.process_time()
     for _ in range(100):
-        tally.catch_up()
         tally.time_left(1000.0)
     assert time.process_time() - began < 0.1  # 100 looks: 2 ms on an idle core

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 
+from support.course import new_rules
 from support.epochs import epoch_row
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History, Origin, State, TrialRecord
+from tune_mnist.runs.ranking import BestSoFar
+from tune_mnist.tuning.live_view import Tally
 
 
 class RecordedSearch:
@@ -65,6 +69,24 @@ class RecordedSearch:
             self.epoch(number, accuracy, test[position] if test else None)
         self.end(number, state, reason)
         return number
+
+
+class Driven(SimpleNamespace):
+    """What a display sees of a recorded search's driver; every unfinished trial is running."""
+
+    @property
+    def running(self) -> Any:
+        return self.history.unfinished()
+
+
+def tally_of(search: RecordedSearch, elapsed: float = 0.0, **rules: Any) -> Tally:
+    """Count a recorded search as one that goes by these rules."""
+    asked = new_rules(**{"trials": 50, "epochs": 20, **rules})
+    best = BestSoFar(asked.metric)
+    for record, row in search.history.rows:
+        best.take(record, row)
+    driven: Any = Driven(rules=asked, history=search.history, best=best, elapsed=elapsed)
+    return Tally(driven)
 
 
 def read_table(path: Path) -> pd.DataFrame:

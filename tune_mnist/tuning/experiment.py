@@ -86,9 +86,10 @@ class Experiment:
         return bool(self._waiting) or len(self.history.trials) < self.rules.trials
 
     @property
-    def live(self) -> int:
-        """How many trials are with a worker, or on their way to one."""
-        return len(self.history.unfinished()) - len(self._waiting)
+    def running(self) -> list[TrialRecord]:
+        """The trials that are with a worker, or on their way to one."""
+        waiting = {record.number for record in self._waiting}
+        return [record for record in self.history.unfinished() if record.number not in waiting]
 
     @contextlib.contextmanager
     def ending_on_error(self) -> Iterator[None]:

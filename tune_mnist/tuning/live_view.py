@@ -18,13 +18,12 @@ from rich.text import Text
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.formatting import count, duration, percent, short_path
+from tune_mnist.runs.formatting import count, differences, duration, percent, short_path
 from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
-from tune_mnist.runs.ranking import RankedTrial
+from tune_mnist.runs.ranking import BestSoFar, RankedTrial
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.resources import Node, TrialResources, in_words
-from tune_mnist.tuning.tally import Tally, seconds_per_epoch
 from tune_mnist.tuning.tune_adapters import number_of
 
 _ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
@@ -99,6 +98,111 @@ def _offer(node: Node, resources: TrialResources) -> str:
     return str(node) + ", no GPU" * (resources.gpus > 0 and not node.gpus)
 
 
+class Tally:
+    """Where a search stands, and how much longer it may take.
+
+    It counts the trials that end, so that a look costs the same after any number of them.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.rules, self.best = experiment.rules, experiment.best
+        self._experiment, self._history = experiment, experiment.history
+        self._baseline_config = self.rules.space.baseline()
+        self.states: Counter[State] = Counter()  # of the trials that have ended
+        self.last_failure: TrialRecord | None = None
+        self._lengths = [0] * (self.rules.epochs + 1)  # how many ended after so many epochs
+        self._baseline, self._epochs_seen = BestSoFar(self.rules.metric), 0
+        self._began, self._epochs_before = experiment.elapsed, self.epochs
+        for number in self._history.trials:
+            self.end(number)
+
+    @property
+    def done(self) -> int:
+        return self.states.total()
+
+    @property
+    def epochs(self) -> int:
+        return len(self._history.rows)
+
+    @property
+    def running(self) -> list[TrialRecord]:
+        return self._experiment.running
+
+    @property
+    def baseline(self) -> BestSoFar:
+        """The best among the baseline's own epochs."""
+        for record, row in self._history.rows[self._epochs_seen :]:
+            if record.origin == "baseline":
+                self._baseline.take(record, row)
+        self._epochs_seen = self.epochs
+        return self._baseline
+
+    def end(self, number: int) -> TrialRecord | None:
+        """Count a trial as ended and return it; None if it runs, or a resume will continue it."""
+        record = self._history.trials[number]
+        if record.state == "running":
+            return None
+        self.states[record.state] += 1
+        self._lengths[min(record.epochs, self.rules.epochs)] += 1
+        if record.state == "failed":
+            self.last_failure = record
+        return record
+
+    def differences(self, record: TrialRecord) -> str:
+        return differences(record.config, self._baseline_config)
+
+    def time_left(self, elapsed: float) -> str:
+        """Return how long the search may still take; empty while that would be a wild guess."""
+        limit = max(self.rules.time_limit - elapsed, 0.0)
+        expected = self._expected_time(elapsed)
+        if expected is not None and expected < limit:
+            return f"about {_rough(expected)} left"
+        return f"at most {_rough(limit)} left" if limit < float("inf") else ""
+
+    def _expected_time(self, elapsed: float) -> float | None:
+        """Estimate from this session's pace and from how long the trials so far have trained."""
+        new, running = self.epochs - self._epochs_before, self.running
+        # The first trials to end are the poor ones. A third of a small search, or ten trials of
+        # a large one, are enough to know how long a trial trains on average.
+        enough = self.done >= max(3, min(10, self.rules.trials // 3))
+        if not enough or new < max(1, 2 * len(running)) or elapsed <= self._began:
+            return None
+        residual = self._residual_epochs()
+        waiting = max(self.rules.trials - self.done - len(running), 0)
+        epochs, longest = waiting * residual[0], 0.0
+        for record in running:
+            left = residual[min(record.epochs, self.rules.epochs)]
+            epochs += left
+            longest = max(longest, left * (seconds_per_epoch(record) or 0.0))
+        pace = (elapsed - self._began) / new
+        return max(epochs * pace, longest)  # at the end there are fewer trials than workers
+
+    def _residual_epochs(self) -> list[float]:
+        """Return how many more epochs a trial trains on average, by the epochs it has trained."""
+        budget = self.rules.epochs
+        residual = [0.0] * (budget + 1)
+        longer, total = 0, 0  # trials that trained longer, and what they trained beyond
+        for epoch in range(budget - 1, -1, -1):
+            longer += self._lengths[epoch + 1]
+            total += longer
+            residual[epoch] = total / longer if longer else float(budget - epoch)
+        return residual
+
+
+def seconds_per_epoch(record: TrialRecord) -> float | None:
+    """Return how long a trial's last epoch took, with its evaluation."""
+    if not record.rows:
+        return None
+    row = record.rows[-1]
+    return row.seconds + row.evaluation_seconds
+
+
+def _rough(seconds: float) -> str:
+    """Return a time no finer than an estimate can be."""
+    step = 10 if seconds < 120 else 60 if seconds < 7200 else 600
+    return duration(max(round(seconds / step), 1) * step)
+
+
 def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:
     """Return on one line how a trial ended."""
     metric = tally.rules.metric
@@ -141,7 +245,7 @@ def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> T
 
 
 def _append_running(text: Text, tally: Tally, room: int) -> None:
-    trials = list(tally.running.values())
+    trials = tally.running
     if not trials or room < 1:
         return
     metric = tally.rules.metric.removesuffix("_accuracy")
@@ -207,9 +311,6 @@ class Progress(Callback):
             with contextlib.suppress(Exception, SystemExit):
                 live.stop()
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        self._guard(lambda: self._tally.start(number_of(trial)))
-
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
@@ -224,10 +325,7 @@ class Progress(Callback):
             self._guard(self._refresh)
 
     def _begin(self) -> None:
-        experiment = self._experiment
-        self._tally = Tally(
-            experiment.rules, experiment.history, experiment.best, experiment.elapsed
-        )
+        self._tally = Tally(self._experiment)
         if self._is_live:
             # Without a thread of its own: Tune ends a step, and we refresh, ten times a second.
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -244,7 +342,6 @@ class Progress(Callback):
         began = self._clock()
         if self._live is None or began < self._next_view:
             return
-        self._tally.catch_up()
         size = self._console.size
         self._erase_wrapped_lines(size.width)
         view = live_view(self._tally, self._folder, self._experiment.elapsed, size.height)

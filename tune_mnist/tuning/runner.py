@@ -152,7 +152,7 @@ def _close(
 def _why(experiment: Experiment, received: int | None) -> str:
     if received:
         return signal.Signals(received).name
-    return "out of time" if experiment.has_next or experiment.live else "finished"
+    return "out of time" if experiment.has_next or experiment.running else "finished"
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class ExperimentSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's assignment, FINISHED, or None while there is none."""
-        live, has_next = self._experiment.live, self._experiment.has_next
+        live, has_next = len(self._experiment.running), self._experiment.has_next
         # A running trial may still fail and have to be handed out again.
         if self._over() or not (has_next or live):
             return Searcher.FINISHED
