@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
+from support.recorded import RecordedSearch
 
 from tune_mnist.bench import PARTS
 from tune_mnist.benchmarks import (
@@ -145,6 +146,19 @@ def test_turnaround_prints_its_keys_last(
     assert found["many_trials_ratio"] == 1.0
     assert found["driver_mb"] == 320.0
     assert found["trial_added_mb"] == 200.0
+
+
+def test_the_first_step_is_the_first_report_less_what_its_epoch_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def search(_: str, command: list[str], folder: Path) -> nullcontext[None]:
+        recorded = RecordedSearch(folder, command[command.index("--run") + 1])
+        recorded.folder.write_search({})
+        recorded.epoch(recorded.start(), 0.9)  # 2.5 s after its start, which it took
+        return nullcontext()
+
+    monkeypatch.setattr(watched, "started", search)
+    assert 0 <= watched.time_to_first_step("--trials", "1") < 2.5
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from support.course import Course
 
-from tune_mnist.benchmarks.curves import Recording, curves, record
+from tune_mnist.benchmarks.curves import curves, record
 from tune_mnist.benchmarks.replay import (
     RecordedCurves,
     epochs_of,
@@ -197,7 +197,7 @@ def test_a_recorded_curve_scores_raw_and_averaged_weights_each_epoch_and_tests_a
     None
 ):
     config = TrainConfig(lr=0.05, dropout=0.0)
-    first, last = record(Recording(0, config, epochs=2, images=640, data_dir=None))
+    first, last = record(0, config, epochs=2, images=640, data_dir=None)
     assert np.isnan(first["test_accuracy"]) and np.isnan(first["averaged_test_accuracy"])
     assert 0.1 < last["test_accuracy"] <= 1 and 0.1 < last["averaged_test_accuracy"] <= 1
     assert last["val_loss"] != last["averaged_val_loss"]

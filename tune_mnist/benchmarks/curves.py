@@ -7,7 +7,8 @@ interrupted recording resumes where it was.
 
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,20 @@ from tune_mnist.mnist.training import EpochResult, train
 from tune_mnist.runs.space import load_space
 
 
-@dataclass(frozen=True)
-class Recording:
-    """One curve to be recorded."""
-
-    number: int
-    config: TrainConfig
-    epochs: int
-    images: int
-    data_dir: Path | None
-
-
 def curves(settings: CurvesSettings) -> None:
     load_mnist(settings.data_dir)  # fetched once and not by each of the processes
     recorded = pd.read_csv(settings.save) if settings.save.exists() else pd.DataFrame()
     known = set() if recorded.empty else set(recorded["config"])
-    waiting = [each for each in _drawn(settings) if each.number not in known]
+    space = load_space(settings.space)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    configs = [space.config(space.sample(study.ask())) for _ in range(settings.configs)]
+    waiting = [(number, each) for number, each in enumerate(configs) if number not in known]
+    epochs, images = settings.epochs or space.epochs, settings.images
+    train_one = partial(record, epochs=epochs, images=images, data_dir=settings.data_dir)
     at_once = settings.at_once or usable_cores()
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(record, each) for each in waiting]):
+        for future in as_completed([pool.submit(train_one, *each) for each in waiting]):
             curve = pd.DataFrame(future.result())
             recorded = pd.concat([recorded, curve], ignore_index=True)
             recorded = recorded.sort_values(["config", "epoch"], ignore_index=True)
@@ -61,42 +57,31 @@ def curves(settings: CurvesSettings) -> None:
             )
 
 
-def _drawn(settings: CurvesSettings) -> list[Recording]:
-    """Draw the configurations, the same ones every time."""
-    space = load_space(settings.space)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    configs = [space.config(space.sample(study.ask())) for _ in range(settings.configs)]
-    epochs = settings.epochs or space.epochs
-    return [
-        Recording(number, config, epochs, settings.images, settings.data_dir)
-        for number, config in enumerate(configs)
-    ]
-
-
-def record(recording: Recording) -> list[dict[str, Any]]:
+def record(
+    number: int, config: TrainConfig, *, epochs: int, images: int, data_dir: Path | None
+) -> list[dict[str, Any]]:
     """Train one configuration and return its rows, one an epoch."""
     torch.set_num_threads(1)
-    data = split(load_mnist(recording.data_dir), holdout=True, images=recording.images)
+    data = split(load_mnist(data_dir), holdout=True, images=images)
     tensors = SplitTensors.on(data, "cpu")
     # The test images are scored once, at the end: they take most of an evaluation's time.
     data = replace(data, test_images=data.test_images[:0], test_labels=data.test_labels[:0])
     # The average looks back over one epoch, however many steps that has.
-    steps = math.ceil(recording.images / recording.config.batch_size)
-    config = replace(recording.config, ema_decay=1 - 1 / max(steps, 2))
+    steps = math.ceil(images / config.batch_size)
+    config = replace(config, ema_decay=1 - 1 / max(steps, 2))
     columns = {f"config_{name}": value for name, value in config.as_dict().items()}
     del columns["config_ema_decay"]  # both kinds of weights are recorded
     rows = []
-    for result in train(config, data, epochs=recording.epochs, seed=recording.number):
+    for result in train(config, data, epochs=epochs, seed=number):
         metrics = result.metrics
         raw = _score(raw_weights(result.state), result, tensors.val_images, tensors.val_labels)
         tested = averaged_tested = Score()
-        if metrics.epoch == recording.epochs:
+        if metrics.epoch == epochs:
             test = tensors.test_images, tensors.test_labels
             tested = _score(raw_weights(result.state), result, *test)
             averaged_tested = _score(result.weights, result, *test)
         row = {
-            "config": recording.number,
+            "config": number,
             "epoch": metrics.epoch,
             "train_loss": _rounded(metrics.train_loss),
             "val_accuracy": raw.accuracy,

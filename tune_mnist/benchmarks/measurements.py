@@ -36,7 +36,6 @@ class Measurements:
     samples: list[tuple[str, str, float]] = field(default_factory=list)
 
     def add(self, subject: str, quantity: str, *values: float) -> None:
-        """Add one or more numbers, each a round of its own."""
         self.samples += [(subject, quantity, float(value)) for value in values]
 
     def values(self, subject: str, quantity: str) -> list[float]:
@@ -109,7 +108,6 @@ def describe_machine() -> str:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may run on."""
     # macOS has no affinity.
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     return len(affinity) or os.cpu_count() or 1

@@ -15,12 +15,10 @@ from typing import Any
 from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.peer_systems import Task, read_progress
 from tune_mnist.benchmarks.settings import PeersSettings, System
-from tune_mnist.benchmarks.watched import last_words, own_run, started
+from tune_mnist.benchmarks.watched import epochs_of_run, last_words, own_run, started
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import default_data_dir, load_mnist
-from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import History
 
 GOOD = 0.99  # validation accuracy
 
@@ -71,7 +69,10 @@ def run(system: System, task: Task) -> dict[str, float]:
         with started(system, _command(system, task), folder, SYNETUNE_FOLDER=name):
             pass
         ended = time.time()
-        progress = (_own_progress if system == "ours" else read_progress)(folder)
+        progress = read_progress(folder)
+        if system == "ours":
+            rows = epochs_of_run(folder)
+            progress = [(record.time_of(row), row.val_accuracy) for record, row in rows]
         if not progress:
             raise TuneMnistError(f"{system} recorded no epoch: {last_words(folder)}")
     found = outcome(began, ended, progress, task.images)
@@ -102,15 +103,6 @@ def _command(system: System, task: Task) -> list[str]:
         *("--images", str(task.images), "--epochs", str(task.epochs)),
         *("--max-concurrent", str(task.at_once), "--seed", str(task.seed)),
         *("--data-dir", task.data_dir),
-    ]
-
-
-def _own_progress(folder: Path) -> list[tuple[float, float]]:
-    """Do as `read_progress`; our clock starts with each trial's record at a known time."""
-    history = History.load(RunFolder.open(folder / "run"))
-    return [
-        (record.started_at + row.elapsed - record.started, row.val_accuracy)
-        for record, row in history.rows
     ]
 
 

@@ -2,25 +2,19 @@
 
 Every variant is a process of its own, as allocator and threads belong to a process. The processes
 take turns of a few steps each, so that whatever else the machine does meets all of them.
-
-    python -m tune_mnist.benchmarks.step VARIANT DATA_DIR
-
-is one such process: it reads a number of steps from each line of stdin, and writes the mean time
-and page faults of one as JSON.
 """
 
-import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import repeat
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, cast
 
 import torch
 from torch import nn
@@ -68,6 +62,7 @@ def step(settings: StepSettings) -> None:
         f"one thread, batches of 128, {count(rounds, 'turn')} of {count(settings.steps, 'step')} "
         "for each variant, one after the other"
     )
+    os.environ["OMP_NUM_THREADS"] = "1"  # read as a process starts
     measured = Measurements("step")
     with ExitStack() as stack:
         measure = {
@@ -110,21 +105,17 @@ def worker(variant: str, data_dir: Path) -> Iterator[Callable[[int], dict[str, f
 
     That function raises TuneMnistError if the process has ended.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, variant, str(data_dir)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-    )
-    requests, answers = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=step_forever, args=(variant, data_dir, there), daemon=True)
+    process.start()
+    there.close()
 
     def measure(steps: int) -> dict[str, float]:
         try:
-            requests.write(f"{steps}\n")
-            requests.flush()
-            found: dict[str, float] = json.loads(answers.readline())
-        except (BrokenPipeError, ValueError) as error:
+            here.send(steps)
+            found: dict[str, float] = here.recv()
+        except (OSError, EOFError) as error:
             message = f"the process of {variant} ended; its message is above"
             raise TuneMnistError(message) from error
         return found
@@ -133,27 +124,26 @@ def worker(variant: str, data_dir: Path) -> Iterator[Callable[[int], dict[str, f
         yield measure
     finally:
         process.kill()
-        process.communicate()
+        process.join()
 
 
-def turns(warm_up: int) -> Iterator[None]:
-    """Yield before each step; time as many as a line of stdin asks for, or exit after the last."""
+def turns(warm_up: int, asked: Connection) -> Iterator[None]:
+    """Yield before each step; time as many as are asked for, and answer with the mean of one."""
     yield from repeat(None, warm_up)
-    for line in sys.stdin:
-        steps = int(line)
+    while True:
+        steps = asked.recv()
         faults, began = _page_faults(), time.perf_counter()
         yield from repeat(None, steps)
         seconds = time.perf_counter() - began
         faults = _page_faults() - faults
-        tell(json.dumps({"ms": seconds * 1e3 / steps, "faults": faults / steps}))
-    sys.exit(0)
+        asked.send({"ms": seconds * 1e3 / steps, "faults": faults / steps})
 
 
-def step_forever(variant: str, data_dir: Path) -> None:
-    """Take steps of a variant (or passes over 15,000 images) until nobody asks for more."""
+def step_forever(variant: str, data_dir: Path, asked: Connection) -> None:
+    """Take steps of a variant, or passes over 15,000 images, as they are asked for."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    turn = turns(1 if variant.endswith("evaluation") else WARM_UP)
+    turn = turns(1 if variant.endswith("evaluation") else WARM_UP, asked)
     next(turn)
     on_step = partial(next, turn)
     if variant.startswith("textbook"):
@@ -247,7 +237,3 @@ def _evaluation(data: Split, on_step: Listener) -> None:
 
 def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-if __name__ == "__main__":
-    step_forever(sys.argv[1], Path(sys.argv[2]))

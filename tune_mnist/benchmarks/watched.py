@@ -8,10 +8,8 @@ is the folder for their notes; the other options are the search's own.
 Workers import this module, so what only the driver needs is imported where it is used.
 """
 
-import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,10 +23,11 @@ from pathlib import Path
 from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import EpochMetrics
-from tune_mnist.runs.history import Assignment
+from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import Assignment, EpochRow, History, TrialRecord
+from tune_mnist.tuning.resources import resident_megabytes
 from tune_mnist.tuning.worker import EpochSource, TrialEpoch
 
-LOOK_EVERY = 0.005  # seconds
 LOOK_AT_MEMORY_EVERY = 0.5  # seconds
 OUTPUT = "output"  # file: what a process prints
 
@@ -110,15 +109,6 @@ def read_notes(folder: Path) -> list[list[Note]]:
     ]
 
 
-def resident_megabytes(process: int | str = "self") -> float:
-    """Return a process's resident memory, or our own peak where there is no /proc."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return pages * resource.getpagesize() / 1e6
-
-
 def watch_search(source: str, *arguments: str) -> tuple[list[list[Note]], list[float]]:
     """Run a search of `trivial` or `real` trials to its end, or raise TuneMnistError.
 
@@ -139,27 +129,26 @@ def watch_search(source: str, *arguments: str) -> tuple[list[list[Note]], list[f
 def time_to_first_step(*arguments: str) -> float:
     """Return the seconds of a search command until its first training step.
 
-    The first line of epochs.csv holds the seconds of its epoch, and the file's time is when that
-    epoch was recorded; the report's way to the driver counts as well. Raises TuneMnistError if the
-    search fails.
+    It is the first epoch's report less what that took; the report's way to the driver counts as
+    well. Raises TuneMnistError if the search fails.
     """
     with tempfile.TemporaryDirectory(prefix="tune_mnist-bench-") as name:
-        epochs = Path(name) / "run" / "epochs.csv"
-        written = 0.0
         began = time.time()
         module = ["tune_mnist.search", *arguments, *own_run(Path(name))]
-        with started("a search to be measured", module, Path(name)) as process:
-            while not written and process.poll() is None:
-                time.sleep(LOOK_EVERY)
-                if epochs.exists() and epochs.read_bytes().count(b"\n") > 1:  # after the header
-                    written = epochs.stat().st_mtime
-        row = next(csv.DictReader(epochs.read_text("utf-8").splitlines()))
-        return written - float(row["seconds"]) - float(row["evaluation_seconds"]) - began
+        with started("a search to be measured", module, Path(name)):
+            pass
+        record, row = epochs_of_run(Path(name))[0]
+        return record.time_of(row) - row.seconds - row.evaluation_seconds - began
 
 
 def own_run(folder: Path) -> list[str]:
     """Return the search command's options for a run in the folder `run` of this one."""
     return ["--results-dir", str(folder), "--run", "run", "--no-report"]
+
+
+def epochs_of_run(folder: Path) -> list[tuple[TrialRecord, EpochRow]]:
+    """Return the epochs of a run that `own_run` put there, as they were reported."""
+    return History.load(RunFolder.open(folder / "run")).rows
 
 
 @contextmanager

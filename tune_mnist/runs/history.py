@@ -84,6 +84,10 @@ class TrialRecord:
     def epochs(self) -> int:
         return len(self.rows)
 
+    def time_of(self, row: EpochRow) -> float:
+        """Return when one of its epochs was reported, seconds since 1970."""
+        return self.started_at + row.elapsed - self.started
+
     @property
     def finite_rows(self) -> list[EpochRow]:
         return [row for row in self.rows if not row.diverged]

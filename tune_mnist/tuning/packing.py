@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,12 @@ from tune_mnist.errors import ClusterError
 from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.data import Split
 from tune_mnist.runs.formatting import count
-from tune_mnist.tuning.resources import Node, TrialResources, living_nodes
+from tune_mnist.tuning.resources import (
+    Node,
+    TrialResources,
+    living_nodes,
+    resident_megabytes,
+)
 from tune_mnist.tuning.settings import RunOn
 
 DEFAULT_GPU_SHARE = 0.25
@@ -200,18 +204,9 @@ class _Trial:
         while epochs == 0 or took < seconds:
             next(self._results)
             epochs, took = epochs + 1, time.perf_counter() - began
-        return epochs, took, self._megabytes()
+        if not self._on_gpu:
+            return epochs, took, resident_megabytes()
+        import torch
 
-    def _megabytes(self) -> float:
-        if self._on_gpu:
-            import torch
-
-            free, total = torch.cuda.mem_get_info()
-            return (total - free) / 1e6
-        import resource
-
-        try:
-            pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-        except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return pages * resource.getpagesize() / 1e6
+        free, total = torch.cuda.mem_get_info()
+        return epochs, took, (total - free) / 1e6

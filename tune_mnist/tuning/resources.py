@@ -1,9 +1,11 @@
 """The machines of the connected cluster, and how many trials they have room for."""
 
 import math
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -97,3 +99,12 @@ class Room:
             self._count = self._resources.at_once(living_nodes(), self._max_concurrent)
             self._due = now + COUNT_EVERY
         return self._count
+
+
+def resident_megabytes(process: int | str = "self") -> float:
+    """Return a process's resident memory, or our own peak where there is no /proc."""
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text("ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return pages * resource.getpagesize() / 1e6

@@ -134,7 +134,7 @@ class EventFiles:
             for name in _SCALARS
             if math.isfinite(getattr(row, name))
         ]
-        when = record.started_at + row.elapsed - record.started
+        when = record.time_of(row)
         summary = self._summary(value=scalars)
         self._write(record, self._event(wall_time=when, step=row.epoch, summary=summary))
 
