@@ -52,15 +52,7 @@ lr: {low: 0.1, hihg: 0.2} => parameters.lr|key 'hihg'|did you mean 'high'?|choic
 lr: {low: 0.2, high: 0.1} => parameters.lr|low must not exceed high|0.2|0.1
 lr: {low: 0, high: 0.1} => parameters.lr.low|must be > 0|got 0
 momentum: {low: 0.5, high: 1} => parameters.momentum.high|< 1|got 1
-shift: {low: 0.1, high: 0.6} => parameters.shift.high|<= 0.5|got 0.6
-lr: {low: .nan, high: 1} => parameters.lr.low|must be > 0|nan
-lr: {low: 0.1, high: .inf} => parameters.lr.high|<= 10|inf
-lr: {low: 0.1, high: HUGE} => parameters.lr.high|<= 10
 lr: {low: 1e-4, high: 0.1} => parameters.lr.low|must be a number|'1e-4'|write 0.0001
-lr: 1e-5 => parameters.lr|must be a number|'1e-5'|needs a dot and a signed exponent; write 1.0e-05
-lr: {low: low, high: 0.1} => parameters.lr.low|must be a number|'low'
-lr: {low: true, high: 2} => parameters.lr.low|must be a number|True
-lr: {low: [0.1], high: 2} => parameters.lr.low|must be a number|[0.1]
 dropout: {low: 0.0, high: 0.5, log: true} => parameters.dropout.low|log is true|0.0|drop log
 lr: {low: 0.1, high: 0.2, log: 1} => parameters.lr.log|true or false|got 1
 lr: {low: 0.1, high: 0.5, step: 0} => parameters.lr.step|> 0|got 0
@@ -74,7 +66,6 @@ lr: {choices: [0.1], low: 0.1, high: 0.2} => parameters.lr|got choices and low, 
 lr: {choices: []} => parameters.lr.choices|at least one value|[]
 lr: {choices: 0.1} => parameters.lr.choices|list|0.1
 lr: {choices: [0.1, 0.10]} => parameters.lr.choices|once|0.1|remove
-lr: {choices: [0.1, 1e-3]} => parameters.lr.choices|'1e-3'|0.001
 optimizer: {choices: [sgd, adam]} => parameters.optimizer.choices|'adam'|did you mean 'adamw'?
 optimizer: {choices: [sgd, on]} => one of sgd, adamw|True|bare yes, no, on and off
 nesterov: {choices: ['true', false]} => one of true, false|'true'|without quotes
@@ -86,20 +77,17 @@ lr: 0.1 => parameters|nothing to search|low: 0.0
 # Conditions on momentum, which follows optimizer, nesterov and dropout and precedes schedule.
 BAD_CONDITIONS = """
 sgd => must be a mapping|{optimizer: sgd}|'sgd'
-[optimizer] => must be a mapping|['optimizer']
  => must be a mapping|None
 {optimiser: sgd} => unknown hyperparameter 'optimiser'|did you mean 'optimizer'?
 {on: sgd} => unknown hyperparameter 'True'
 {optimizer: sdg} => .optimizer: must be one of sgd, adamw|did you mean 'sgd'?
 {optimizer: []} => .optimizer: must be a value or a list|empty
-{optimizer: {choices: [sgd]}} => .optimizer: must be one of sgd, adamw
 {schedule: cosine} => .schedule:|earlier|schedule comes later|put it before
 {rotation: 1} => .rotation:|earlier|rotation is not in this space
 {momentum: 0.9} => .momentum:|cannot depend on itself
 {dropout: 0.1} => .dropout:|choices or a constant|dropout has low and high
 {scale: 0.3} => .scale:|scale can take|got 0.3|scale takes 0.1
 {ema_decay: [0.0, 0.9]} => .ema_decay:|can take|got 0.9|takes 0.0, 0.99
-{batch_size: 64} => .batch_size:|can take|got 64|takes 128
 {optimizer: adamw, nesterov: true} => can never hold|optimizer, nesterov|change
 """
 CONDITIONS = """
@@ -140,10 +128,8 @@ BAD_STARTS = """
 [{rotation: 8}] => start[1].rotation|rotation is not in this space|searched are
 [{label_smoothing: 0.1}] => start[1].label_smoothing|is a constant|leave it out
 [{lr: 0.5}] => start[1].lr|from low 0.001 to high 0.1|got 0.5|parameters.lr
-[{lr: 1e-2}] => start[1].lr|must be a number|'1e-2'|0.01
 [{momentum: 0.75}] => start[1].momentum|0.5 plus a multiple of step 0.1|0.75
 [{step_every: 3}] => start[1].step_every|2 plus a multiple of step 2|got 3
-[{step_factor: 0.2}] => start[1].step_factor|one of 0.1, 0.5|got 0.2
 [{optimizer: adam}] => start[1].optimizer|one of sgd, adamw|did you mean 'adamw'?
 [{optimizer: adamw, momentum: 0.9}] => start[1].momentum|active when optimizer is sgd|leave
 [{peak_position: 0.2, optimizer: adamw}] => start[1].peak_position|active when optimizer is sgd
@@ -176,9 +162,10 @@ lr: !!bool maybe => YAML|maybe
 lr: 2024-99-99 => YAML|month
 ? [a];: b => line 1|YAML|unhashable
 NUL => YAML|UTF-8
+lr: BINARY => not YAML|save it as UTF-8 text
 DEEP => YAML|recursion
 """
-NOT_TYPED = {"HUGE": f"1{'0' * 400}", "TAB": "\t", "NUL": "\x00", "DEEP": "[" * 10_000}
+NOT_TYPED = {"TAB": "\t", "NUL": "\x00", "BINARY": "\udcff\udcfe", "DEEP": "[" * 10_000}
 
 
 def bad_files() -> Iterator[Any]:
@@ -207,7 +194,7 @@ def test_a_bad_file_is_refused_with_place_rule_value_and_way_out(
     text: str, parts: list[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "my.yaml"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(SearchSpaceError) as caught:
         load_space(str(path))
     message = str(caught.value)
@@ -216,39 +203,24 @@ def test_a_bad_file_is_refused_with_place_rule_value_and_way_out(
     assert [part for part in parts if part not in message] == [], message
 
 
-@pytest.mark.parametrize("content", [b"lr: \xff\xfe\xfa", b"lr: \xc3"])
-def test_a_binary_file_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "my.yaml"
-    path.write_bytes(content)
-    with pytest.raises(SearchSpaceError, match=r"not YAML: .*save it as UTF-8 text"):
-        load_space(str(path))
+UNKNOWN = r".*did you mean 'default'\?.*known are default, quick, refined, sgd"
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("name", "words"),
     [
         ("/", "cannot be read: Is a directory"),
         ("a" * 5000, "cannot be read: File name too long"),
         ("", "no space has this name"),
+        *((name, f"'{name}'{UNKNOWN}") for name in ("defualt", "defualt.yaml", "x/default.yaml")),
     ],
 )
-def test_a_path_without_a_file_is_refused(path: str, words: str) -> None:
-    with pytest.raises(SearchSpaceError, match=words):
-        load_space(path)
-
-
-@pytest.mark.parametrize("name", ["defualt", "defualt.yaml", "folder/default.yaml"])
-def test_an_unknown_space_gets_a_suggestion_and_the_list(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_name_without_a_file_is_refused_with_a_suggestion_and_the_list(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SearchSpaceError) as caught:
+    with pytest.raises(SearchSpaceError, match=rf"^[^\n]*{words}[^\n]*$"):
         load_space(name)
-    message = str(caught.value)
-    assert f"'{name}'" in message
-    assert "did you mean 'default'?" in message
-    assert "known are default, quick, refined, sgd" in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -333,13 +305,12 @@ def test_an_installed_package_holds_the_spaces_itself(
     assert space_file.spaces_folder() == package / "search_spaces"
 
 
-def all_spaces() -> dict[str, SearchSpace]:
-    return {**{name: load_space(name) for name in NAMES}, "thorough": space_of(THOROUGH)}
+@pytest.fixture(params=[*NAMES, "thorough"])
+def space(request: pytest.FixtureRequest) -> SearchSpace:
+    return space_of(THOROUGH) if request.param == "thorough" else load_space(request.param)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "thorough"])
-def test_a_space_survives_plain_data_and_yaml(name: str) -> None:
-    space = all_spaces()[name]
+def test_a_space_survives_plain_data_and_yaml(space: SearchSpace) -> None:
     data = yaml.safe_load(yaml.safe_dump(space.as_dict(), sort_keys=False))
     read = SearchSpace.from_dict(data, space.name, space.source)
     assert read == space
@@ -363,15 +334,9 @@ def sample_trials(
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-@pytest.mark.parametrize("name", [*NAMES, "thorough"])
-def test_samples_respect_conditions_and_can_be_turned_back_into_trials(name: str) -> None:
-    space = all_spaces()[name]
+def test_samples_respect_conditions_and_can_be_turned_back_into_trials(space: SearchSpace) -> None:
     tpe = TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=5, seed=1)
-    check_samples(space, sample_trials(space, tpe, 25))
-    check_samples(space, sample_trials(space, RandomSampler(seed=1), 200))
-
-
-def check_samples(space: SearchSpace, trials: list[optuna.trial.FrozenTrial]) -> None:
+    trials = sample_trials(space, tpe, 25) + sample_trials(space, RandomSampler(seed=1), 200)
     for trial in trials:
         values = {**space.constants, **trial.params}
         for parameter in space.parameters.values():
