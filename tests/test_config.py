@@ -61,7 +61,7 @@ def test_limits_are_closed_or_open_as_they_should_be(
 
 
 @pytest.mark.parametrize(
-    ("values", "parts"),
+    ("given", "parts"),
     [
         ({"momentom": 0.9}, ["'momentom'", "did you mean 'momentum'?", "known are optimizer, lr"]),
         ({3: 0.9}, ["unknown hyperparameter '3'"]),
@@ -77,32 +77,32 @@ def test_limits_are_closed_or_open_as_they_should_be(
         ({"lr": "1e-5"}, ["; write 1.0e-05)"]),
         ({"lr": "1.25e-7"}, ["; write 1.25e-07)"]),
         ({"lr": "1e22"}, ["; write 1.0e+22)"]),
+        ({"lr": "nan"}, ["lr: must be a number, but got 'nan'"]),
         ({"batch_size": 64.5}, ["must be a whole number", "64.5"]),
         ({"batch_size": math.nan}, ["must be a whole number", "nan"]),
         ({"batch_size": math.inf}, ["must be a whole number", "inf"]),
         ({"nesterov": True, "momentum": 0}, ["nesterov", "needs momentum > 0", "momentum: 0"]),
+        (["lr"], ["must be NAME=VALUE"]),
+        (["lr 0.1"], ["must be NAME=VALUE"]),
+        (["lr="], ["lr: must be a number, but got None"]),
+        (["lr=nan"], ["lr: must be > 0"]),
+        (["lr=["], ["lr: must be a number"]),
+        (["nesterov=maybe"], ["nesterov: must be one of true, false"]),
+        (["momentum=0", "nesterov=true"], ["needs momentum > 0"]),
     ],
 )
-def test_a_bad_value_is_named_with_rule_value_and_way_out(
-    values: dict[str, Any], parts: list[str]
+def test_a_bad_value_or_text_is_named_with_rule_value_and_way_out(
+    given: dict[str, Any] | list[str], parts: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        TrainConfig.from_mapping(values)
+        if isinstance(given, dict):
+            TrainConfig.from_mapping(given)
+        else:
+            override(TrainConfig(), given)
     message = str(caught.value)
     assert [part for part in parts if part not in message] == [], message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("text", ["nan", "inf"])
-def test_text_that_is_no_usable_number_gets_no_advice_on_spelling(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^lr: must be a number, but got '{text}'$"):
-        check_value("lr", text)
-
-
-def test_a_file_names_only_what_differs(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text("optimizer: adamw  # better?\nlr: 1.0e-3\nbatch_size: 64\n")
-    assert read_config(path) == TrainConfig(optimizer="adamw", lr=1e-3, batch_size=64)
+    assert ("; write" in message) == any("; write" in part for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +114,20 @@ def test_a_file_names_only_what_differs(tmp_path: Path) -> None:
         (b"", "must hold hyperparameters"),
         (b"- lr", "must hold hyperparameters"),
         (b"momentun: 0.5", "did you mean 'momentum'?"),
-        (b"3: 4", "unknown hyperparameter '3'"),
-        (b"lr: -1", "lr: must be > 0"),
-        (b"lr: 1e-4", "lr: must be a number, but got '1e-4' (text"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_it(
     tmp_path: Path, content: bytes | None, rule: str
 ) -> None:
-    path = tmp_path / "bad.yaml"
+    path = tmp_path / "mine.yaml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert rule in str(caught.value)
+    path.write_text("optimizer: adamw  # better?\nlr: 1.0e-3\n")  # what differs is enough
+    assert read_config(path) == TrainConfig(optimizer="adamw", lr=1e-3)
 
 
 def test_the_last_of_several_texts_wins_over_a_configuration() -> None:
@@ -138,31 +137,3 @@ def test_the_last_of_several_texts_wins_over_a_configuration() -> None:
         lr=2e-4, dropout=0.3, nesterov=True, optimizer="adamw", batch_size=64
     )
     assert override(config, []) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "rule"),
-    [
-        ("lr", "must be NAME=VALUE"),
-        ("lr 0.1", "must be NAME=VALUE"),
-        ("lrr=0.1", "did you mean 'lr'?"),
-        ("lr=", "lr: must be a number, but got None"),
-        ("lr=fast", "lr: must be a number, but got 'fast'"),
-        ("lr=nan", "lr: must be > 0"),
-        ("lr=[", "lr: must be a number"),
-        ("batch_size=2.5", "batch_size: must be a whole number"),
-        ("optimizer=sdg", "did you mean 'sgd'?"),
-        ("nesterov=maybe", "nesterov: must be one of true, false"),
-    ],
-)
-def test_a_bad_text_is_an_error(text: str, rule: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        override(TrainConfig(), [text])
-    assert rule in str(caught.value)
-
-
-def test_nesterov_and_momentum_are_checked_together() -> None:
-    config = override(TrainConfig(), ["momentum=0", "nesterov=false"])
-    with pytest.raises(ConfigError, match="needs momentum > 0"):
-        override(config, ["nesterov=true"])
-    assert override(config, ["nesterov=true", "momentum=0.9"]).nesterov
