@@ -22,29 +22,23 @@ def _end(search: RecordedSearch, tally: Tally, epochs: int) -> None:
     tally.end(search.trial([0.9] * epochs))
 
 
-def test_trials_are_counted_from_start_to_end(search: RecordedSearch) -> None:
+def test_trials_are_counted_from_start_to_end_and_the_baselines_best_is_kept(
+    search: RecordedSearch,
+) -> None:
     tally = _tally(search)
     first, second = search.start(), search.start(lr=0.5)
     assert [each.number for each in tally.running] == [first, second]
     assert tally.differences(tally.running[second]) == "lr 0.5"
-    search.epoch(first, 0.9)
+    for loss in (0.3, 0.1, 0.2):
+        search.epoch(first, 0.9, val_loss=loss)
+    search.epoch(second, 0.95)
     search.end(first, "stopped")
     ended = tally.end(first)
     assert ended is search.history.trials[first]
-    assert (tally.done, tally.epochs, len(tally.running)) == (1, 1, 1)
+    assert (tally.done, tally.epochs, len(tally.running)) == (1, 4, 1)
     assert tally.states == {"stopped": 1}
     assert tally.end(second) is None  # interrupted: a resume will continue it
     assert tally.done == 1
-
-
-def test_the_baselines_best_is_kept_by_the_metric_and_of_equals_the_loss(
-    search: RecordedSearch,
-) -> None:
-    tally = _tally(search)
-    baseline, other = search.start(), search.start()
-    for loss in (0.3, 0.1, 0.2):
-        search.epoch(baseline, 0.9, val_loss=loss)
-    search.epoch(other, 0.95)
     assert tally.baseline.found is not None
     assert tally.baseline.found[1].epoch == 2
 
@@ -58,14 +52,19 @@ def test_a_resumed_search_counts_what_was_done(search: RecordedSearch) -> None:
     assert tally.last_failure is search.history.trials[1]
 
 
-def test_nothing_is_said_of_the_time_left_before_there_is_something_to_go_by(
+def test_nothing_is_said_of_the_time_left_before_a_session_has_something_to_go_by(
     search: RecordedSearch,
 ) -> None:
     tally = _tally(search)
     for done in range(4):
         assert tally.time_left(search.clock) == "", f"after {done} of 12 trials"
-        _end(search, tally, 2)
+        _end(search, tally, 4)
     assert tally.time_left(search.clock) != ""
+    search.clock = 10_000.0  # the first session was slow
+    tally = _tally(search)
+    assert tally.time_left(10_000.0) == ""
+    _end(search, tally, 4)
+    assert tally.time_left(10_004.0) == "about 30 s left"
 
 
 def test_a_trial_that_outlived_the_others_is_expected_to_train_to_the_end(
@@ -89,16 +88,6 @@ def test_the_time_left_follows_from_the_pace_within_the_budget(search: RecordedS
     assert tally.time_left(240.0) == "about 4 min left"
     assert tally.time_left(480.0) == "at most 2 min left"
     assert tally.time_left(700.0) == "at most 10 s left"
-
-
-def test_a_resumed_search_estimates_from_its_own_pace(search: RecordedSearch) -> None:
-    for _ in range(6):
-        search.trial([0.9] * 4)
-    search.clock = 10_000.0  # the first session was slow
-    tally = _tally(search)
-    assert tally.time_left(10_000.0) == ""
-    _end(search, tally, 4)
-    assert tally.time_left(10_004.0) == "about 20 s left"
 
 
 def test_a_look_costs_the_same_after_many_trials(search: RecordedSearch) -> None:
