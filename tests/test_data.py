@@ -58,14 +58,10 @@ def test_the_holdout_never_changes_and_has_the_classes_in_proportion(
     assert counts.tolist() == [494, 562, 496, 511, 487, 452, 493, 522, 487, 496]
     assert np.abs(counts - np.bincount(mnist.train_labels) / 12).max() < 1
     assert len(split(small_mnist, holdout=True).val_labels) == 100  # of 1,200
-
-
-def test_the_holdout_and_the_training_images_are_all_the_images(mnist: Mnist) -> None:
-    held_out = split(mnist, holdout=True)
+    # With the training images it is all the images.
     assert len(held_out.train_images) == len(held_out.train_labels) == 55_000
-    parts = np.concatenate([held_out.train_images, held_out.val_images]).reshape(60_000, -1)
-    whole = mnist.train_images.reshape(60_000, -1)
-    assert sorted(map(bytes, parts)) == sorted(map(bytes, whole))
+    parts = np.concatenate([held_out.train_images, held_out.val_images])
+    assert sorted(map(bytes, parts)) == sorted(map(bytes, mnist.train_images))
 
 
 def test_without_a_holdout_all_images_train_in_their_own_order(mnist: Mnist) -> None:
@@ -102,31 +98,21 @@ def test_a_number_of_images_that_cannot_be_is_refused(
 
 
 def test_the_data_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TUNE_MNIST_DATA", str(tmp_path / "chosen"))
-    assert default_data_dir() == tmp_path / "chosen"
-    monkeypatch.setenv("TUNE_MNIST_DATA", "~/mnist")
-    assert default_data_dir() == Path.home() / "mnist"
-    monkeypatch.setenv("TUNE_MNIST_DATA", "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_data_dir() == tmp_path / "tune_mnist"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_data_dir() == Path.home() / ".cache" / "tune_mnist"
+    for chosen, cache, expected in (
+        (str(tmp_path / "chosen"), "", tmp_path / "chosen"),
+        ("~/mnist", "", Path.home() / "mnist"),
+        ("", str(tmp_path), tmp_path / "tune_mnist"),
+        ("", "relative", Path.home() / ".cache" / "tune_mnist"),
+    ):
+        monkeypatch.setenv("TUNE_MNIST_DATA", chosen)
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+        assert default_data_dir() == expected
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_data_dir() == Path.home() / ".cache" / "tune_mnist"
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError) as caught:
-        load_mnist(tmp_path / "file" / "data")
-    message = str(caught.value)
-    assert str(tmp_path / "file" / "data") in message
-    assert "--data-dir" in message
-    assert "\n" not in message
-    assert caught.value.exit_code == 2
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
-def test_a_read_only_file_system_is_no_bug_of_ours() -> None:
-    with pytest.raises(ConfigError, match="cannot write MNIST to /proc/mnist"):
-        load_mnist(Path("/proc/mnist"))
+    for path in (tmp_path / "file" / "data", Path("/proc/mnist")):
+        with pytest.raises(ConfigError, match=f"^cannot write MNIST to {path}.*--data-dir.*$"):
+            load_mnist(path)
