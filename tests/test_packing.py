@@ -1,12 +1,15 @@
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tune_mnist.errors import ConfigError
-from tune_mnist.mnist.data import Mnist, split
+from tune_mnist.mnist.data import Mnist, Split, split
+from tune_mnist.tuning import packing as module
 from tune_mnist.tuning.packing import Packing, Probe, best_of, packings, part_of, probe_all
 from tune_mnist.tuning.resources import Node, TrialResources
 from tune_mnist.tuning.settings import SearchSettings
+
+ONE_CPU = TrialResources(cpus=1, gpus=0)
 
 
 def node(cpus: int, gpus: int = 0, megabytes: float = 64_000) -> Node:
@@ -36,8 +39,7 @@ def test_trials_at_once_double_until_the_machine_is_full(
 @pytest.mark.parametrize("tightest", [120, 152])
 def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials(tightest: float) -> None:
     rates = {1: 100, 2: 150, 4: tightest}
-    one = TrialResources(cpus=1, gpus=0)
-    probes = [Probe(Packing(at_once, one), rate, 500) for at_once, rate in rates.items()]
+    probes = [Probe(Packing(each, ONE_CPU), rate, 500) for each, rate in rates.items()]
     assert best_of(probes).packing.at_once == 2
 
 
@@ -51,20 +53,11 @@ def test_the_most_epochs_an_hour_win_and_near_equals_go_to_fewer_trials(tightest
     ],
 )
 def test_tighter_packings_are_not_tried_once_it_gets_worse_or_memory_is_short(
-    monkeypatch: pytest.MonkeyPatch,
-    small_mnist: Mnist,
-    machine: Node,
-    rates: list[float],
-    tried: list[int],
+    monkeypatch: pytest.MonkeyPatch, machine: Node, rates: list[float], tried: list[int]
 ) -> None:
-    left = iter(rates)
-
-    def pretend(where: Node, packing: Packing, *_: object) -> Probe:
-        return Probe(packing, next(left), 500)
-
-    monkeypatch.setattr("tune_mnist.tuning.packing.probe_packing", pretend)
-    probes = probe_all(machine, split(small_mnist, holdout=True))
-    assert [probe.packing.at_once for probe in probes] == tried
+    left, no_split = iter(rates), cast(Split, None)
+    monkeypatch.setattr(module, "probe_packing", lambda _, each, *__: Probe(each, next(left), 500))
+    assert [probe.packing.at_once for probe in probe_all(machine, no_split)] == tried
 
 
 def test_a_part_of_a_split_keeps_something_of_each_set(small_mnist: Mnist) -> None:
@@ -77,7 +70,7 @@ def test_a_part_of_a_split_keeps_something_of_each_set(small_mnist: Mnist) -> No
 
 
 def test_a_packing_says_what_to_ask_the_search_for() -> None:
-    assert Packing(2, TrialResources(cpus=1, gpus=0)).options() == "--cpus-per-trial 1"
+    assert Packing(2, ONE_CPU).options() == "--cpus-per-trial 1"
     quarter = Packing(4, TrialResources(cpus=0.5, gpus=0.25))
     assert quarter.options() == "--cpus-per-trial 0.5 --gpus-per-trial 0.25"
     assert str(quarter) == "4 trials on 0.5 CPU and 0.25 GPU each"
