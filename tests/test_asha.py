@@ -102,14 +102,6 @@ def test_a_decision_stays_what_it_was_whatever_came_later() -> None:
     assert any(first)
 
 
-def test_rungs_replayed_in_the_recorded_order_decide_as_those_that_saw_it_all() -> None:
-    seen = reports(random.Random(2))
-    _, decisions = told(seen)
-    for cut in range(0, len(seen), 37):
-        resumed, _ = told(seen[:cut])
-        assert [resumed.should_stop(*report) for report in seen[cut:]] == decisions[cut:]
-
-
 def test_what_is_recorded_does_not_depend_on_the_order() -> None:
     seen = reports(random.Random(3))
     (one, _), (other, _) = told(seen), told(seen[::-1])
