@@ -34,9 +34,8 @@ def transparent(digit: Uint8s, colour: tuple[int, int, int]) -> Image.Image:
 
 def coloured(digit: Uint8s) -> Image.Image:
     mask = Image.fromarray(digit).resize((180, 180), Image.Resampling.BICUBIC)
-    return Image.composite(
-        Image.new("RGB", mask.size, "crimson"), Image.new("RGB", mask.size, "lemonchiffon"), mask
-    )
+    ink, paper = (Image.new("RGB", mask.size, each) for each in ("crimson", "lemonchiffon"))
+    return Image.composite(ink, paper, mask)
 
 
 def photographed(digit: Uint8s) -> Image.Image:
@@ -96,22 +95,19 @@ def save_half(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: None, "cannot be read (No such file or directory)"),
+        (lambda path: None, r"cannot be read \(No such file or directory\)"),
         (lambda path: path.write_bytes(b"GIF89a but no"), "digit.png"),
         (save_half, "digit.png"),
         (lambda path: path.write_text("no image"), "is no image that can be read"),
-        (lambda path: path.mkdir(), "cannot be read (Is a directory)"),
+        (lambda path: path.mkdir(), r"cannot be read \(Is a directory\)"),
         (lambda path: Image.new("L", (50, 50), 200).save(path), "nothing in it can be told"),
         (lambda path: Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path), "nothing in it"),
         (lambda path: Image.new("L", (1, 1), 200).save(path), "nothing in it can be told"),
     ],
 )
-def test_what_is_no_picture_of_a_digit_is_refused(
+def test_what_is_no_picture_of_a_digit_is_refused_in_one_line(
     make: Callable[[Path], object], words: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "digit.png"
-    make(path)
-    with pytest.raises(ConfigError) as refusal:
-        read_digit(path)
-    assert words in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    make(tmp_path / "digit.png")
+    with pytest.raises(ConfigError, match=rf"^.*{words}.*\Z"):
+        read_digit(tmp_path / "digit.png")
