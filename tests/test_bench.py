@@ -35,7 +35,6 @@ from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Mnist, default_data_dir, split
 from tune_mnist.mnist.net import Net
-from tune_mnist.mnist.step import learning_rates
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.packing import Packing, Probe
 from tune_mnist.tuning.resources import Node, TrialResources
@@ -189,9 +188,6 @@ def test_peers_compares_others_with_ours_and_leaves_out_one_that_fails(
     assert found["n"] == 2
     progress = [(10.0, 0.5), (12.0, 0.991), (11.0, 0.995)]
     assert peers.outcome(5.0, 70.0, progress, images=600)["seconds_to_99%"] == 6.0
-
-
-def test_peers_refuses_a_space_that_not_all_can_express() -> None:
     with pytest.raises(ConfigError, match="conditions"):
         peers.peers(settings.PeersSettings(space="default"))
 
@@ -223,19 +219,6 @@ def test_peers_train_on_the_images_that_ours_does_and_record_their_epochs(
     next(given.train(TrainConfig()))
     assert sizes == evaluated
     assert [accuracy for _, accuracy in read_progress(tmp_path)] == [0.5]
-
-
-@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "onecycle"])
-def test_peers_schedules_are_ours(schedule: Any) -> None:
-    config = TrainConfig(schedule=schedule, lr=0.1, step_every=1)
-    optimizer = textbook.build_optimizer(Net(), config)
-    steps = textbook.build_schedule(optimizer, config, epochs=3, steps_per_epoch=7)
-    found = []
-    for _ in range(21):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        steps.step()
-    assert found == pytest.approx(learning_rates(config, epochs=3, steps_per_epoch=7).tolist())
 
 
 def test_gpu_is_skipped_where_there_is_none(
@@ -286,9 +269,10 @@ def test_pack_names_the_options_to_use(
 
 def test_mps_is_advised_only_where_it_is_clearly_better() -> None:
     def probes(*rates: float) -> list[Probe]:
+        trials = [TrialResources(cpus=1, gpus=1 / n) for n in (1, 2)]
         return [
-            Probe(Packing(n, TrialResources(cpus=1, gpus=1 / n)), rate, 500.0)
-            for n, rate in enumerate(rates, start=1)
+            Probe(Packing(n, trial), rate, 500.0)
+            for n, trial, rate in zip((1, 2), trials, rates, strict=True)
         ]
 
     assert pack.best_way({"": probes(100, 150)})[1].packing.at_once == 2
@@ -300,14 +284,12 @@ def test_mps_is_advised_only_where_it_is_clearly_better() -> None:
 def test_mps_is_skipped_where_it_cannot_be_started_and_ended_after_use(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    node = Node("node", 4, 1, 8000.0)
+    node, program, log = Node("node", 4, 1, 8000.0), tmp_path / "mps", tmp_path / "log"
     monkeypatch.setattr(pack, "MPS", "no-such-program")
     for is_local, reason in ((True, "is not on this machine"), (False, "is not ours to start")):
         with pack.cuda_mps(node, is_local=is_local) as environment:
             assert environment is None
         assert capsys.readouterr().out == f"MPS: skipped, no-such-program {reason}\n"
-    program = tmp_path / "mps"
-    log = tmp_path / "log"
     program.write_text(f'#!/bin/sh\n[ "$1" = -d ] && echo start >> {log} || cat >> {log}\n')
     program.chmod(0o755)
     monkeypatch.setattr(pack, "MPS", str(program))
@@ -318,9 +300,7 @@ def test_mps_is_skipped_where_it_cannot_be_started_and_ended_after_use(
     assert log.read_text() == "start\nquit\n"
 
 
-def test_reports_count_from_when_all_trials_are_there_until_the_first_is_at_its_last_epoch() -> (
-    None
-):
+def test_reports_count_while_all_trials_are_at_work() -> None:
     epochs = (1, 1, 1, 2, 2, 3, 2, 3, 3)  # of three trials, in the order they were told
     marks = [cluster.Mark(epoch, float(at), at / 2) for at, epoch in enumerate(epochs)]
     assert cluster.steady(marks, at_once=3, epochs=3) == (3.0, 1.5, 3)
@@ -330,15 +310,14 @@ def test_reports_count_from_when_all_trials_are_there_until_the_first_is_at_its_
 def test_a_search_on_three_nodes_is_measured(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    cluster.cluster(
-        settings.ClusterSettings(at_once=(6,), quick=True, save=tmp_path / "cluster.csv")
-    )
+    save = tmp_path / "cluster.csv"
+    cluster.cluster(settings.ClusterSettings(at_once=(6,), quick=True, save=save))
     found = last_line(capsys)
     rate, wall = found["reports_per_second"]["6"], found["ms_per_report"]["6"]
     assert rate == pytest.approx(1e3 / wall, rel=1e-2)
     assert found["driver_ms_per_report"]["6"] > 0
     assert found["nodes"] == 3
-    assert (tmp_path / "cluster.csv").read_text().count("\n") == 4
+    assert save.read_text().count("\n") == 4
 
 
 def test_a_search_that_fails_is_one_clear_error(
