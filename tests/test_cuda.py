@@ -1,8 +1,4 @@
-"""What a GPU adds to a step.
-
-All but CUDA itself is tested on a CPU that passes for a GPU: a run takes whatever is not called
-"cpu" for one.
-"""
+"""What a GPU adds to a step; all but CUDA itself on a CPU that is not called "cpu"."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,11 +128,11 @@ def test_only_so_many_steps_are_kept_prepared(
     little: Split, captures: list[Callable[[], Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "_MOST_STEPS", 2)
-    for size in (4, 7, 4, 14, 4):
+    kept = []
+    for size in (4, 7, 4, 14, 4, 7):
         epochs_of(captured(replace(SGD, batch_size=size), little, seed=1), 1)
-    assert len(captures) == 3
-    epochs_of(captured(replace(SGD, batch_size=7), little, seed=1), 1)
-    assert len(captures) == 4
+        kept.append(len(captures))
+    assert kept == [1, 2, 2, 3, 3, 4]
 
 
 def test_an_epoch_that_is_broken_off_is_trained_again_from_its_start(little: Split) -> None:
@@ -161,43 +157,40 @@ def test_in_bfloat16_losses_are_near_and_weights_stay_float32(little: Split) -> 
     torch.testing.assert_close(found[:4], exact[:4], rtol=0.03, atol=0)
     assert not torch.equal(found[0], exact[0])
     assert state["net"]["classifier.weight"].dtype == torch.float32
+    log_probs = bfloat16_forward(Net(), torch.rand(3, 1, 28, 28), 0.0, torch.Generator())
+    assert log_probs.dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")  # only the forward pass computes so
 
 
-class TestPrecision:
-    def settings_of_torch(self) -> tuple[str, str]:
-        cudnn: Any = torch.backends.cudnn
-        return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+def settings_of_torch() -> tuple[str, str]:
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
-    @pytest.mark.parametrize(
-        ("precision", "expected"), [("float32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]
-    )
-    def test_products_are_exact_unless_tf32_is_asked_for(
-        self, precision: Precision, expected: str
-    ) -> None:
-        before = self.settings_of_torch()
-        with pytest.raises(KeyboardInterrupt), products_in(precision):
-            assert self.settings_of_torch() == (expected, expected)
-            raise KeyboardInterrupt
-        assert self.settings_of_torch() == before
 
-    def test_only_the_forward_pass_computes_in_bfloat16(self) -> None:
-        log_probs = bfloat16_forward(Net(), torch.rand(3, 1, 28, 28), 0.0, torch.Generator())
-        assert log_probs.dtype == torch.bfloat16
-        assert not torch.is_autocast_enabled("cpu")
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("float32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]
+)
+def test_products_are_exact_unless_tf32_is_asked_for(precision: Precision, expected: str) -> None:
+    before = settings_of_torch()
+    with pytest.raises(KeyboardInterrupt), products_in(precision):
+        assert settings_of_torch() == (expected, expected)
+        raise KeyboardInterrupt
+    assert settings_of_torch() == before
 
-    @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-    def test_a_cpu_computes_in_float32_only(
-        self, precision: Precision, little: Split, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        check_precision(precision, "cuda")
-        with pytest.raises(ConfigError, match=f"{precision} is for GPUs"):
-            next(train(TrainConfig(), little, epochs=1, seed=0, precision=precision))
-        # A search refuses it before it starts.
-        monkeypatch.setattr(packing, "_asked", lambda _: TrialResources(cpus=1, gpus=0))
-        with pytest.raises(ConfigError, match=f"--precision {precision}"):
-            packing.settle_resources(SearchSettings(), little, precision)
-        monkeypatch.setattr(packing, "_asked", lambda _: TrialResources(cpus=1, gpus=0.25))
-        assert packing.settle_resources(SearchSettings(), little, precision).gpus == 0.25
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_cpu_computes_in_float32_only(
+    precision: Precision, little: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_precision(precision, "cuda")
+    with pytest.raises(ConfigError, match=f"{precision} is for GPUs"):
+        next(train(TrainConfig(), little, epochs=1, seed=0, precision=precision))
+    # A search refuses it before it starts.
+    monkeypatch.setattr(packing, "_asked", lambda _: TrialResources(cpus=1, gpus=0))
+    with pytest.raises(ConfigError, match=f"--precision {precision}"):
+        packing.settle_resources(SearchSettings(), little, precision)
+    monkeypatch.setattr(packing, "_asked", lambda _: TrialResources(cpus=1, gpus=0.25))
+    assert packing.settle_resources(SearchSettings(), little, precision).gpus == 0.25
 
 
 @pytest.mark.gpu
@@ -217,21 +210,17 @@ class TestOnAGpu:
         return torch.cat([losses for _, losses, _ in epochs_of(run)])
 
     @pytest.mark.parametrize("config", [sgd, adamw, noisy], ids=["sgd", "adamw", "noisy"])
-    def test_a_captured_step_does_what_its_operations_do(
+    def test_a_captured_step_does_what_its_operations_and_a_processor_do(
         self, data: Split, config: TrainConfig
     ) -> None:
         found, plain = (self.losses(data, config, captured=each) for each in (True, False))
         # Draws included; a GPU may add up in another order each time, which training enlarges.
         torch.testing.assert_close(found[:5], plain[:5], rtol=0.02, atol=0)
         torch.testing.assert_close(found[0], plain[0], rtol=1e-4, atol=0)
-
-    @pytest.mark.parametrize("config", [sgd, adamw], ids=["sgd", "adamw"])
-    def test_a_captured_step_does_what_a_processor_does(
-        self, data: Split, config: TrainConfig
-    ) -> None:
-        found, expected = (self.losses(data, config, device=each) for each in ("cuda", "cpu"))
-        torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=0)
-        torch.testing.assert_close(found[:5], expected[:5], rtol=0.05, atol=0)
+        if config is not self.noisy:  # a processor draws otherwise
+            expected = self.losses(data, config, device="cpu")
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=0)
+            torch.testing.assert_close(found[:5], expected[:5], rtol=0.05, atol=0)
 
     def test_a_next_run_of_the_kind_captures_nothing_and_reads_its_own_hyperparameters(
         self, data: Split, monkeypatch: pytest.MonkeyPatch
