@@ -1,6 +1,5 @@
 import math
 import random
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -130,11 +129,9 @@ def test_a_run_may_move_between_cpu_and_gpu(
 
 
 def test_a_seed_decides_all(data: Split) -> None:
-    first, second, other = (
-        timeless(next(train(SGD, data, epochs=1, seed=seed))) for seed in (5, 5, 6)
-    )
-    assert first == second
-    assert first.weights != other.weights
+    results = [timeless(next(train(SGD, data, epochs=1, seed=seed))) for seed in (5, 5, 6)]
+    assert results[0] == results[1]
+    assert results[0].weights != results[2].weights
 
 
 def test_runs_neither_use_nor_move_the_process_random_numbers(data: Split, device: str) -> None:
@@ -146,49 +143,39 @@ def test_runs_neither_use_nor_move_the_process_random_numbers(data: Split, devic
     alone = list(map(timeless, train(SGD, data, epochs=2, seed=1, device=device)))
     assert states() == before
 
-    # Two runs side by side, with everybody else drawing in between.
-    runs = [
-        train(SGD, data, epochs=2, seed=1, device=device),
-        train(PLAIN, data, epochs=2, seed=9),
-    ]
-    together = []
-    for result, _ in zip(*runs, strict=True):
+    # Beside another run, with everybody else drawing in between.
+    other = train(PLAIN, data, epochs=2, seed=9)
+    for number, result in enumerate(train(SGD, data, epochs=2, seed=1, device=device)):
         torch.rand(7)
-        together.append(timeless(result))
-    assert together == alone
+        next(other)
+        assert timeless(result) == alone[number]
 
 
 def test_a_result_holds_what_its_weights_come_to(data: Split, device: str) -> None:
     result = next(train(SGD, data, epochs=1, seed=1, device=device))
-    net = load_weights(result.weights)
-    for name, images, labels in (
-        ("val", data.val_images, data.val_labels),
-        ("test", data.test_images, data.test_labels),
-    ):
+    net, found = load_weights(result.weights), result.metrics.as_dict()
+    for name in ("val", "test"):
+        images, labels = (getattr(data, f"{name}_{kind}") for kind in ("images", "labels"))
         target = torch.from_numpy(labels.astype(np.int64))
         with torch.no_grad():
             log_probs = net(normalised(scaled(torch.from_numpy(images.copy()))))
         loss = functional.nll_loss(log_probs, target).item()
         correct = int((log_probs.argmax(1) == target).sum())
-        assert getattr(result.metrics, f"{name}_loss") == pytest.approx(loss, rel=1e-4)
-        assert getattr(result.metrics, f"{name}_accuracy") == pytest.approx(correct / len(labels))
+        assert found[f"{name}_loss"] == pytest.approx(loss, rel=1e-4)
+        assert found[f"{name}_accuracy"] == pytest.approx(correct / len(labels))
     assert result.metrics.test_correct == correct
     assert result.metrics.diverged_step is None
-    assert result.metrics.seconds > 0
-    assert result.metrics.evaluation_seconds > 0
+    assert min(result.metrics.seconds, result.metrics.evaluation_seconds) > 0
 
 
 def test_averaged_weights_are_evaluated_while_raw_ones_train_on(data: Split) -> None:
-    plain, averaged = (
-        next(train(config, data, epochs=1, seed=1))
-        for config in (PLAIN, replace(PLAIN, ema_decay=0.9))
-    )
+    configs = PLAIN, replace(PLAIN, ema_decay=0.9)
+    plain, averaged = (next(train(each, data, epochs=1, seed=1)) for each in configs)
     assert averaged.metrics.train_loss == plain.metrics.train_loss
     assert averaged.weights != plain.weights
     assert averaged.metrics.test_loss != plain.metrics.test_loss
-    torch.testing.assert_close(
-        unpack(raw_weights(averaged.state)), unpack(plain.weights), rtol=0, atol=0
-    )
+    raw = unpack(raw_weights(averaged.state))
+    torch.testing.assert_close(raw, unpack(plain.weights), rtol=0, atol=0)
     average = unpack(averaged.state)["average"]
     assert average["steps"] == average["net"]["features.2.num_batches_tracked"] == 5
 
@@ -198,24 +185,19 @@ def test_a_single_image_trains_and_without_a_holdout_validation_is_nan(
 ) -> None:
     data = split(small_mnist, holdout=False, images=1)
     result = next(train(PLAIN, data, epochs=1, seed=1, device=device)).metrics
-    assert math.isnan(result.val_loss)
-    assert math.isnan(result.val_accuracy)
-    assert math.isfinite(result.train_loss)
-    assert math.isfinite(result.test_loss)
+    assert math.isnan(result.val_loss) and math.isnan(result.val_accuracy)
+    assert math.isfinite(result.train_loss) and math.isfinite(result.test_loss)
     assert result.diverged_step is None
 
 
 def test_every_step_is_announced_with_its_loss(data: Split, device: str) -> None:
-    steps: list[tuple[int, Tensor]] = []
-    run = train(
-        PLAIN, data, epochs=1, seed=1, device=device, on_step=lambda *each: steps.append(each)
-    )
-    result = next(run)
-    assert [number for number, _ in steps] == [1, 2, 3, 4, 5]
-    assert steps[0][1].item() == pytest.approx(math.log(10), abs=0.3)  # that of guessing
+    steps: dict[int, float] = {}
+    note = lambda number, loss: steps.update({number: loss.item()})  # noqa: E731
+    result = next(train(PLAIN, data, epochs=1, seed=1, device=device, on_step=note))
+    assert list(steps) == [1, 2, 3, 4, 5]
+    assert steps[1] == pytest.approx(math.log(10), abs=0.3)  # that of guessing
     sizes = [64, 64, 64, 64, 300 - 4 * 64]
-    mean = sum(loss.item() * size for (_, loss), size in zip(steps, sizes, strict=True)) / 300
-    assert result.metrics.train_loss == pytest.approx(mean, rel=1e-6)
+    assert result.metrics.train_loss == pytest.approx(np.dot(list(steps.values()), sizes) / 300)
 
 
 def test_every_epoch_takes_every_image_once_in_an_order_of_its_own() -> None:
@@ -259,40 +241,38 @@ def state(data: Split) -> bytes:
     return next(train(PLAIN, data, epochs=2, seed=1)).state
 
 
+ANOTHER = "another configuration, seed or number of images"
+
+
 @pytest.mark.parametrize(
-    "other",
-    [{"config": replace(PLAIN, lr=0.02)}, {"config": replace(PLAIN, ema_decay=0.9)}, {"seed": 2}],
+    ("name", "value", "why"),
+    [
+        ("config", replace(PLAIN, lr=0.02), ANOTHER),
+        ("config", replace(PLAIN, ema_decay=0.9), ANOTHER),
+        ("seed", 2, ANOTHER),
+        *(("state", length, "damaged") for length in (0, 10, 5000)),
+    ],
 )
-def test_a_state_of_another_run_is_refused(
-    data: Split, state: bytes, other: dict[str, Any]
+def test_a_state_that_is_damaged_or_of_another_run_is_refused(
+    data: Split, state: bytes, name: str, value: Any, why: str
 ) -> None:
-    plain = {"config": PLAIN, "seed": 1, "split": data, "epochs": 2, "state": state}
-    asked: dict[str, Any] = plain | other
-    with pytest.raises(ConfigError, match="another configuration, seed or number of images"):
-        next(train(**asked))
+    asked: dict[str, Any] = {"config": PLAIN, "seed": 1, "state": state}
+    asked[name] = state[:value] if name == "state" else value
+    with pytest.raises(ConfigError, match=why):
+        next(train(split=data, epochs=2, **asked))
 
 
-@pytest.mark.parametrize("size", [0, 10, 5000])
-def test_a_damaged_state_is_refused(data: Split, state: bytes, size: int) -> None:
-    with pytest.raises(ConfigError, match="damaged"):
-        next(train(PLAIN, data, epochs=2, seed=1, state=state[:size]))
-
-
-def test_a_state_with_the_optimizers_memory_in_another_form_is_refused(
+def test_a_state_is_left_alone_by_later_steps_and_one_of_another_form_is_refused(
     data: Split, state: bytes
 ) -> None:
-    run = Run(PLAIN, data, epochs=2, seed=1)
-    of_torch = State(state={}, param_groups=[])  # as torch's optimizers have it
-    run.state = unpack(state) | {"optimizer": of_torch}
-    with pytest.raises(ConfigError, match="another version"):
-        run.train_epoch(1)
-
-
-def test_a_state_is_left_alone_by_the_steps_that_follow(data: Split, state: bytes) -> None:
     run = Run(PLAIN, data, epochs=2, seed=1)
     run.state = first = unpack(state)
     run.train_epoch(1)
     torch.testing.assert_close(first["net"], unpack(state)["net"], rtol=0, atol=0)
+    of_torch = State(state={}, param_groups=[])  # as torch's optimizers have it
+    run.state = first | {"optimizer": of_torch}
+    with pytest.raises(ConfigError, match="another version"):
+        run.train_epoch(1)
 
 
 def test_a_run_can_be_made_longer(data: Split) -> None:
@@ -302,21 +282,8 @@ def test_a_run_can_be_made_longer(data: Split) -> None:
     assert timeless(last) == timeless(long[1])
 
 
+@pytest.mark.filterwarnings("error")
 def test_read_only_images_train_without_a_warning_and_stay_as_they_are(data: Split) -> None:
     before = data.train_images.copy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        next(train(SGD, data, epochs=1, seed=1))
+    next(train(SGD, data, epochs=1, seed=1))
     np.testing.assert_array_equal(data.train_images, before)
-
-
-@pytest.mark.slow
-def test_two_epochs_on_3000_images_learn(mnist: Mnist, small_mnist: Mnist) -> None:
-    others = slice(3000, 6000)
-    data = replace(
-        split(small_mnist, holdout=False),
-        train_images=mnist.train_images[others],
-        train_labels=mnist.train_labels[others],
-    )
-    _, last = train(TrainConfig(lr=0.02, batch_size=32), data, epochs=2, seed=0)
-    assert last.metrics.test_accuracy > 0.9  # 0.926 to 0.939 of 1,000 images (3 seeds)
