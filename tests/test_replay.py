@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,42 +76,41 @@ def test_a_recorded_configuration_stands_in_for_itself_and_for_its_kind() -> Non
     assert known.test_accuracy[DIVERGING] == 0.1  # no better than a guess
     assert [known.nearest(config) for config in known.configs] == list(range(len(known.configs)))
     kinds = {(config.optimizer, config.schedule) for config in known.configs}
-    proposed = Random(space(), EPOCHS, seed=2)
-    for number in range(50):
-        asked = proposed.propose(number)
+    for asked in map(Random(space(), EPOCHS, seed=2).propose, range(50)):
         found = known.configs[known.nearest(asked)]
         if (asked.optimizer, asked.schedule) in kinds:
             assert (found.optimizer, found.schedule) == (asked.optimizer, asked.schedule)
 
 
-def test_the_pick_is_the_highest_so_far_and_of_equals_the_lower_loss() -> None:
+def test_the_pick_is_the_highest_so_far_and_of_equals_the_lower_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     known = recorded()
     accuracy = np.zeros_like(known.val_accuracy)
     loss = np.ones_like(accuracy)
     loss[3] = 0.5
     known = replace(known, val_accuracy=accuracy, val_loss=loss)
-
-    class InOrder(Random):
-        def propose(self, number: int) -> TrainConfig:
-            return known.configs[number]
-
-    search = InOrder(space(), EPOCHS, 0)
-    found = picks(search, known, budgets=(1, 3 * EPOCHS, 3 * EPOCHS + 1), at_once=1)
+    in_order = Random(space(), EPOCHS, 0)
+    monkeypatch.setattr(in_order, "propose", known.configs.__getitem__)
+    found = picks(in_order, known, budgets=(1, 3 * EPOCHS, 3 * EPOCHS + 1), at_once=1)
     assert found == [0, 0, 3]
 
 
 def test_trials_take_turns_and_an_ended_one_makes_room() -> None:
-    search = Random(space(), 2, 0)
-    spent = [epoch for _, epoch in islice(epochs_of(search, recorded(), 2), 6)]
+    spent = [epoch for _, epoch in islice(epochs_of(Random(space(), 2, 0), recorded(), 2), 6)]
     assert spent == [1, 1, 2, 2, 1, 1]
 
 
-def test_picking_after_one_epoch_goes_wrong_where_the_order_turns() -> None:
-    for rising, goes_wrong in ((steady, False), (late, True)):
-        known = recorded(rising)
-        (pick,) = picks(Random(space(), 1, 0), known, budgets=(200,), at_once=4)
-        regret = known.test_accuracy.max() - known.test_accuracy[pick]
-        assert regret > 0.02 if goes_wrong else regret < 0.002
+@pytest.mark.parametrize(("rising", "early"), [(steady, "1.00"), (late, "-1.00")])
+def test_picking_after_one_epoch_goes_wrong_where_the_order_turns(
+    rising: Rising, early: str
+) -> None:
+    known = recorded(rising)
+    (pick,) = picks(Random(space(), 1, 0), known, budgets=(200,), at_once=4)
+    regret = known.test_accuracy.max() - known.test_accuracy[pick]
+    assert regret > 0.02 if rising is late else regret < 0.002
+    first = rank_correlations(table(rising).query(f"config != {DIVERGING}")).splitlines()[1]
+    assert first.split() == ["all", "raw", early, early, "1.00", "23"]
 
 
 @pytest.mark.parametrize("compared", ["systems", "stopping", "sampling"])
@@ -140,13 +138,8 @@ class Real:
     def __init__(self, path: Path) -> None:
         file = path / "default.yaml"
         file.write_text(yaml.safe_dump(space().as_dict(), sort_keys=False))
-        rules: dict[str, Any] = {
-            "epochs": EPOCHS,
-            "trials": 1000,
-            "reduction_factor": 3,
-            "startup_trials": 6,
-        }
-        self._course = Course(path / "run", space=str(file), **rules)
+        rules = {"epochs": EPOCHS, "trials": 1000, "reduction_factor": 3, "startup_trials": 6}
+        self._course = Course(path / "run", space=str(file), **rules)  # type: ignore[arg-type]
 
     def propose(self, number: int) -> TrainConfig:
         return self._course.experiment.next_trial(str(number)).config
@@ -163,12 +156,11 @@ def test_a_replay_compares_with_ours_pair_by_pair(
 ) -> None:
     file, save = tmp_path / "curves.csv", tmp_path / "all.csv"
     table(late).to_csv(file, index=False)
-    replay(
-        ReplaySettings(curves=file, compare="sampling", repetitions=3, budgets=(40, 60), save=save)
-    )
+    asked = {"compare": "sampling", "repetitions": 3, "budgets": (40, 60), "save": save}
+    replay(ReplaySettings(curves=file, **asked))  # type: ignore[arg-type]
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
-    assert found["n"] == 3 and found["epochs"] == 60
+    assert (found["n"], found["epochs"]) == (3, 60)
     assert found["behind_ours"]["ours"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     saved = pd.read_csv(save)
     ours = saved[(saved["subject"] == "ours") & (saved["quantity"] == "regret_at_60")]["value"]
@@ -178,38 +170,26 @@ def test_a_replay_compares_with_ours_pair_by_pair(
     assert "regret, percentage points" in out
 
 
-def test_rank_correlations_tell_steady_curves_from_turning_ones() -> None:
-    for rising, early in ((steady, "1.00"), (late, "-1.00")):
-        curves = table(rising).query(f"config != {DIVERGING}")
-        first = rank_correlations(curves).splitlines()[1]
-        assert first.split() == ["all", "raw", early, early, "1.00", "23"]
-
-
-def test_a_file_that_holds_no_curves_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="bench curves makes it"):
-        read_curves(tmp_path / "none.csv")
-    (tmp_path / "other.csv").write_text("config,epoch\n0,1\n")
-    with pytest.raises(ConfigError, match="has no column"):
-        read_curves(tmp_path / "other.csv")
-
-
-def test_a_recorded_curve_scores_raw_and_averaged_weights_each_epoch_and_tests_at_the_end() -> (
-    None
-):
-    config = TrainConfig(lr=0.05, dropout=0.0)
-    first, last = record(0, config, epochs=2, images=640, data_dir=None)
-    assert np.isnan(first["test_accuracy"]) and np.isnan(first["averaged_test_accuracy"])
-    assert 0.1 < last["test_accuracy"] <= 1 and 0.1 < last["averaged_test_accuracy"] <= 1
-    assert last["val_loss"] != last["averaged_val_loss"]
-    assert "config_ema_decay" not in last
-
-
-def test_recording_trains_nothing_again(
+def test_a_file_that_holds_no_curves_is_refused_and_one_with_curves_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "curves.csv"
+    with pytest.raises(ConfigError, match="bench curves makes it"):
+        read_curves(file)
+    file.write_text("config,epoch\n0,1\n")
+    with pytest.raises(ConfigError, match="has no column"):
+        read_curves(file)
     table(configs=3).to_csv(file, index=False)
     before = file.read_bytes()
     curves(CurvesSettings(save=file, configs=3))
-    assert file.read_bytes() == before
-    assert capsys.readouterr().out == ""
+    assert (file.read_bytes(), capsys.readouterr().out) == (before, "")
+
+
+def test_a_recorded_curve_scores_raw_and_averaged_weights_and_tests_at_the_end() -> None:
+    config = TrainConfig(lr=0.05, dropout=0.0)
+    first, last = record(0, config, epochs=2, images=640, data_dir=None)
+    for name in ("test_accuracy", "averaged_test_accuracy"):
+        assert np.isnan(first[name])
+        assert 0.1 < last[name] <= 1
+    assert last["val_loss"] != last["averaged_val_loss"]
+    assert "config_ema_decay" not in last
