@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,12 @@ RAYJOBS = ("rayjob-cpu.yaml", "rayjob-gpu.yaml")
 PINNED = dict(re.findall(r"^(.+)==(.+)$", (ROOT / "constraints.txt").read_text(), re.M))
 
 
-def documents(name: str) -> list[dict[str, Any]]:
+def documents(name: str) -> list[Any]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-def rayjob(name: str) -> dict[str, Any]:
-    _, job = documents(name)
-    return job
+def rayjob(name: str) -> Any:
+    return documents(name)[1]
 
 
 def check_rayjob(job: dict[str, Any]) -> None:
@@ -48,39 +49,33 @@ def check_kubernetes(document: dict[str, Any]) -> None:
     kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize("name", RAYJOBS)
-def test_rayjobs_are_what_kuberay_and_kubernetes_take(name: str) -> None:
-    volume, job = documents(name)
-    check_kubernetes(volume)
-    check_rayjob(job)
-
-
-def test_the_pod_that_fetches_results_mounts_the_rayjobs_volume() -> None:
+def test_rayjobs_and_the_pod_that_fetches_results_are_what_kuberay_and_kubernetes_take() -> None:
     (pod,) = documents("fetch.yaml")
     check_kubernetes(pod)
-    claims = {documents(name)[0]["metadata"]["name"] for name in RAYJOBS}
-    volumes = pod["spec"]["volumes"]
-    assert {each["persistentVolumeClaim"]["claimName"] for each in volumes} == claims
+    (mounted,) = pod["spec"]["volumes"]
+    for volume, job in map(documents, RAYJOBS):
+        check_kubernetes(volume)
+        check_rayjob(job)
+        claim = volume["metadata"]["name"]
+        assert mounted["persistentVolumeClaim"]["claimName"] == claim
 
 
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        (("spec", "shutdownAfterFinish"), True),
-        (("spec", "shutdownAfterJobFinishes"), False),  # ttlSecondsAfterFinished needs it
-        (("spec", "activeDeadlineSeconds"), "9h"),
-        (("spec", "rayClusterSpec", "authOptions", "mode"), "tokens"),
-        (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
-        (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplicas"), "4"),
-        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "volume"), []),
+        ("shutdownAfterFinish", True),
+        ("shutdownAfterJobFinishes", False),  # ttlSecondsAfterFinished needs it
+        ("activeDeadlineSeconds", "9h"),
+        ("rayClusterSpec.authOptions.mode", "tokens"),
+        ("rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0),
+        ("rayClusterSpec.workerGroupSpecs", [{"minReplicas": "4"}]),
+        ("rayClusterSpec.headGroupSpec.template.spec.volume", []),
     ],
 )
-def test_a_mistake_in_a_rayjob_would_be_seen(where: tuple[Any, ...], value: object) -> None:
+def test_a_mistake_in_a_rayjob_would_be_seen(where: str, value: object) -> None:
     job = rayjob("rayjob-cpu.yaml")
-    place: Any = job
-    for key in where[:-1]:
-        place = place[key]
-    place[where[-1]] = value
+    *parents, key = where.split(".")
+    reduce(getitem, parents, job["spec"])[key] = value
     with pytest.raises(jsonschema.ValidationError):
         check_rayjob(job)
 
@@ -98,6 +93,7 @@ def test_rayjobs_end_in_order_before_their_deadline_and_only_one_shares_gpus(
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert ("nvidia.com/gpu" in limits) == is_gpu
     assert ("--gpus-per-trial 0.25" in spec["entrypoint"]) == is_gpu
+    assert spec["rayClusterSpec"]["rayVersion"] == PINNED["ray"]
 
 
 def test_ray_up_takes_the_cluster_of_virtual_machines() -> None:
@@ -108,26 +104,20 @@ def test_ray_up_takes_the_cluster_of_virtual_machines() -> None:
         validate_config(config)
 
 
-def test_versions_are_those_of_the_constraints() -> None:
-    for name in RAYJOBS:
-        assert rayjob(name)["spec"]["rayClusterSpec"]["rayVersion"] == PINNED["ray"]
-    dockerfile = (DEPLOY / "Dockerfile").read_text()
-    assert "pip install --no-cache-dir -c constraints.txt '.[cluster]'" in dockerfile
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        needed = tomllib.load(file)["project"]["requires-python"]
-    assert f"FROM python:{needed.removeprefix('>=')}-slim" in dockerfile
-
-
-def test_every_file_names_the_image_of_this_version() -> None:
+def test_every_file_names_the_image_of_this_version_and_that_has_the_constraints() -> None:
     for path in DEPLOY.iterdir():
         images = set(re.findall(r"tune-mnist:[\w.]+", path.read_text()))
         assert images <= {IMAGE}, path
         assert images or path.name == "slurm.sh", path
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    assert "pip install --no-cache-dir -c constraints.txt '.[cluster]'" in dockerfile
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert f"FROM python:{needed.removeprefix('>=')}-slim" in dockerfile
 
 
 @pytest.mark.network
 def test_the_image_gets_all_files_that_it_takes_to_install_the_package(tmp_path: Path) -> None:
-    """The Dockerfile's COPY lines make a folder from which the package can be built."""
+
     context = tmp_path / "context"
     context.mkdir()
     for line in re.findall(r"^COPY (.+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE):
