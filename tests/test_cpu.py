@@ -1,9 +1,9 @@
 """The door to a CPU's compiled code: it is used where it is right, and never where it is not."""
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,13 +40,12 @@ def trained(mnist: Mnist) -> EpochResult:
     return next(train(TrainConfig(batch_size=16), data, epochs=1, seed=1))
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("loops")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_code_that_is_right_is_used_without_a_word(threads: int) -> None:
     net, before = Net(), torch.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backend(net, threads) is not TORCH
+    assert backend(net, threads) is not TORCH
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -55,9 +54,8 @@ def scaled_by(factor: float, of: Callable[..., Any]) -> Callable[..., Any]:
 
     def damaged(*arguments: Any) -> Any:
         found = of(*arguments)
-        if isinstance(found, tuple):
-            return tuple(each * factor for each in found)
-        return found * factor
+        parts = tuple(each * factor for each in (found if isinstance(found, tuple) else [found]))
+        return parts if isinstance(found, tuple) else parts[0]
 
     return damaged
 
@@ -109,25 +107,19 @@ def test_a_wrong_convolution_is_found(
 def test_a_kernel_that_fails_is_told_and_not_used(
     loops: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no code for\nthis machine")
-
-    monkeypatch.setattr(loops, "max_pool", fail)
-    with pytest.warns(
-        RuntimeWarning, match="they fail with OSError: no code for this machine; torch"
-    ):
+    monkeypatch.setattr(loops, "max_pool", Mock(side_effect=OSError("no code for\nthis machine")))
+    told = "they fail with OSError: no code for this machine; torch"
+    with pytest.warns(RuntimeWarning, match=told):
         assert backend(Net(), threads=1) is TORCH
 
 
-def test_without_numba_torch_computes_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("error")
+def test_without_numba_or_for_other_nets_torch_computes_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert backend(Net().double(), threads=1) is TORCH
+    assert backend(Net().to("meta"), threads=1) is TORCH
     for name in ("convolution", "features", "llvm", "loops"):
         monkeypatch.delitem(sys.modules, f"tune_mnist.mnist.cpu.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backend(Net(), threads=1) is TORCH
-
-
-def test_nets_that_are_not_float32_on_a_cpu_are_torchs() -> None:
-    assert backend(Net().double(), threads=1) is TORCH
-    assert backend(Net().to("meta"), threads=1) is TORCH
+    assert backend(Net(), threads=1) is TORCH
