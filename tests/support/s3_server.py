@@ -2,17 +2,14 @@
 
 import threading
 from collections.abc import Iterator
-from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase, BytesIO
-from time import gmtime, strftime, time
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from datetime import UTC, datetime
+from io import BytesIO
+from typing import BinaryIO
 from xml.sax.saxutils import escape
 
 import pytest
-
-Headers = dict[str, str]
+from werkzeug import Request, Response
+from werkzeug.serving import make_server
 
 BUCKET = "bucket"
 CREDENTIALS = {
@@ -23,13 +20,11 @@ CREDENTIALS = {
 }
 
 
-class S3(ThreadingHTTPServer):
+class S3:
     """One bucket, in memory."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        self.server = make_server("127.0.0.1", 0, Request.application(self._answer), threaded=True)
         self.objects: dict[str, tuple[bytes, float]] = {}  # content, when it was put
         self.puts: list[str] = []
         self.refuses = False  # to take anything
@@ -37,7 +32,8 @@ class S3(ThreadingHTTPServer):
         self.answers.set()
 
     def uri(self, path: str) -> str:
-        return f"s3://{BUCKET}/{path}?endpoint_override=127.0.0.1:{self.server_port}&scheme=http"
+        address = f"127.0.0.1:{self.server.server_port}"
+        return f"s3://{BUCKET}/{path}?endpoint_override={address}&scheme=http"
 
     def contents(self, folder: str) -> dict[str, bytes]:
         """Return the files in a folder, but for those that begin with a dot."""
@@ -48,105 +44,54 @@ class S3(ThreadingHTTPServer):
             if key.startswith(start) and not key.startswith(f"{start}.") and key[-1] != "/"
         }
 
-    def lines(self, key: str) -> int:
-        return self.objects[key][0].count(b"\n") if key in self.objects else 0
+    def _answer(self, request: Request) -> Response:
+        content = request.get_data()
+        self.answers.wait()
+        bucket, _, key = request.path.lstrip("/").partition("/")
+        if request.method == "PUT" and self.refuses:
+            return _failure(403, "AccessDenied")
+        if bucket != BUCKET:
+            return _failure(404, "NoSuchBucket")
+        if request.method == "PUT":
+            if "aws-chunked" in request.headers.get("Content-Encoding", ""):
+                content = b"".join(_chunks(BytesIO(content)))
+            self.objects[key] = content, datetime.now(UTC).timestamp()
+            self.puts.append(key)
+            return Response(headers={"ETag": '"0"'})
+        if request.method == "DELETE":
+            self.objects.pop(key, None)
+            return Response(status=204)
+        if "list-type" in request.args:
+            return self._list(request.args.get("prefix", ""))
+        if key and key not in self.objects:
+            return _failure(404, "NoSuchKey")
+        content, when = self.objects.get(key, (b"", 0.0))
+        response = Response(content, headers={"ETag": '"0"'})
+        response.last_modified = datetime.fromtimestamp(when, UTC)
+        return response.make_conditional(request, accept_ranges=True, complete_length=len(content))
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: S3
-
-    def do_PUT(self) -> None:
-        content = self._body()
-        if self.server.refuses:
-            self._fail(403, "AccessDenied")
-        elif self._key is None:
-            self._fail(404, "NoSuchBucket")
-        else:
-            self.server.objects[self._key] = content, time()
-            self.server.puts.append(self._key)
-            self._answer(200)
-
-    def do_DELETE(self) -> None:
-        self.server.objects.pop(self._key or "", None)
-        self._answer(204)
-
-    def do_GET(self) -> None:
-        query = parse_qs(urlsplit(self.path).query)
-        if self._key is None:
-            self._fail(404, "NoSuchBucket")
-        elif "list-type" in query:
-            self._list(query.get("prefix", [""])[0])
-        elif self._key == "":
-            self._answer(200)
-        elif self._key not in self.server.objects:
-            self._fail(404, "NoSuchKey")
-        else:
-            self._send(*self.server.objects[self._key])
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def _send(self, content: bytes, when: float) -> None:
-        headers = {"Last-Modified": formatdate(when, usegmt=True)}
-        if not (asked := self.headers.get("Range")):
-            self._answer(200, content, headers)
-            return
-        total = len(content)
-        first, _, last = asked.removeprefix("bytes=").partition("-")
-        content = content[int(first) : int(last or total) + 1]
-        headers["Content-Range"] = f"bytes {first}-{int(first) + len(content) - 1}/{total}"
-        self._answer(206, content, headers)
-
-    def _list(self, prefix: str) -> None:
+    def _list(self, prefix: str) -> Response:
         found = [
             f"<Contents><Key>{escape(key)}</Key><Size>{len(content)}</Size><LastModified>"
-            f"{strftime('%Y-%m-%dT%H:%M:%S.000Z', gmtime(when))}</LastModified></Contents>"
-            for key, (content, when) in sorted(self.server.objects.items())
+            f"{datetime.fromtimestamp(when, UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>"
+            for key, (content, when) in sorted(self.objects.items())
             if key.startswith(prefix)
         ]
-        text = (
+        return Response(
             f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>{len(found)}</KeyCount>"
             f"{''.join(found)}</ListBucketResult>"
         )
-        self._answer(200, text.encode())
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        content = b"".join(_chunks(self.rfile))
-        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
-            return b"".join(_chunks(BytesIO(content)))
-        return content
-
-    @property
-    def _key(self) -> str | None:
-        bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
-        return key if bucket == BUCKET else None
-
-    def _fail(self, status: int, code: str) -> None:
-        self._answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
-
-    def _answer(self, status: int, content: bytes = b"", headers: Headers | None = None) -> None:
-        self.server.answers.wait()
-        self.send_response(status)
-        for name, value in {"ETag": '"0"', **(headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
-def _chunks(file: BufferedIOBase) -> Iterator[bytes]:
-    """Read what was sent in pieces, each with its size before it, and a checksum at the end."""
+def _failure(status: int, code: str) -> Response:
+    return Response(f"<Error><Code>{code}</Code><Message>no</Message></Error>", status)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Read what was sent in pieces, each with its size before it; a checksum follows them."""
     while size := int(file.readline().partition(b";")[0], 16):
         yield file.read(size)
         file.readline()
-    while file.readline().strip():
-        pass
 
 
 @pytest.fixture
@@ -154,10 +99,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """An empty bucket and the credentials for it."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    with S3() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.answers.set()
-            server.shutdown()
+    bucket = S3()
+    threading.Thread(target=bucket.server.serve_forever, daemon=True).start()
+    yield bucket
+    bucket.answers.set()
+    bucket.server.shutdown()
