@@ -4,6 +4,7 @@ The processes fork from one that has imported everything, so they start in a fra
 """
 
 import csv
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +92,6 @@ class Driver:
         """End it as `kill -9` does."""
         self._process.kill()
         self._process.join(PATIENCE)
-
-    def join(self, patience: float) -> None:
-        self._process.join(patience)
 
     def wait(self, patience: float = PATIENCE) -> int:
         """Return its exit code once it has ended."""
@@ -173,12 +172,6 @@ def history_of(path: Path) -> History:
     return History.load(RunFolder.open(path))
 
 
-def epochs_in(path: Path) -> int:
-    """Count the finished rows of epochs.csv, the header not among them."""
-    file = path / "epochs.csv"
-    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
-
-
 def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
     """Return what a run's trials trained and reported, as it lies on disk."""
     return outcome(history_of(path))
@@ -187,12 +180,15 @@ def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
 def outcome(history: History) -> list[tuple[str, list[float]]]:
     """Return all trials of a run, by number: what they trained and what they reported."""
     return [
-        (
-            repr((record.config, record.seed, record.state)),
-            [row.val_accuracy for row in record.rows],
-        )
-        for record in history.trials.values()
+        (repr((each.config, each.seed, each.state)), [row.val_accuracy for row in each.rows])
+        for each in history.trials.values()
     ]
+
+
+def epochs_in(path: Path) -> int:
+    """Count the finished rows of epochs.csv, the header not among them."""
+    file = path / "epochs.csv"
+    return max(0, file.read_bytes().count(b"\n") - 1) if file.exists() else 0
 
 
 def notes_of(notes: Path) -> Counter[str]:
@@ -224,14 +220,14 @@ def act_at(
     owner: type, method: str, call: int, act: Callable[[], object], *, after: bool = False
 ) -> None:
     """Act once, before or after a method is called for this many times, in this process."""
-    left = [call]
+    calls = itertools.count(1)
 
     def acting(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0 and not after:
+        is_now = next(calls) == call
+        if is_now and not after:
             act()
         result = original(*args, **kwargs)
-        if left[0] == 0 and after:
+        if is_now and after:
             act()
         return result
 
@@ -255,8 +251,5 @@ def _search(
     os.dup2(file, 2)
     if prepare is not None:
         prepare()
-    sys.exit(
-        exit_code(
-            "search", SearchSettings, lambda settings: scripted_search(settings, script), arguments
-        )
-    )
+    search = partial(scripted_search, script=script)
+    sys.exit(exit_code("search", SearchSettings, search, arguments))
