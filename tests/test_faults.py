@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from support.drivers import (
 )
 from support.scripted import Script
 
+from tune_mnist.runs.history import History
 from tune_mnist.runs.space import load_space
 from tune_mnist.tuning import study_file
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
@@ -91,18 +92,7 @@ def test_a_trial_ends_with_its_last_error(
     assert "\n" not in row["reason"]
 
 
-def test_a_worker_that_dies_between_two_trials_costs_none(suffered: Searches) -> None:
-    states = [row["state"] for row in table_of(suffered.folder("suffered")).values()]
-    assert [states[0], states[8], states[9]] == ["complete"] * 3
-
-
-def test_nothing_of_rays_own_is_printed(suffered: Searches) -> None:
-    output = (suffered.path / "output-0.txt").read_text()
-    assert "raylet" not in output
-    assert "Traceback" not in output
-
-
-def test_study_and_tables_tell_the_same_story(suffered: Searches) -> None:
+def test_study_tables_and_output_tell_the_same_story(suffered: Searches) -> None:
     folder = suffered.folder("suffered")
     table = table_of(folder)
     states = {
@@ -118,6 +108,11 @@ def test_study_and_tables_tell_the_same_story(suffered: Searches) -> None:
         assert trial.user_attrs["state"] == row["state"]
         assert trial.user_attrs["ray_trial_id"] == row["ray_id"]
     assert len(study_of(folder)) == len(table) == 10
+    # A worker that dies between two trials, as after the eighth, costs none.
+    assert [table[number]["state"] for number in (0, 8, 9)] == ["complete"] * 3
+    output = (suffered.path / "output-0.txt").read_text()
+    assert "raylet" not in output  # nothing of Ray's own
+    assert "Traceback" not in output
 
 
 def memory(*names: str) -> list[int]:
@@ -164,8 +159,9 @@ def test_trials_of_a_killed_node_are_resumed_on_the_node_that_is_left(
     finally:
         cluster.remove_node(node, allow_graceful=False)
     history = history_of(searches.folder("run"))
-    assert {record.state for record in history.trials.values()} == {"complete"}
-    assert sum(record.retries for record in history.trials.values()) >= 1
+    records = history.trials.values()
+    assert {record.state for record in records} == {"complete"}
+    assert sum(record.retries for record in records) >= 1
     assert notes_of(searches.notes).total() - len(history.rows) <= 2
 
 
@@ -177,36 +173,22 @@ def test_a_full_disk_ends_a_search_that_is_resumed_once_there_is_room(
         mounted(tmp_path / "disk", "size=4m") as disk,
         searches_in(disk, cluster.address) as searches,
     ):
-        script = Script(seconds=0.02, state_size=100_000)
-        driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
-        folder = searches.folder("run")
-        driver.wait_until(lambda: epochs_in(folder) > 5)
+        driver = search_to_be_stopped(searches, state_size=100_000)
         filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-        check_it_ends_in_order(driver, folder, "No space left on device")
-        before = outcome_so_far(folder)
-        filler.unlink()
-        driver = searches.resume("run", *TWO, script=script)
-        assert driver.wait() == 0, driver.output
-        check_it_is_whole(folder, trials=12)
-        assert outcome_so_far(folder)[: len(before)] == before
+        check_it_is_ended_and_resumed(searches, driver, "No space left on device", filler.unlink)
 
 
 @pytest.mark.root
 def test_a_folder_gone_read_only_ends_a_search_that_is_resumed_later(searches: Searches) -> None:
-    script = Script(seconds=0.02)
-    driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
-    folder = searches.folder("run")
-    driver.wait_until(lambda: epochs_in(folder) > 5)
-    with mount("--bind", str(folder), at=folder):
+    driver, folder = search_to_be_stopped(searches), searches.folder("run")
+    with contextlib.ExitStack() as mounts:
+        mounts.enter_context(mount("--bind", str(folder), at=folder))
         # A second mount over the first: that one is in use and would refuse to become so.
         subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
-        check_it_ends_in_order(driver, folder, "Read-only file system")
-    driver = searches.resume("run", *TWO)
-    assert driver.wait() == 0, driver.output
-    check_it_is_whole(folder, trials=12)
+        check_it_is_ended_and_resumed(searches, driver, "Read-only file system", mounts.close)
 
 
 def hurry() -> None:
@@ -214,95 +196,74 @@ def hurry() -> None:
     replace(study_file, "CLOSING_PATIENCE", 2.0)
 
 
-def outcome_so_far(folder: Path) -> list[str]:
-    return [row.line() for _, row in history_of(folder).rows]
-
-
-def check_it_ends_in_order(driver: Driver, folder: Path, reason: str) -> None:
+def check_it_is_ended_and_resumed(
+    searches: Searches, driver: Driver, reason: str, mend: Callable[[], object]
+) -> None:
+    """See that a search of 12 trials ends in order, and is whole once it can be resumed."""
     assert driver.wait() == 1, driver.output
+    folder = searches.folder("run")
     last = driver.output.splitlines()[-1]
     assert last.startswith("error: cannot write to")
     assert reason in last
     assert f"--resume {folder}" in last
     assert "Traceback" not in driver.output
-    assert history_of(folder).rows
+    before = [row.line() for _, row in history_of(folder).rows]
+    assert before
+    mend()
+    driver = searches.resume("run", *TWO)
+    assert driver.wait() == 0, driver.output
+    after = check_it_is_whole(folder, trials=12).rows
+    assert [row.line() for _, row in after][: len(before)] == before
 
 
-def check_it_is_whole(folder: Path, trials: int) -> None:
-    history = history_of(folder)
+def search_to_be_stopped(searches: Searches, state_size: int = 0) -> Driver:
+    """Begin a search of 12 trials and wait for its first epochs."""
+    script = Script(seconds=0.02, state_size=state_size)
+    driver = searches.start("run", "--trials", 12, *TWO, script=script, prepare=hurry)
+    driver.wait_until(lambda: epochs_in(searches.folder("run")) > 5)
+    return driver
+
+
+def check_it_is_whole(folder: Path, trials: int) -> History:
+    history = history_of(folder)  # which refuses rows that are doubled or out of order
     assert len(history.trials) == trials
     assert not history.unfinished()
     assert {trial.state for trial in study_of(folder)} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert len(study_of(folder)) == trials
     assert set(table_of(folder)) == set(range(trials))
+    return history
 
 
-class Killer:
-    """Kills a driver at random moments: some counted in time, some in epochs."""
-
-    def __init__(self, seed: int) -> None:
-        self._random, self.log = random.Random(seed), [f"seed {seed}"]
-
-    def strike(self, driver: Driver, folder: Path) -> bool:
-        """Kill the driver of the run in `folder`, or return False where it ended before."""
-        before = _sessions(folder)
-        driver.wait_until(lambda: _sessions(folder) > before)
-        if self._random.random() < 0.6:
-            delay = self._random.uniform(0, 1.5)
-            self.log.append(f"killed {delay:.3f} s after its start")
-        else:
-            more, delay = self._random.randint(1, 25), self._random.uniform(0, 0.02)
-            self.log.append(f"killed {delay:.4f} s after {more} epochs")
-            goal = epochs_in(folder) + more
-            with contextlib.suppress(pytest.fail.Exception):
-                driver.wait_until(lambda: epochs_in(folder) >= goal)
-        deadline = time.monotonic() + delay
-        while time.monotonic() < deadline and driver.is_alive:
-            time.sleep(0.0005)
-        if not driver.is_alive:
-            assert driver.wait() == 0, driver.output
-            return False
-        driver.kill()
-        return True
-
-
-def _sessions(folder: Path) -> int:
-    events = folder / "events.jsonl"
-    return events.read_bytes().count(b'"session"') if events.exists() else 0
-
-
-def search_with_kills(
-    searches: Searches, *, seed: int, kills: int, trials: int, at_once: int
-) -> Path:
-    """Kill a search `kills` times, resume it each time, and let it finish."""
-    script = Script(seconds=0.005, notes=searches.notes)
-    killer, folder = Killer(seed), searches.folder("killed")
-    limit = ("--max-concurrent", at_once)
+@pytest.mark.parametrize(("at_once", "kills", "trials"), [(1, 18, 30), (2, 7, 25)])
+def test_a_search_killed_at_random_moments_loses_and_repeats_nothing(
+    searches: Searches, tmp_path: Path, at_once: int, kills: int, trials: int
+) -> None:
+    generator, moments = random.Random(at_once), list[tuple[int, float]]()
+    script, folder = Script(seconds=0.005, notes=searches.notes), searches.folder("killed")
+    limit, events = ("--max-concurrent", at_once), folder / "events.jsonl"
     driver = searches.start("killed", "--trials", trials, *limit, script=script)
-    for _ in range(kills):
-        assert killer.strike(driver, folder), ("it had finished before", killer.log)
+    for killed in range(kills):
+        driver.wait_until(  # for its session
+            lambda: events.exists() and events.read_bytes().count(b'"session"') > killed  # noqa: B023
+        )
+        # Counted in time, as while it begins, or in epochs.
+        more = generator.choice([0, 0, generator.randint(1, 25)])
+        moments.append((more, generator.uniform(0, 0.02 if more else 1.0)))
+        goal = epochs_in(folder) + more
+        driver.wait_until(lambda: epochs_in(folder) >= goal)  # noqa: B023
+        time.sleep(moments[-1][1])
+        assert driver.is_alive, ("it had finished before", moments)
+        driver.kill()
         driver = searches.resume("killed", *limit, script=script)
-    assert driver.wait() == 0, (killer.log, driver.output)
-    history = history_of(folder)  # which refuses rows that are doubled or out of order
+    assert driver.wait() == 0, (moments, driver.output)
+    history = check_it_is_whole(folder, trials)
     trained = notes_of(searches.notes)
     assert {f"{record.number} {row.epoch}" for record, row in history.rows} == set(trained)
     assert trained.total() - len(history.rows) <= kills * at_once  # only what was under way
-    assert len(history.trials) == trials
-    assert not history.unfinished()
-    return folder
-
-
-def test_one_trial_at_a_time_comes_to_what_the_unbroken_search_does(
-    searches: Searches, tmp_path: Path
-) -> None:
-    folder = search_with_kills(searches, seed=1, kills=18, trials=30, at_once=1)
-    epochs = load_space("sgd").epochs
-    unbroken = Course(tmp_path / "unbroken", trials=30, epochs=epochs, startup_trials=10)
-    unbroken.run(until=30)
-    assert outcome_of(folder) == outcome(unbroken.history)
-    assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
-    assert not list((folder / "checkpoints").iterdir())
-
-
-def test_two_trials_at_a_time_lose_and_repeat_nothing(searches: Searches) -> None:
-    search_with_kills(searches, seed=2, kills=7, trials=25, at_once=2)
+    if at_once == 1:  # it comes to what the unbroken search does
+        epochs = load_space("sgd").epochs
+        unbroken = Course(tmp_path / "unbroken", trials=30, epochs=epochs, startup_trials=10)
+        unbroken.run(until=30)
+        assert outcome_of(folder) == outcome(unbroken.history)
+        assert (folder / "best.pt").read_bytes() == unbroken.folder.best_model.read_bytes()
+        assert not list((folder / "checkpoints").iterdir())
