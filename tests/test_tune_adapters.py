@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ray.exceptions import RayActorError
@@ -80,28 +81,25 @@ def test_a_trial_that_fails_is_suggested_again_before_anything_new(watched: Watc
     assert watched.searcher.suggest("x") is None  # there is room for two
     watched.report(first)
     watched.fail(first, "the worker\ndied")
+    assert watched.experiment.live == 1
     again = watched.start("other")
     assert number_of(again) == number_of(first)
     assert again.config["assignment"].state == b"after 1"
     record = watched.course.history.trials[0]
     assert (record.state, record.retries, record.reason) == ("running", 1, "the worker died")
+    assert record.ray_id == "other"
 
 
 def test_a_trial_that_fails_too_often_without_an_epoch_is_given_up(watched: Watched) -> None:
-    for _ in range(2):
-        watched.fail(watched.start(), "always")
-    record = watched.course.history.trials[0]
-    assert (record.state, record.retries, record.reason) == ("failed", 1, "always")
-    assert number_of(watched.start()) == 1
-
-
-def test_an_epoch_forgives_earlier_failures(watched: Watched) -> None:
     for _ in range(4):
         trial = watched.start()
         watched.report(trial)
         watched.fail(trial)
-    assert watched.course.history.trials[0].state == "running"
-    assert watched.course.history.trials[0].epochs == 4
+    record = watched.course.history.trials[0]
+    assert (record.state, record.epochs) == ("running", 4)  # an epoch forgives earlier failures
+    watched.fail(watched.start(), "always")
+    assert (record.state, record.retries, record.reason) == ("failed", 4, "always")
+    assert number_of(watched.start()) == 1
 
 
 def test_a_lost_node_is_not_a_failure_of_its_trial(watched: Watched) -> None:
@@ -115,8 +113,7 @@ def test_a_lost_node_is_not_a_failure_of_its_trial(watched: Watched) -> None:
     assert (record.state, record.reason) == ("failed", f"{NODE_LOST} (10.0.0.7)")
 
 
-def test_the_last_running_trial_may_still_fail_and_be_suggested_again(tmp_path: Path) -> None:
-    watched = Watched(tmp_path)
+def test_the_last_running_trial_may_still_fail_and_be_suggested_again(watched: Watched) -> None:
     watched.experiment.rules = replace(watched.course.rules, trials=1)
     trial = watched.start()
     assert watched.searcher.suggest("x") is None
@@ -148,30 +145,19 @@ def test_a_search_whose_every_trial_fails_at_once_is_given_up(tmp_path: Path) ->
 FULL = OSError(28, "No space left on device")
 
 
-def full(*_: Any) -> None:
-    raise FULL
-
-
-def test_a_report_that_cannot_be_written_ends_the_search_not_the_trial(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["checkpoints.save", "history.end_trial"])
+def test_a_report_or_an_end_that_cannot_be_written_ends_the_search_not_the_trial(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     trial = watched.start()
-    monkeypatch.setattr(watched.course.checkpoints, "save", full)
-    assert watched.report(trial) == "NOOP"
+    part, method = broken.split(".")
+    monkeypatch.setattr(getattr(watched.course, part), method, Mock(side_effect=FULL))
+    assert (watched.report(trial) == "NOOP") == (method == "save")
+    watched.supervisor.on_trial_complete(0, [], trial)
     with watched.experiment.ending_on_error():
         raise ValueError("a consequence")
     assert watched.experiment.broken is FULL  # the first error
     assert watched.supervisor.stop_all()
-
-
-def test_an_end_that_cannot_be_written_ends_the_search(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trial = watched.start()
-    monkeypatch.setattr(watched.course.history, "end_trial", full)
-    watched.report(trial)
-    watched.supervisor.on_trial_complete(0, [], trial)
-    assert watched.experiment.broken is FULL
 
 
 @pytest.mark.parametrize(
