@@ -16,8 +16,8 @@ from tune_mnist.mnist.checkpoint import initial_state, put_state
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.cpu import backend
 from tune_mnist.mnist.data import Mnist, Split, split
-from tune_mnist.mnist.forward import training_forward
-from tune_mnist.mnist.images import SplitTensors
+from tune_mnist.mnist.forward import evaluation_forward, training_forward
+from tune_mnist.mnist.images import SplitTensors, scaled
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.step import (
     FLAT_OPTIMIZERS,
@@ -65,7 +65,6 @@ def make_step(config: TrainConfig, data: Split, *, known: bool) -> Step:
 def take_all(
     step: Step, take: Take, config: TrainConfig, after: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Take an epoch's steps, each with draws of its own, and return their losses."""
     batches = torch.arange(28).split(config.batch_size)  # type: ignore[no-untyped-call]
     rates = learning_rates(config, epochs=1, steps_per_epoch=len(batches))
     losses = []
@@ -126,13 +125,16 @@ def test_the_average_follows_the_net_by_its_formula_and_is_the_net_where_none_is
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_step_reads_no_value_from_its_device(data: Split, optimizer: Any) -> None:
+def test_a_step_and_an_evaluation_read_no_value_from_their_device(
+    data: Split, optimizer: Any
+) -> None:
     # The meta device has shapes but no values: whatever would wait for a GPU raises there.
     nowhere: Any = None
     kind, images = StepKind(optimizer, True, True), SplitTensors.on(data, "meta")
     step = Step(kind, images, nowhere, training_forward, known={})
     row = torch.empty(len(step.columns), device="meta")
     assert step.take(torch.empty(8, dtype=torch.int64, device="meta"), row).device.type == "meta"
+    assert evaluation_forward(step.net.net, scaled(images.val_images)).shape[1] == 10
 
 
 @pytest.mark.parametrize(
