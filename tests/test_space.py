@@ -46,7 +46,6 @@ momentom: {low: 0.5, high: 0.9} => parameters|hyperparameter 'momentom'|did you 
 "a\nb": 1 => parameters|unknown hyperparameter 'a b'
 lr: [0.1, 0.2] => parameters.lr|constant|searched|[0.1, 0.2]|choices: [
 lr: => parameters.lr|constant|searched|got None
-lr: {} => parameters.lr|needs low and high, or choices|add low
 lr: {low: 0.1} => parameters.lr|needs low and high|add high
 lr: {low: 0.1, hihg: 0.2} => parameters.lr|key 'hihg'|did you mean 'high'?|choices, low, high
 lr: {low: 0.2, high: 0.1} => parameters.lr|low must not exceed high|0.2|0.1
@@ -56,7 +55,6 @@ lr: {low: 1e-4, high: 0.1} => parameters.lr.low|must be a number|'1e-4'|write 0.
 dropout: {low: 0.0, high: 0.5, log: true} => parameters.dropout.low|log is true|0.0|drop log
 lr: {low: 0.1, high: 0.2, log: 1} => parameters.lr.log|true or false|got 1
 lr: {low: 0.1, high: 0.5, step: 0} => parameters.lr.step|> 0|got 0
-lr: {low: 0.1, high: 0.5, step: .nan} => parameters.lr.step|> 0|nan
 lr: {low: 0.1, high: 0.5, step: 0.3} => parameters.lr.step|multiple|0.3|change
 lr: {low: 0.1, high: 0.5, step: 0.1, log: true} => parameters.lr.step|log: true|0.1|remove one
 step_every: {low: 1.5, high: 4} => parameters.step_every.low|whole number|1.5
@@ -70,7 +68,6 @@ optimizer: {choices: [sgd, adam]} => parameters.optimizer.choices|'adam'|did you
 optimizer: {choices: [sgd, on]} => one of sgd, adamw|True|bare yes, no, on and off
 nesterov: {choices: ['true', false]} => one of true, false|'true'|without quotes
 optimizer: {low: sgd, high: adamw} => parameters.optimizer|needs choices|{choices: [sgd, adamw]}
-optimizer: adam => parameters.optimizer|one of sgd, adamw|did you mean 'adamw'?
 lr: 0.1 => parameters|nothing to search|low: 0.0
 """
 
@@ -79,7 +76,6 @@ BAD_CONDITIONS = """
 sgd => must be a mapping|{optimizer: sgd}|'sgd'
  => must be a mapping|None
 {optimiser: sgd} => unknown hyperparameter 'optimiser'|did you mean 'optimizer'?
-{on: sgd} => unknown hyperparameter 'True'
 {optimizer: sdg} => .optimizer: must be one of sgd, adamw|did you mean 'sgd'?
 {optimizer: []} => .optimizer: must be a value or a list|empty
 {schedule: cosine} => .schedule:|earlier|schedule comes later|put it before
@@ -107,7 +103,6 @@ parameters:
 # Momentum where nesterov can be true.
 BAD_MOMENTUM = """
 0 => parameters.momentum: must be > 0 wherever nesterov can be true
-{choices: [0.9, 0.0]} => parameters.momentum: must be > 0
 {low: 0.0, high: 0.9, when: {nesterov: [false, true]}} => parameters.momentum: must be > 0
 {low: 0.0, high: 0.9, when: {optimizer: sgd}} => parameters.momentum: must be > 0
 """
@@ -122,13 +117,11 @@ parameters:
 BAD_STARTS = """
 {lr: 0.1} => start:|must be a list|{'lr': 0.1}
  => start:|must be a list|None
-[0.1] => start[1]:|must be a mapping|0.1
 [{}] => start[1]:|must be a mapping|{}
 [{lr: 0.1}, {momentom: 0.9}] => start[2]:|hyperparameter 'momentom'|did you mean 'momentum'?
 [{rotation: 8}] => start[1].rotation|rotation is not in this space|searched are
 [{label_smoothing: 0.1}] => start[1].label_smoothing|is a constant|leave it out
 [{lr: 0.5}] => start[1].lr|from low 0.001 to high 0.1|got 0.5|parameters.lr
-[{momentum: 0.75}] => start[1].momentum|0.5 plus a multiple of step 0.1|0.75
 [{step_every: 3}] => start[1].step_every|2 plus a multiple of step 2|got 3
 [{optimizer: adam}] => start[1].optimizer|one of sgd, adamw|did you mean 'adamw'?
 [{optimizer: adamw, momentum: 0.9}] => start[1].momentum|active when optimizer is sgd|leave
@@ -140,25 +133,19 @@ BAD_FILES = r"""
  => must be a mapping|None
 - lr => must be a mapping|['lr']
 epochs: 20 => parameters|must be a mapping|None
-parameters: [lr] => parameters|must be a mapping|['lr']
 parameters: {} => parameters|must be a mapping|{}
 epoch: 3 => top level|unknown key 'epoch'|did you mean 'epochs'?|batch_size
-on: 3 => top level|unknown key True
 batch_size: 1;parameters: {lr: 0.1} => batch_size|>= 2|got 1
 batch_size: 128;parameters: {batch_size: {choices: [64]}} => top level and in parameters|remove
 epochs: 0;parameters: {dropout: {low: 0, high: 0.5}} => epochs|from 1 to 1000|got 0
-epochs: 1001;parameters: {dropout: {low: 0, high: 0.5}} => epochs|from 1 to 1000|got 1001
 epochs: 2.5;parameters: {dropout: {low: 0, high: 0.5}} => epochs|from 1 to 1000|got 2.5
 epochs: yes;parameters: {dropout: {low: 0, high: 0.5}} => epochs|from 1 to 1000|got True
 parameters: {nesterov: true, momentum: {low: 0.0, high: 0.9}} => momentum: must be > 0
 parameters: {nesterov: true, momentum: 0.0, lr: {low: 0.1, high: 0.2}} => momentum: must be > 0
-parameters: {lr: 0.1; => line 2, column 1|YAML|correct
 parameters:;TABlr: 0.1 => line 2, column 1|YAML|\t
 a: 1;---;b: 1 => line 2|YAML|another document
 parameters:;  lr: 1;  lr: 2 => line 3, column 3|'lr'|given twice
-epochs: 1;epochs: 2 => line 2, column 1|'epochs'|given twice
 lr: !!python/name:os.system => line 1|YAML|could not determine a constructor
-lr: !!bool maybe => YAML|maybe
 lr: 2024-99-99 => YAML|month
 ? [a];: b => line 1|YAML|unhashable
 NUL => YAML|UTF-8
@@ -368,11 +355,9 @@ THOROUGH_CONFIG: dict[str, Any] = {
     [
         {"lr": 0.5},  # outside the bounds
         {"momentum": 0.75},  # off the grid
-        {"step_every": 5},
         {"step_factor": 0.2},  # no choice
         {"step_factor": 0.1},  # makes dropout inactive, which is not at its default
         {"batch_size": 128},  # another constant
-        {"label_smoothing": 0.0},
         {"weight_decay": 0.0005},  # inactive, not at its default
         {"rotation": 5.0},  # not in the space
     ],
