@@ -108,13 +108,6 @@ def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) ->
     assert course.folder.best_model.read_bytes() == f"1 {EPOCHS}".encode()
 
 
-def test_equal_accuracies_rank_by_their_loss_as_in_the_tables(course: Course) -> None:
-    number = course.start()
-    for loss in (0.3, 0.2, 0.2):
-        course.epoch(number, 0.9, val_loss=loss)
-    assert course.folder.best_model.read_bytes() == b"0 2"
-
-
 def test_the_baseline_comes_first_and_is_never_stopped(course: Course) -> None:
     assert course.start() == 0
     assert course.history.trials[0].config == course.rules.space.baseline()
