@@ -52,7 +52,6 @@ def story(
         scripts, drivers = {}, {}
 
         def start(run: str, *limit: object) -> None:
-            """Begin a search whose trials all wait after their first epoch."""
             notes = searches.notes / run
             notes.mkdir()
             held = dict.fromkeys(range(TRIALS[run]), (2,))
@@ -93,29 +92,21 @@ def retries_in(folder: Path) -> int:
     return sum(record.retries for record in history_of(folder).trials.values())
 
 
-def test_a_host_that_joins_is_used_within_seconds(story: Story) -> None:
+def test_a_host_that_joins_is_used_and_the_trials_of_lost_ones_are_resumed_elsewhere(
+    story: Story, hosts: list[Host]
+) -> None:
     assert story.seconds_to_join < 15
-
-
-@pytest.mark.parametrize("run", TRIALS)
-def test_nothing_is_lost_and_nothing_doubled(story: Story, run: str) -> None:
-    folder = story.searches.folder(run)
-    history = history_of(folder)  # which refuses rows that are doubled or out of order
-    assert len(history.trials) == TRIALS[run]
-    assert {(r.state, r.epochs) for r in history.trials.values()} == {("complete", EPOCHS)}
-    study = study_of(folder)
-    assert [trial.state for trial in study] == [TrialState.COMPLETE] * TRIALS[run]
-    assert all(len(trial.intermediate_values) == EPOCHS for trial in study)
-
-
-def test_trials_of_lost_hosts_are_resumed_elsewhere(story: Story) -> None:
-    """Although none may be retried: the loss of its host is no failure of a trial."""
+    assert f"2 nodes: {hosts[0].address} 2 trials, {hosts[1].address} 2 trials" in story.output
+    # Although none may be retried: the loss of its host is no failure of a trial.
     assert retries_in(story.searches.folder("first")) >= 2
-
-
-def test_the_plan_says_how_many_trials_run_where(story: Story, hosts: list[Host]) -> None:
-    head, other = hosts[:2]
-    assert f"2 nodes: {head.address} 2 trials, {other.address} 2 trials" in story.output
+    for run, trials in TRIALS.items():
+        folder = story.searches.folder(run)
+        history = history_of(folder)  # which refuses rows that are doubled or out of order
+        assert len(history.trials) == trials
+        assert {(r.state, r.epochs) for r in history.trials.values()} == {("complete", EPOCHS)}
+        study = study_of(folder)
+        assert [trial.state for trial in study] == [TrialState.COMPLETE] * trials
+        assert all(len(trial.intermediate_values) == EPOCHS for trial in study)
 
 
 def test_a_machine_outside_is_told_how_to_reach_the_cluster(
