@@ -45,12 +45,10 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relativ
 
 
 def fenced(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a language."""
     return [text for found, text in FENCE.findall(page.read_text()) if found == language]
 
 
 def prose(page: Path) -> str:
-    """A page without its fenced blocks."""
     return FENCE.sub("", page.read_text())
 
 
@@ -60,7 +58,6 @@ def spans(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
     headings = (re.sub(r"[^\w\- ]", "", text.lower()) for text in HEADING.findall(prose(page)))
     return {heading.replace(" ", "-") for heading in headings}
 
@@ -132,28 +129,18 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 
 @pages
-def test_the_shell_can_read_every_block_of_commands(page: Path) -> None:
-    for block in fenced(page, "bash"):
-        done = subprocess.run(
-            ["bash", "-n"], input=block, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-
-
-@pages
-def test_every_command_is_one_that_its_front_door_takes(
+def test_every_command_is_one_that_the_shell_and_its_front_door_take(
     page: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for block in fenced(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
     for name, arguments in commands_of(page):
         code = door(name).exit_code(arguments)
         assert code == 0, f"{name} {shlex.join(arguments)}: {capsys.readouterr().err}"
 
 
-def test_commands_of_every_front_door_are_found() -> None:
+def test_commands_of_every_front_door_are_found_and_a_mistake_would_be_seen() -> None:
     assert {name for page in PAGES for name, _ in commands_of(page)} == set(DOORS)
-
-
-def test_a_mistake_in_a_command_would_be_seen() -> None:
     for line in (
         "python -m tune_mnist.search --trails 50",
         "ray exec cluster.yaml 'python -m tune_mnist.search --address'",
@@ -179,19 +166,15 @@ def test_every_option_in_the_prose_exists(
 
 def test_the_space_file_is_one() -> None:
     (text,) = fenced(README, "yaml")
-    space = SearchSpace.from_dict(yaml.safe_load(text), "readme", "README.md")
-    assert space.start
+    assert SearchSpace.from_dict(yaml.safe_load(text), "readme", "README.md").start
 
 
-def test_the_two_lines_to_paste_are_there_word_for_word() -> None:
+def test_the_readme_is_short_and_has_the_two_lines_to_paste_word_for_word() -> None:
     lines = README.read_text().splitlines()
+    assert len(lines) <= 140
     assert FIRST_LINE in lines
     # `.ci/run` runs the first line that ends so.
     assert next(line for line in lines if line.endswith("pytest")) == SECOND_LINE
-
-
-def test_the_readme_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= 140
 
 
 def test_the_columns_that_are_explained_are_those_of_the_tables() -> None:
