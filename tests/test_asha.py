@@ -88,7 +88,6 @@ def reports(generator: random.Random) -> list[tuple[int, int, float]]:
 
 
 def told(reports: list[tuple[int, int, float]]) -> tuple[Rungs, list[bool]]:
-    """Rungs that were told reports, and what they decided."""
     rungs = Rungs(1, 3, 20)
     return rungs, [rungs.should_stop(*report) for report in reports]
 
@@ -111,17 +110,10 @@ def test_what_is_recorded_does_not_depend_on_the_order() -> None:
             assert one.should_stop(*newcomer) == other.should_stop(*newcomer)
 
 
-def test_a_value_that_is_not_finite_neither_stops_a_trial_nor_counts() -> None:
+def test_a_rung_decides_once_it_has_seen_as_many_finite_values_as_one_trial_continues_of() -> None:
     rungs = Rungs(1, 3, 20)
     for trial, value in enumerate((float("nan"), float("inf"), float("-inf"))):
         assert not rungs.should_stop(trial, 1, value)
-    assert not any(rungs.should_stop(trial, 1, 0.1) for trial in (3, 4))  # the first that count
-    assert rungs.should_stop(5, 1, 0.05)
-
-
-def test_a_rung_stops_nothing_before_it_has_seen_as_many_trials_as_one_continues_of() -> None:
-    rungs = Rungs(1, 3, 20)
-    assert [rungs.should_stop(trial, 1, 0.9 - trial / 10) for trial in range(4)] == [
-        *(False, False),  # the best of one, and the worse of two
-        *(True, True),
-    ]
+    # The best of one, the worse of two, and then those who are not among the best third.
+    stops = [rungs.should_stop(3 + place, 1, 0.9 - place / 10) for place in range(4)]
+    assert stops == [False, False, True, True]
