@@ -66,7 +66,6 @@ def archives(mnist: Mnist, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def raw(mnist: Mnist, tmp_path: Path) -> Path:
-    """A folder with the four files, to be spoiled."""
     folder = tmp_path / "MNIST" / "raw"
     shutil.copytree(default_data_dir() / "MNIST" / "raw", folder)
     return folder
@@ -182,7 +181,6 @@ class SlowFiles(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(monkeypatch: pytest.MonkeyPatch, archives: Path) -> Iterator[None]:
-    """A mirror that torchvision downloads from."""
     handler = partial(SlowFiles, directory=str(archives))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -72,13 +72,11 @@ def level(name: str) -> int:
 
 
 def room(name: str) -> str | None:
-    """The subpackage that a module belongs to."""
     place = [*name.split("."), ""][1]
     return place if place in ROOMS else None
 
 
 def with_all_they_import(names: set[str]) -> set[str]:
-    """Modules of the package with all that is imported when they are."""
     reached: set[str] = set()
     waiting = set(names)
     while waiting:
@@ -118,7 +116,6 @@ def test_a_file_has_one_subject_that_fits_on_a_few_screens() -> None:
 
 
 def brought(name: str, at_start_only: bool = False) -> set[str]:
-    """The top-level packages that a module imports."""
     return {module.partition(".")[0] for module in imports(name, at_start_only)}
 
 

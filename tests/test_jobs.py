@@ -22,8 +22,6 @@ TRIALS, EPOCHS = 4, 60  # enough to be stopped in the middle
 
 
 class JobServer:
-    """The job server of a head that asks for a token."""
-
     def __init__(self, port: int, environment: dict[str, str]) -> None:
         self._address, self._environment = f"http://127.0.0.1:{port}", environment
         headers = {"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}

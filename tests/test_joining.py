@@ -31,8 +31,6 @@ DATA = ("--data-dir", default_data_dir())
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head that asks for a token."""
-
     home: Path  # where the token is
     port: int
     client_port: int
@@ -62,7 +60,6 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(bare_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A head whose workers have that interpreter."""
     home = tmp_path_factory.mktemp("home")
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("0123456789" * 4)

@@ -29,12 +29,10 @@ Files = dict[str, bytes]
 
 
 def opened(folder: Path) -> Course:
-    """Begin the search, or resume it from what lies in the folder."""
     return Course(folder, trials=TRIALS, epochs=EPOCHS, grace_epochs=2, startup_trials=4)
 
 
 def run(course: Course) -> None:
-    """Run a search to its end, one trial at a time, as its only writer."""
     with course.folder.only_writer():
         while course.experiment.has_next:
             assignment = course.experiment.next_trial("ray")
@@ -45,7 +43,6 @@ def run(course: Course) -> None:
 
 
 def run_trial(course: Course, record: TrialRecord) -> None:
-    """Run a trial until it ends or its worker dies."""
     number, stop = record.number, False
     while not stop:
         epoch = record.epochs + 1
@@ -62,7 +59,6 @@ def run_trial(course: Course, record: TrialRecord) -> None:
 
 
 def outcome(course: Course) -> str:
-    """Return all that a search comes to in its files and its study, but the time of day."""
     history = History.load(course.folder)
     trials = [vars(record) for record in history.trials.values()]
     times = ("started_at", "ended_at")
@@ -80,7 +76,6 @@ def contents(folder: Path) -> Files:
 
 
 def restore(files: Files, folder: Path) -> Path:
-    """Have a folder hold these files and no other."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
     for name, content in files.items():
@@ -129,7 +124,6 @@ def noticing(notice: Callable[[], None], torn_everywhere: bytes = b"\0") -> Iter
 
 @contextmanager
 def kill_points(folder: Path, torn_everywhere: bytes = b"\0") -> Iterator[list[Files]]:
-    """Collect all that a kill could leave in a folder."""
     found: list[Files] = []
 
     def keep() -> None:
@@ -152,8 +146,6 @@ def fast_disk() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Unbroken:
-    """A search that nobody killed."""
-
     kill_points: list[Files]
     outcome: str
 
@@ -171,7 +163,6 @@ def unbroken(fast_disk: None, tmp_path_factory: pytest.TempPathFactory) -> Unbro
 
 
 def check_it_ends_as(unbroken: Unbroken, folder: Path) -> None:
-    """Resume what lies in a folder and compare what it comes to."""
     course = opened(folder)
     run(course)
     assert outcome(course) == unbroken.outcome

@@ -38,7 +38,6 @@ ONE, TWO = ("--max-concurrent", 1), ("--max-concurrent", 2)
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searches]:
-    """A search that has run to its end."""
     with searches_in(tmp_path_factory.mktemp("runs"), cluster.address) as searches:
         driver = searches.start("run", *SMALL)
         assert driver.wait() == 0, driver.output

@@ -35,7 +35,6 @@ def _page(*searches: RecordedSearch, **options: Any) -> str:
 
 
 def _said(page: str) -> str:
-    """Return a page's text, without its scripts and styles."""
     page = re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
     return " ".join(re.sub(r"<[^>]+>", " ", page).split())
 

@@ -12,7 +12,6 @@ from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings, f
 
 
 def settings_of(*arguments: str) -> SearchSettings:
-    """What the command line makes of arguments."""
     made: list[SearchSettings] = []
     assert exit_code("search", SearchSettings, made.append, arguments) == 0
     return made[0]

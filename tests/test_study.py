@@ -30,7 +30,6 @@ def ask(study: Study, number: int, **fixed: Any) -> dict[str, Any]:
 
 
 def conditional_search(path: Path) -> Course:
-    """A search with conditional parameters and start points."""
     rules: dict[str, Any] = {"trials": 1000, "reduction_factor": 3.0, "startup_trials": 8}
     return Course(path, space="default", seed=5, **rules)
 

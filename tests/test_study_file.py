@@ -43,7 +43,6 @@ def path(tmp_path: Path) -> Path:
 
 
 def in_file(path: Path) -> list[FrozenTrial]:
-    """The trials of the file, read as a user would."""
     with tempfile.TemporaryDirectory() as folder:  # one whose name any URL can hold
         copied = Path(shutil.copy(path, folder))
         study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{copied}")
@@ -63,7 +62,6 @@ def close_and_compare(search: SmallStudy) -> None:
 
 
 def written(path: Path, steps: int) -> SmallStudy:
-    """Begin a search of so many steps that its file has."""
     search = SmallStudy(path)
     search.steps(steps)
     search.wait_until_written()
@@ -71,7 +69,6 @@ def written(path: Path, steps: int) -> SmallStudy:
 
 
 def closed(path: Path, steps: int, seed: int = 0) -> SmallStudy:
-    """Run a search of so many steps to its end."""
     search = SmallStudy(path, seed)
     search.steps(steps)
     close_and_compare(search)

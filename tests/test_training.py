@@ -54,7 +54,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def timeless(result: EpochResult) -> EpochResult:
-    """A result without the time it took, to be compared to the last digit."""
     return replace(result, metrics=replace(result.metrics, seconds=0, evaluation_seconds=0))
 
 
@@ -93,7 +92,6 @@ def test_a_run_is_that_of_plain_modules_with_torchs_optimizer_and_schedule(
 
 
 def losses_by_torch(config: TrainConfig, data: Split, epochs: int, seed: int) -> Tensor:
-    """The losses of the plain modules with torch's optimizer and schedule, [steps]."""
     net = draw_net(config, seed)
     optimizer = build_optimizer(net, config)
     steps = math.ceil(len(data.train_labels) / config.batch_size)

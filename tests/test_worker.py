@@ -18,7 +18,6 @@ from tune_mnist.tuning.worker import TrialEpoch, run_trial
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What a trial that runs in this process reports to Tune."""
     reports: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", reports.append)
     return reports
@@ -35,7 +34,6 @@ def epochs_of(*values: tuple[float, float]) -> Any:
 
 
 def run(metric: Metric, epochs: Any) -> None:
-    """Run a trial that nobody tells to stop."""
     config = {"assignment": Assignment(0, TrainConfig(), 0, 20, metric, None)}
     nothing: Any = None
     with pytest.raises(RuntimeError, match="without being told to stop"):

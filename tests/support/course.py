@@ -61,7 +61,6 @@ class Course:
         return self.experiment.report(number, metrics, f"after {epoch}".encode(), model)
 
     def trial(self, *accuracies: float) -> int:
-        """Run a trial until it is told to stop."""
         number = self.start()
         for accuracy in accuracies:
             if self.epoch(number, accuracy):

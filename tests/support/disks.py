@@ -10,7 +10,6 @@ import pytest
 
 @contextlib.contextmanager
 def mounted(path: Path, options: str) -> Iterator[Path]:
-    """Mount a disk in memory at a new folder."""
     path.mkdir()
     with mount("-t", "tmpfs", "-o", options, "tmpfs", at=path):
         yield path

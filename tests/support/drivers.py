@@ -49,7 +49,6 @@ def fork(target: Callable[..., None], *arguments: object) -> Any:
 
 
 def wait_for(process: Any, holds: Callable[[], bool], output: Path) -> None:
-    """Wait for a condition, as long as a process runs."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         if not process.is_alive() or time.monotonic() > deadline:
@@ -62,8 +61,6 @@ def wait_for(process: Any, holds: Callable[[], bool], output: Path) -> None:
 
 
 class Driver:
-    """One process that searches."""
-
     def __init__(
         self,
         output: Path,
@@ -77,7 +74,6 @@ class Driver:
 
     @property
     def output(self) -> str:
-        """What it has printed, to stdout and stderr."""
         return self._output.read_text() if self._output.exists() else ""
 
     @property
@@ -103,20 +99,16 @@ class Driver:
         return code
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
-        """Wait for a condition, as long as it runs."""
         wait_for(self._process, holds, self._output)
 
 
 class Searches:
-    """Starts searches of one results folder."""
-
     def __init__(self, path: Path, address: str | None) -> None:
         self.path, self._address = path, address
         self._drivers: list[Driver] = []
 
     @property
     def notes(self) -> Path:
-        """A folder for what workers note."""
         folder = self.path / "notes"
         folder.mkdir(exist_ok=True)
         return folder
@@ -135,7 +127,6 @@ class Searches:
         )
 
     def resume(self, run: str, *arguments: object, **settings: Any) -> Driver:
-        """Begin to resume a run."""
         return self._begin("--resume", self.folder(run), *arguments, **settings)
 
     def resume_at(self, uri: str, machine: str, *arguments: object, **settings: Any) -> Driver:
@@ -159,7 +150,6 @@ class Searches:
 
 @contextmanager
 def searches_in(path: Path, address: str | None) -> Iterator[Searches]:
-    """Provide searches and end them."""
     searches = Searches(path, address)
     try:
         yield searches
@@ -168,12 +158,10 @@ def searches_in(path: Path, address: str | None) -> Iterator[Searches]:
 
 
 def history_of(path: Path) -> History:
-    """Read a run's history, as a resume would."""
     return History.load(RunFolder.open(path))
 
 
 def outcome_of(path: Path) -> list[tuple[str, list[float]]]:
-    """Return what a run's trials trained and reported, as it lies on disk."""
     return outcome(history_of(path))
 
 
@@ -198,13 +186,11 @@ def notes_of(notes: Path) -> Counter[str]:
 
 
 def study_of(folder: Path) -> list[FrozenTrial]:
-    """Read the trials in study.db."""
     study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
     return study.get_trials()
 
 
 def table_of(folder: Path) -> dict[int, dict[str, str]]:
-    """Read trials.csv, by number."""
     with (folder / "trials.csv").open() as file:
         return {int(row["trial"]): row for row in csv.DictReader(file)}
 

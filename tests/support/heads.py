@@ -60,7 +60,6 @@ def answers(port: int) -> bool:
 
 
 def wait_until(holds: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
-    """Wait for a condition, as long as the processes run."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > deadline or any(each.poll() is not None for each in processes):

@@ -37,8 +37,6 @@ shift; cd /; exec "$@"
 
 @dataclass(frozen=True)
 class Host:
-    """A host of the network."""
-
     name: str  # of its network namespace
     address: str
 
@@ -78,7 +76,6 @@ class Host:
 
 
 def ip(*arguments: str) -> str:
-    """Run iproute2's command."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
@@ -138,7 +135,6 @@ class Cluster:
         ]
 
     def add(self, *hosts: Host) -> None:
-        """Add hosts and wait until they have joined."""
         self._wait_for([self.head])  # who comes before it is up gives up
         self._processes += [
             host.start_ray(f"--address={self.address}", hidden=self.temp_dir) for host in hosts
@@ -160,7 +156,6 @@ class Cluster:
 
 @contextlib.contextmanager
 def ray_on(head: Host) -> Iterator[Cluster]:
-    """Run Ray on a host and on those that are added."""
     with tempfile.TemporaryDirectory(prefix="tm-ray-", ignore_cleanup_errors=True) as temp_dir:
         cluster = Cluster(head, temp_dir)
         try:

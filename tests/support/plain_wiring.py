@@ -38,7 +38,6 @@ def trainable(config: Mapping[str, Any], notes: Path) -> None:
 
 
 def plain_search(output: Path, address: str, path: Path, points: list[dict[str, Any]]) -> None:
-    """Try the points, one at a time."""
     _begin(output, address)
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "0"  # kinder than the default, 10 s and more
     storage = optuna.storages.RDBStorage(f"sqlite:///{path / 'study.db'}")
@@ -68,7 +67,6 @@ def plain_search(output: Path, address: str, path: Path, points: list[dict[str, 
 
 
 def plain_restore(output: Path, address: str, path: Path) -> None:
-    """Go on with a search."""
     _begin(output, address)
     tune.Tuner.restore(str(path / "plain"), _trainable(path), resume_unfinished=True).fit()
 

@@ -29,6 +29,5 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def searches(cluster: Cluster, tmp_path: Path) -> Iterator[Searches]:
-    """Searches on the shared Ray."""
     with searches_in(tmp_path, cluster.address) as searches:
         yield searches

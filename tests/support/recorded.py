@@ -51,7 +51,6 @@ class RecordedSearch:
         self.epoch(trial, math.nan, evaluation_seconds=0.0, diverged_step=step)
 
     def end(self, trial: int, state: State, reason: str = "") -> None:
-        """Give a trial its final state."""
         self.clock += 0.5
         self.history.end_trial(trial, self.clock, state, reason)
 

@@ -76,7 +76,6 @@ def rich(
 
 
 def all_failed(path: Path, name: str = "all-failed") -> RecordedSearch:
-    """A search that never finished an epoch."""
     search = empty(path, name)
     for _ in range(3):
         search.trial([], state="failed", reason="no luck")

@@ -72,7 +72,6 @@ class SmallStudy:
 
 
 def wait_for(path: Path, trials: int) -> None:
-    """Wait until a file has so many trials."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(sqlite3.Error):
