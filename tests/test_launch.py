@@ -10,17 +10,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 from support.drivers import (
     Searches,
     act_at,
-    epochs_in,
     history_of,
     outcome_of,
     replace,
     searches_in,
-    study_of,
 )
 from support.reported import rich
 from support.scripted import Script
@@ -48,27 +45,6 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def held(searches: Searches) -> Script:
     """Trials of which the first waits for the test before its second epoch."""
     return Script(seconds=0.005, notes=searches.notes, held={0: (2,)})
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_search_in_order_and_it_is_resumed(searches: Searches) -> None:
-    folder = searches.folder("run")
-    script = Script(seconds=0.005, notes=searches.notes, held={0: (3,), 1: (3,)})
-    options = ("--trials", 6, "--epochs", 4, "--grace-epochs", 4, *TWO)
-    driver = searches.start("run", *options, script=script)
-    driver.wait_until(lambda: epochs_in(folder) == 4)
-    driver.send(signal.SIGINT)
-    assert driver.wait() == 128 + signal.SIGINT
-    assert f"--resume {folder}" in driver.output
-    assert history_of(folder).closed_as == "SIGINT"
-    assert [trial.state for trial in study_of(folder)] == [TrialState.WAITING] * 2
-    assert (folder / "trials.csv").read_text().count(",running,") == 2
-
-    script.release()
-    driver = searches.resume("run", *TWO, script=script)
-    assert driver.wait() == 0, driver.output
-    assert {record.state for record in history_of(folder).trials.values()} == {"complete"}
-    assert [trial.state for trial in study_of(folder)] == [TrialState.COMPLETE] * 6
 
 
 def linger(mark: Path) -> None:

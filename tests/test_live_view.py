@@ -3,7 +3,6 @@
 import io
 import math
 import re
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,17 +93,12 @@ def test_the_start_line_says_what_will_run_and_what_is_done(recorded: RecordedSe
 
 
 def test_the_view_shows_counts_best_baseline_and_the_running(recorded: RecordedSearch) -> None:
-    assert _view(recorded) == [
-        "search",
-        "trials    0 of 50 done, 0 running",
-        "epochs    0",
-        "time      3 min 20 s",
-    ]
+    nothing = ["trials    0 of 50 done, 0 running", "epochs    0", "time      3 min 20 s"]
+    assert _view(recorded) == ["search", *nothing]
     recorded.trial([0.96, 0.95], [0.97, 0.96])
     recorded.trial([0.98], [0.975], state="stopped", lr=0.05)
     recorded.trial([0.5], state="failed", reason="RuntimeError: no such device")
-    running = recorded.start(lr=0.031234, dropout=0.0)
-    recorded.epoch(running, 0.955)
+    recorded.epoch(recorded.start(lr=0.031234, dropout=0.0), 0.955)
     recorded.start()
     recorded.diverged_epoch(recorded.start())
     assert _view(recorded) == [
@@ -213,9 +207,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shown:
 
 
 @pytest.fixture
-def terminal(search: Shown) -> Iterator[Terminal]:
-    with closing(Terminal()) as terminal:
-        yield terminal
+def terminal(search: Shown) -> Terminal:
+    return Terminal()
 
 
 def test_without_a_terminal_every_finished_trial_is_a_line(search: Shown) -> None:
@@ -243,12 +236,12 @@ def test_a_pipe_and_a_dumb_terminal_get_plain_lines_whatever_colours_are_asked_f
     search: Shown, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with closing(Terminal()) as terminal:
-        with closing(search.show(terminal.console if value == "dumb" else None)):
-            trial = search.epoch(search.start())
-            search.step()
-            search.complete(trial)
-        shown = search.pipe.getvalue() or terminal.read().replace("\r\n", "\n")
+    terminal = Terminal()
+    with closing(search.show(terminal.console if value == "dumb" else None)):
+        trial = search.epoch(search.start())
+        search.step()
+        search.complete(trial)
+    shown = search.pipe.getvalue() or terminal.getvalue()
     assert shown.replace("\n", "").isprintable()
     assert shown.count("\n") == 1
 
@@ -267,31 +260,33 @@ def test_a_terminal_shows_the_search_and_is_left_clean(search: Shown, terminal: 
         search.step(1)
         assert terminal.screen[1] == "trials    1 of 10 done (1 stopped), 0 running"
     assert terminal.screen == []
-    assert terminal.received.rindex(SHOW_CURSOR) > terminal.received.rindex(HIDE_CURSOR)
+    shown = terminal.getvalue()
+    assert shown.rindex(SHOW_CURSOR) > shown.rindex(HIDE_CURSOR)
     search.progress.close()
     search.step(10)
     search.complete(search.epoch(search.start()))
-    assert terminal.read() == ""  # closed, it shows nothing more
+    assert terminal.getvalue() == shown  # closed, it shows nothing more
 
 
 def test_without_colours_nothing_is_coloured(
     search: Shown, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    with closing(Terminal()) as terminal, closing(search.show(terminal.console)):
+    terminal = Terminal()
+    with closing(search.show(terminal.console)):
         search.fail(search.start(), "RuntimeError")
         search.step()
         assert "failed    trial 0: RuntimeError" in terminal.screen
-        assert not re.search(r"\x1b\[[\d;]*3\dm", terminal.received)
+        assert not re.search(r"\x1b\[[\d;]*3\dm", terminal.getvalue())
 
 
 def test_the_view_is_drawn_at_most_four_times_a_second(search: Shown, terminal: Terminal) -> None:
     with closing(search.show(terminal.console)):
-        terminal.read()
+        terminal.news()
         drawn = 0
         for _ in range(1000):  # ten seconds
             search.step(0.01)
-            drawn += bool(terminal.read())
+            drawn += bool(terminal.news())
     assert 35 <= drawn <= 41
 
 
@@ -302,11 +297,10 @@ def test_a_terminal_made_narrower_shows_no_remains(search: Shown, terminal: Term
         lengths = [len(line) for line in terminal.screen]
         terminal.console.size = ConsoleDimensions(30, 30)
         search.step(1)
-        terminal.read()
         wrapped = sum((length - 1) // 30 for length in lengths if length)
         assert wrapped > 0
         # Up over the lines that the terminal wrapped, then over the view's own.
-        assert terminal.received.count("\x1b[1A") == wrapped + len(lengths) - 1
+        assert terminal.getvalue().count("\x1b[1A") == wrapped + len(lengths) - 1
 
 
 def test_if_the_display_fails_the_search_continues(

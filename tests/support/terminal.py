@@ -1,44 +1,35 @@
-"""A pseudo-terminal that understands what rich's live view writes."""
+"""A terminal that understands what rich's live view writes."""
 
-import os
-import pty
+import io
 import re
 
 from rich.console import Console
 
 
-class Terminal:
+class Terminal(io.StringIO):
     """A terminal of 100 columns and what is on it."""
 
     def __init__(self) -> None:
-        self._master, slave = pty.openpty()
-        self._file = os.fdopen(slave, "w", encoding="utf-8")
-        self.console = Console(file=self._file, width=100, height=30)
-        self.received = ""
+        super().__init__()
+        self.console = Console(file=self, width=100, height=30)
+        self._seen = 0
 
-    def read(self) -> str:
+    def isatty(self) -> bool:
+        return True
+
+    def news(self) -> str:
         """Return what was written since the last time."""
-        self._file.flush()
-        os.set_blocking(self._master, False)
-        new = b""
-        try:
-            while chunk := os.read(self._master, 65536):
-                new += chunk
-        except BlockingIOError:
-            pass
-        self.received += new.decode()
-        return new.decode()
+        self._seen, before = self.tell(), self._seen
+        return self.getvalue()[before:]
 
     @property
     def screen(self) -> list[str]:
         """What a person sees, without blank lines at the end."""
-        self.read()
         lines, row, column = [""], 0, 0
-        for part in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.received):
-            if part == "\r":
+        for part in re.findall(r"\x1b\[\??[\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", self.getvalue()):
+            if part in "\r\n":
                 column = 0
-            elif part == "\n":
-                row += 1
+                row += part == "\n"
                 lines += [""] * (row + 1 - len(lines))
             elif part.endswith("A") and part.startswith("\x1b"):
                 row = max(row - int(part[2:-1] or 1), 0)
@@ -50,7 +41,3 @@ class Terminal:
         while lines and not lines[-1].strip():
             lines.pop()
         return lines
-
-    def close(self) -> None:
-        self._file.close()
-        os.close(self._master)
