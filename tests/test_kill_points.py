@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +143,9 @@ def fast_disk() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Unbroken:
-    kill_points: list[Files]
-    outcome: str
-
-
 @pytest.fixture(scope="module")
-def unbroken(fast_disk: None, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
+def unbroken(fast_disk: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Files], str]:
+    """All that a kill could leave of a search, and what it comes to if nobody kills it."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     with kill_points(folder, torn_everywhere=b"1,1,") as found:  # the first row of trial 1
         course = opened(folder)
@@ -159,49 +153,44 @@ def unbroken(fast_disk: None, tmp_path_factory: pytest.TempPathFactory) -> Unbro
     states = [record.state for record in course.history.trials.values()]
     assert {*states} == {"complete", "stopped", "diverged", "failed"}
     assert len(found) > 300
-    return Unbroken(found, outcome(course))
+    return found, outcome(course)
 
 
-def check_it_ends_as(unbroken: Unbroken, folder: Path) -> None:
+def resumed(folder: Path) -> str:
+    """Resume what lies in a folder and return what it comes to."""
     course = opened(folder)
     run(course)
-    assert outcome(course) == unbroken.outcome
+    return outcome(course)
 
 
-def test_a_search_killed_at_any_change_ends_as_the_unbroken_one(
-    unbroken: Unbroken, tmp_path: Path
+def test_a_search_killed_at_any_change_and_again_as_it_resumes_ends_as_the_unbroken_one(
+    unbroken: tuple[list[Files], str], tmp_path: Path
 ) -> None:
-    for files in unbroken.kill_points:
-        check_it_ends_as(unbroken, restore(files, tmp_path / "run"))
-
-
-def test_a_search_killed_again_while_it_resumes_ends_as_the_unbroken_one(
-    unbroken: Unbroken, tmp_path: Path
-) -> None:
-    repaired = 0
-    for files in unbroken.kill_points[::17]:
-        with kill_points(restore(files, tmp_path / "run")) as found:
-            opened(tmp_path / "run")
-        repaired += len(found) > 5  # more than the session's own event was written
-        for again in found:
-            check_it_ends_as(unbroken, restore(again, tmp_path / "run"))
+    repaired, (points, expected) = 0, unbroken
+    for number, files in enumerate(points):
+        assert resumed(restore(files, tmp_path / "run")) == expected
+        if number % 17 == 0:
+            with kill_points(restore(files, tmp_path / "run")) as found:
+                opened(tmp_path / "run")
+            repaired += len(found) > 5  # more than the session's own event was written
+            for again in found:
+                assert resumed(restore(again, tmp_path / "run")) == expected
     assert repaired > 3
 
 
 def exit_at(moment: int) -> Callable[[], None]:
     """Return what leaves the process, as a second signal has it do, at this call."""
-    left = [moment]
+    calls = itertools.count(1)
 
     def notice() -> None:
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == moment:
             raise SystemExit(143)
 
     return notice
 
 
 def test_a_search_that_a_second_signal_ends_at_any_change_ends_as_the_unbroken_one(
-    unbroken: Unbroken, tmp_path: Path
+    unbroken: tuple[list[Files], str], tmp_path: Path
 ) -> None:
     """Other than a kill, an exception has files closed and cleared up."""
     for moment in itertools.count(1, 7):
@@ -210,7 +199,7 @@ def test_a_search_that_a_second_signal_ends_at_any_change_ends_as_the_unbroken_o
             with noticing(exit_at(moment)):
                 run(opened(folder))
         except SystemExit:
-            check_it_ends_as(unbroken, folder)
+            assert resumed(folder) == unbroken[1]
         else:
             break
     assert moment > 200

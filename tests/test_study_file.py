@@ -148,16 +148,6 @@ def test_any_folder_name_and_number_of_trials_will_do(
     assert [path.name for path in tmp_path.rglob("*")] == [name, "study.db"]
 
 
-def test_a_user_can_load_the_study_in_mid_search(path: Path) -> None:
-    search = written(path, 40)
-    study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}")
-    assert len(study.trials) == len(search.study.trials())
-    assert study.best_value > 0
-    assert set(study.trials_dataframe()["state"]) >= {"RUNNING", "COMPLETE"}
-    search.steps(40)
-    close_and_compare(search)
-
-
 @pytest.mark.parametrize("how", ["BEGIN EXCLUSIVE", "BEGIN"])
 def test_a_reader_who_locks_the_file_delays_nothing_and_loses_nothing(
     path: Path, how: str
@@ -239,11 +229,18 @@ def test_a_file_that_says_otherwise_of_a_running_trial_is_put_aside(
     assert aside(path, "outdated").exists()
 
 
-def test_a_trial_that_a_user_adds_to_the_file_goes_aside(path: Path) -> None:
-    search = written(path, 20)
-    optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}").ask()
+def test_a_user_can_load_the_study_in_mid_search_and_a_trial_that_they_add_goes_aside(
+    path: Path,
+) -> None:
+    search = written(path, 40)
+    study = optuna.load_study(study_name="tune_mnist", storage=f"sqlite:///{path}")
+    assert len(study.trials) == len(search.study.trials())
+    assert study.best_value > 0
+    assert set(study.trials_dataframe()["state"]) >= {"RUNNING", "COMPLETE"}
+    study.ask()
     for _ in range(3):
         search.start()
+    search.steps(40)
     close_and_compare(search)
     assert aside(path, "outdated").exists()
     # As when a kill came before the trial's start was in the history.
