@@ -81,7 +81,7 @@ def test_a_trial_that_fails_is_suggested_again_before_anything_new(watched: Watc
     assert watched.searcher.suggest("x") is None  # there is room for two
     watched.report(first)
     watched.fail(first, "the worker\ndied")
-    assert watched.experiment.live == 1
+    assert len(watched.experiment.running) == 1
     again = watched.start("other")
     assert number_of(again) == number_of(first)
     assert again.config["assignment"].state == b"after 1"
