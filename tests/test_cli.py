@@ -1,22 +1,24 @@
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
-from cyclopts import Parameter
-from cyclopts.validators import Number
 
-from tune_mnist.cli import Interrupted, exit_code
+from tune_mnist.bench import PARTS
+from tune_mnist.cli import AT_LEAST_1, Interrupted, Options, exit_code, flag
 from tune_mnist.errors import ConfigError, DataUnavailableError
+from tune_mnist.train import TrainSettings
+from tune_mnist.tuning.settings import ConfirmSettings, SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Options):
     """Bake a cake."""
 
-    eggs: Annotated[int, Parameter(validator=Number(gte=1))] = 2
+    eggs: Annotated[int, AT_LEAST_1] = 2
     """How many eggs."""
 
     oven_heat: float = 180.0
@@ -38,7 +40,7 @@ def test_arguments_become_settings() -> None:
     ("arguments", "message"),
     [
         ("--egs 3", "error: Unknown option: --egs. Did you mean --eggs? (--help lists"),
-        ("--eggs 0", 'error: Invalid value "0" for --eggs. Must be >= 1 (--help'),
+        ("--eggs 0", "error: --eggs must be at least 1, but got 0"),
         ("--eggs x", 'error: Invalid value for --eggs: unable to convert "x" into int (--help'),
         ("--eggs", "error: Parameter --eggs requires an argument (--help"),
         ("3 4", "error: unexpected argument: 3 4 (--help"),
@@ -54,6 +56,31 @@ def test_arguments_that_make_no_settings_are_one_line_and_exit_code_2(
     assert err.startswith(message)
     assert err.count("\n") == 1
     assert not ran
+
+
+def numbers_of(settings: type[Any]) -> list[str]:
+    """The options that take numbers."""
+    hints = get_type_hints(settings)
+    return [name for name, hint in hints.items() if {hint, *get_args(hint)} & {int, float}]
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "9" * 40, "-1", "nan", "-inf", "1e400"])
+@pytest.mark.parametrize(
+    ("door", "settings"),
+    [
+        *(("search", SearchSettings), ("confirm", ConfirmSettings), ("train", TrainSettings)),
+        *PARTS.items(),
+    ],
+)
+def test_a_number_beyond_all_reason_is_one_line_at_every_door(
+    door: str, settings: type[Any], number: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in numbers_of(settings):
+        code = exit_code(door, settings, lambda _: None, [f"{flag(name)}={number}"])
+        out, err = capfd.readouterr()
+        assert out == ""
+        endless = name in ("time_budget", "hang_timeout") and float(number) == math.inf
+        assert (code, err.count("\n")) == ((0, 0) if endless else (2, 1)), name
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,10 @@ def node(cpus: float, gpus: float = 0.0) -> Node:
         (1, 0.25, node(16, 1), 4),
         (1, 0.25, node(2, 1), 2),
         (1, 0.4, node(16, 2), 4),  # two on each: a trial uses one GPU's part
-        (1, 2, node(16, 5), 2),
+        (1, 0.1, node(16, 1), 10),  # 1 // 0.1 is 9
+        (0.1, 0, node(0.3), 3),  # and 0.3 // 0.1 is 2
+        (1, 1 / 3, node(16, 1), 3),
+        (1e-4, 0, node(2), 20_000),
         (0, 0.5, node(1, 2), 4),
         (1, 0.25, node(16), 0),
     ],

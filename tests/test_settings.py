@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tune_mnist.cli import exit_code
+from tune_mnist.cli import exit_code, flag
 from tune_mnist.errors import ConfigError
-from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings, flag, parse_duration
+from tune_mnist.tuning.settings import ConfirmSettings, RunOn, SearchSettings, parse_duration
 
 
 def settings_of(*arguments: str) -> SearchSettings:
@@ -73,7 +73,9 @@ def test_arguments_become_settings() -> None:
         (["--retries", "-1"], "--retries must be at least 0, but got -1"),
         (["--cpus-per-trial", "-0.5"], "--cpus-per-trial must be at least 0, but got -0.5"),
         (["--cpus-per-trial", "inf"], "--cpus-per-trial must be at least 0, but got inf"),
-        (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be a fraction of one GPU or a whole"),
+        (["--cpus-per-trial", "1e-5"], "--cpus-per-trial must be 0, or from 0.0001 to 1000, but"),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial must be 0, or from 0.0001 to 1: a trial"),
+        (["--gpus-per-trial", "2"], "--gpus-per-trial must be 0, or from 0.0001 to 1: a trial"),
         (["--reduction-factor", "1"], "--reduction-factor must be above 1, but got 1"),
         (["--reduction-factor", "nan"], "--reduction-factor must be above 1, but got nan"),
         (["--time-budget", "0"], "--time-budget must be above 0 seconds, but got 0"),

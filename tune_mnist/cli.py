@@ -1,28 +1,82 @@
 """Running a front door: from typed settings to an exit code.
 
 A front door declares its options once, as a frozen dataclass whose fields carry their types,
-defaults and help, and calls `run` with a function that takes an instance of it.
+defaults, limits and help, and calls `run` with a function that takes an instance of it.
 Exit codes: what the command returns (None is 0), a TuneMnistError's own, 2 for arguments that
 make no settings, 130 for Ctrl-C. Every error raised on purpose is one line on stderr.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import get_annotations
 from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from tune_mnist import __version__
-from tune_mnist.errors import TuneMnistError
+from tune_mnist.errors import ConfigError, TuneMnistError
+from tune_mnist.host import settle
 
 Settings = TypeVar("Settings")
 
 _OPTIONS = Group("Options")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A rule for the number that an option is given, in words and as a test."""
+
+    rule: str
+    holds: Callable[[float], bool]
+
+    @classmethod
+    def at_least(cls, least: int) -> "Limit":
+        return cls(f"at least {least}", lambda value: least <= value < math.inf)
+
+    @classmethod
+    def at_most(cls, most: int) -> "Limit":
+        return cls(f"at most {most}", lambda value: value <= most)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError unless an option's number holds, or each of several."""
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not self.holds(number):
+                raise ConfigError(f"{flag(name)} must be {self.rule}, but got {_shown(number)}")
+
+
+AT_LEAST_0, AT_LEAST_1 = Limit.at_least(0), Limit.at_least(1)
+# For every number that has a limit at all, seeds too; inf, where it is allowed, is no limit.
+_ANY_NUMBER = Limit("at most 1e30", lambda value: value <= 1e30 or value == math.inf)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options whose limits are checked when they are made: outside them is a ConfigError."""
+
+    def __post_init__(self) -> None:
+        # A subclass may declare an option's resolved type; the limits stay.
+        for declaring in type(self).__mro__:
+            for name, annotation in get_annotations(declaring).items():
+                found = getattr(annotation, "__metadata__", ())
+                limits = [each for each in found if isinstance(each, Limit)]
+                for limit in (*limits, _ANY_NUMBER) if limits else ():
+                    limit.check(name, getattr(self, name))
+
+
+def _shown(number: float) -> str:
+    text = str(number) if isinstance(number, int) else f"{number:g}"
+    return text if len(text) <= 24 else f"a number of {len(text)} digits"
+
+
+def flag(name: str) -> str:
+    """Return a setting's name on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -131,6 +185,7 @@ def _entry(command: Command[Any]) -> Callable[..., int]:
 
 
 def _exit_code(app: App, arguments: Sequence[str]) -> int:
+    settle()
     try:
         command, bound, _ = app.parse_args(list(arguments))
         # --help and --version are commands of the library's own; they return None.

@@ -18,10 +18,18 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from tune_mnist.cli import Interrupted, heeding_interrupts, run, tell
+from tune_mnist.cli import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    Interrupted,
+    Limit,
+    Options,
+    heeding_interrupts,
+    run,
+    tell,
+)
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import (
     CONFIG_FIELDS,
@@ -47,12 +55,11 @@ if TYPE_CHECKING:
 DEFAULT_EPOCHS = 20
 DRAW_EVERY = 0.1  # seconds between two drawings of the bar
 
-AtLeast0 = Parameter(validator=Number(gte=0))
-AtLeast1 = Parameter(validator=Number(gte=1))
+_MOST_THREADS = Limit.at_most(1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Options):
     """Train one configuration of the net and test it after every epoch.
 
     Without options this is the reference baseline: SGD at a constant rate, 20 epochs on all
@@ -70,16 +77,16 @@ class TrainSettings:
     run: Path | None = None
     """Folder of a search, one of whose trials is trained again; needs --trial."""
 
-    trial: Annotated[int | None, AtLeast0] = None
+    trial: Annotated[int | None, AT_LEAST_0] = None
     """Number of that trial, as in the run's best.csv."""
 
-    epochs: Annotated[int | None, AtLeast1] = None
+    epochs: Annotated[int | None, AT_LEAST_1] = None
     """Passes over the training images; schedules stretch over all of them. 20, or the run's."""
 
-    images: Annotated[int | None, AtLeast1] = None
+    images: Annotated[int | None, AT_LEAST_1] = None
     """Train on only so many images, all digits in proportion, for a quick look."""
 
-    seed: Annotated[int, AtLeast0] = 0
+    seed: Annotated[int, AT_LEAST_0] = 0
     """Fixes initial weights, order, distortions and dropout."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -89,7 +96,7 @@ class TrainSettings:
     """What a GPU computes training steps in; tf32 and bf16 are less precise. Evaluation is always
     in float32."""
 
-    threads: Annotated[int | None, AtLeast1] = None
+    threads: Annotated[int | None, AT_LEAST_1, _MOST_THREADS] = None
     """CPU threads to compute with; all cores unless given."""
 
     save: Path | None = None

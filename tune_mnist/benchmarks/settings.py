@@ -1,14 +1,19 @@
 """The options of each part of `bench`, declared where their import costs neither torch nor Ray."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
-AtLeast1 = Annotated[int, Parameter(validator=Number(gte=1))]
-Positive = Annotated[float, Parameter(validator=Number(gt=0))]
+from tune_mnist.cli import AT_LEAST_1, Limit, Options
+
+_FEW = Limit.at_most(100_000)  # at more, a benchmark would take weeks or a machine's memory
+AtLeast1 = Annotated[int, AT_LEAST_1, _FEW]
+MaybeAtLeast1 = Annotated[int | None, AT_LEAST_1, _FEW]
+AllAtLeast1 = Annotated[tuple[int, ...], AT_LEAST_1, _FEW]
+Positive = Annotated[float, Limit("above 0", lambda value: 0 < value < inf), _FEW]
 Flag = Annotated[bool, Parameter(negative="")]
 Save = Annotated[Path | None, Parameter(help="Write every number to this CSV file.")]
 DataDir = Annotated[
@@ -23,7 +28,7 @@ CURVES = Path("results/bench/curves.csv")  # `bench curves` writes it, `bench re
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings:
+class StepSettings(Options):
     """Time the training step on one core, against the textbook recipe and the convolutions."""
 
     rounds: AtLeast1 = 21
@@ -37,10 +42,10 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurnaroundSettings:
+class TurnaroundSettings(Options):
     """Measure what a search costs beside training: between trials, per report, at the start."""
 
-    trials: Annotated[int, Parameter(validator=Number(gte=8))] = 2000
+    trials: Annotated[int, Limit.at_least(8), _FEW] = 2000
     """Trivial trials of the long search."""
     minutes: Positive = 3.0
     """Length of the search of full-size epochs."""
@@ -53,7 +58,7 @@ class TurnaroundSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeersSettings:
+class PeersSettings(Options):
     """Run one search by tune_mnist, Ray's documented recipe, Optuna alone and Syne Tune."""
 
     space: str = "quick"
@@ -66,7 +71,7 @@ class PeersSettings:
     """Budget of a trial in epochs; ASHA stops the poor ones from the first on."""
     tests: Flag = False
     """Have the others evaluate on the test images after every epoch, too, as ours always does."""
-    at_once: AtLeast1 | None = None
+    at_once: MaybeAtLeast1 = None
     """Trials at once, one core each; one for every core unless given."""
     rounds: AtLeast1 = 2
     """Turns of each system, one after the other."""
@@ -81,7 +86,7 @@ class PeersSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackSettings:
+class PackSettings(Options):
     """Try 1, 2, 4 ... trials at once and say what --cpus-per-trial or --gpus-per-trial to use."""
 
     seconds: Positive = 30.0
@@ -97,12 +102,12 @@ class PackSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
+class ClusterSettings(Options):
     """Measure how reports per second hold up with many trials at once on three nodes."""
 
-    at_once: tuple[AtLeast1, ...] = (8, 64, 256)
+    at_once: AllAtLeast1 = (8, 64, 256)
     """Trials at once, one search after another."""
-    reports: Annotated[int, Parameter(validator=Number(gte=40))] = 2000
+    reports: Annotated[int, Limit.at_least(40), _FEW] = 2000
     """Reports of a search, about."""
     rounds: AtLeast1 = 3
     """Times that each is measured."""
@@ -112,7 +117,7 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuSettings:
+class GpuSettings(Options):
     """Time epochs of 469 steps and 15,000 images' evaluation on a GPU, and compare accuracies."""
 
     rounds: AtLeast1 = 15
@@ -128,7 +133,7 @@ class GpuSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurvesSettings:
+class CurvesSettings(Options):
     """Train random configurations of a space to their end and record every epoch."""
 
     save: Path = CURVES
@@ -137,17 +142,17 @@ class CurvesSettings:
     """Search space that they are drawn from."""
     configs: AtLeast1 = 64
     """Configurations in all."""
-    epochs: AtLeast1 | None = None
+    epochs: MaybeAtLeast1 = None
     """Epochs of each; the space's own (20) unless given."""
     images: AtLeast1 = 6000
     """Training images."""
-    at_once: AtLeast1 | None = None
+    at_once: MaybeAtLeast1 = None
     """Trainings at once, one core each; one for every core unless given."""
     data_dir: DataDir = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaySettings:
+class ReplaySettings(Options):
     """Replay searches over recorded curves: the regret of their pick against epochs spent."""
 
     curves: Path = CURVES
@@ -156,7 +161,7 @@ class ReplaySettings:
     """systems: ours and what others do. stopping, sampling: ours with other settings."""
     repetitions: AtLeast1 = 300
     """Searches of each kind, from different seeds."""
-    budgets: tuple[AtLeast1, ...] = (40, 60, 100, 150)
+    budgets: AllAtLeast1 = (40, 60, 100, 150)
     """Epochs spent, in all trials together, at which a search is asked for its pick."""
     at_once: AtLeast1 = 4
     """Trials at once."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
+from tune_mnist.host import cache_dir
 from tune_mnist.mnist.download import (
     MD5S,
     TEST_IMAGES,
@@ -56,15 +57,7 @@ def default_data_dir() -> Path:
     """Return `TUNE_MNIST_DATA`, or `tune_mnist` in the user's cache folder: not one a project."""
     if chosen := os.environ.get("TUNE_MNIST_DATA"):
         return Path(os.path.expanduser(chosen))  # noqa: PTH111 (Path's raises without a home)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # unset, empty, or to be ignored as the XDG standard says
-        try:
-            cache = Path.home() / ".cache"
-        except RuntimeError:
-            raise ConfigError(
-                "no home folder to keep MNIST in: name a folder with --data-dir or TUNE_MNIST_DATA"
-            ) from None
-    return cache / "tune_mnist"
+    return cache_dir(holding="MNIST")
 
 
 def load_mnist(data_dir: Path | None = None, say: Callable[[str], None] | None = None) -> Mnist:

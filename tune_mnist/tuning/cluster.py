@@ -16,7 +16,8 @@ import ray
 from ray.exceptions import AuthenticationError
 
 import tune_mnist
-from tune_mnist.errors import ClusterError, root_cause
+from tune_mnist.errors import ClusterError, one_line, root_cause
+from tune_mnist.host import scratch
 from tune_mnist.tuning import ray_patches
 
 CONNECT_PATIENCE = 5.0  # seconds for a cluster's port to answer
@@ -26,22 +27,49 @@ _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None) -> Iterator[Path]:
     """Start Ray on this machine, or join the cluster at `address`, for as long as it is needed.
 
     The address is `auto` or HOST:PORT on one of the cluster's nodes, ray://HOST:PORT from outside.
-    Raises ClusterError if nothing answers there, or that cluster cannot be joined.
+    Yields a scratch folder. Raises ClusterError if Ray does not start, nothing answers there, or
+    that cluster cannot be joined.
     """
     ray_patches.silence_dying_workers()
-    if address is None:
-        with ray_patches.without_dashboard():
-            _init(address="local", include_dashboard=False)
-    else:
-        _join(address)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(scratch())
+        if address is None:
+            options = stack.enter_context(ray_patches.for_this_user_only(folder))
+            stack.callback(ray.shutdown)
+            _start(options)
+        else:
+            stack.callback(ray.shutdown)
+            _join(address)
+        yield folder
+
+
+def _start(options: dict[str, Any]) -> None:
+    """Start Ray on this machine, or raise ClusterError."""
+    _check_loopback()
     try:
-        yield
-    finally:
-        ray.shutdown()
+        with _quiet(), ray_patches.without_dashboard():
+            _init(address="local", include_dashboard=False, **options)
+    except Exception as error:
+        raise ClusterError(
+            f"Ray does not start on this machine: {one_line(root_cause(error))}; "
+            "--address HOST:PORT uses a Ray that runs already"
+        ) from error
+
+
+def _check_loopback() -> None:
+    """Fail at once where this machine cannot reach itself; Ray itself tries for minutes."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=CONNECT_PATIENCE).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Ray does not start on this machine: its loopback device does not work ({error}); "
+            "`ip link set lo up` starts it"
+        ) from error
 
 
 def _join(address: str) -> None:

@@ -222,9 +222,10 @@ def _runtime(
     precision = settings.precision or "float32"
     holdout = rules.metric == "val_accuracy"
     data = split(load_mnist(settings.data_dir), holdout=holdout, images=rules.images)
-    with connected(settings.address):
+    with connected(settings.address) as scratch:
         yield Runtime(
             settings=settings,
+            scratch=scratch,
             resources=settle_resources(settings, data, precision),
             nodes=living_nodes(),
             split=data,

@@ -7,11 +7,14 @@ that no other file mentions such a name. Each one says what goes wrong without i
 import contextlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
@@ -43,6 +46,10 @@ IN_THIS_PROCESS: dict[str, Any] = {"_remote": False}
 # For a `Cluster`'s head, which otherwise starts a worker for each CPU as soon as a driver joins.
 NO_WORKERS_AHEAD = {"_system_config": {"prestart_worker_first_driver": False}}
 
+# A local Ray whose nodes are at 127.0.0.1 and listen there only, as on Windows.
+_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_STORE = 300 << 20  # bytes of an object store outside of shared memory: MNIST, states on their way
+
 OUT_OF_MEMORY = "out of memory: Ray ended the worker; fewer trials at a time need less"
 
 
@@ -53,6 +60,31 @@ def without_dashboard() -> contextlib.AbstractContextManager[Any]:
     """
     name = "ray._private.utils.get_dashboard_dependency_error"
     return mock.patch(name, return_value=ImportError())
+
+
+@contextlib.contextmanager
+def for_this_user_only(scratch: Path) -> Iterator[dict[str, Any]]:
+    """Keep a Ray that is started meanwhile on this machine, to this user and in this folder.
+
+    Otherwise all its ports are open to the network, its files lie in a folder that every user can
+    write, and it writes the token that it asks for into the home folder, which may be read-only.
+    Yields the options for `ray.init`.
+    """
+    variables = _LOOPBACK_ENVIRONMENT | {"TMPDIR": str(scratch)}
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        variables["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with (
+        mock.patch.dict(os.environ, variables),
+        mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
+    ):
+        yield {"_temp_dir": str(scratch), **_store_options(scratch)}
+
+
+def _store_options(scratch: Path) -> dict[str, Any]:
+    """Return where the object store lies, where Ray would fail to find that out."""
+    if os.access("/dev/shm", os.R_OK | os.W_OK | os.X_OK):
+        return {}  # if it is too small, Ray itself takes its temporary folder
+    return {"_plasma_directory": str(scratch), "object_store_memory": _STORE}
 
 
 def silence_dying_workers() -> None:

@@ -12,6 +12,12 @@ import ray
 from tune_mnist.errors import ClusterError
 
 COUNT_EVERY = 1.0  # seconds between two looks at which nodes there are
+UNITS = 10_000  # of one CPU or GPU: Ray counts whole ones of these
+
+
+def units(share: float) -> int:
+    """Return a share of CPUs or GPUs as Ray counts it: one third of a GPU fits three times."""
+    return round(UNITS * share)
 
 
 def in_words(cpus: float, gpus: float) -> str:
@@ -68,14 +74,13 @@ class TrialResources:
         return in_words(self.cpus, self.gpus)
 
     def slots_on(self, node: Node) -> int:
-        """Return how many trials fit on one node; a trial uses a part of one GPU or whole ones."""
-        fits = math.inf
+        """Return how many trials fit on one node; a trial uses one GPU or a part of one."""
+        fits = []
         if self.cpus > 0:
-            fits = node.cpus // self.cpus
+            fits.append(units(node.cpus) // units(self.cpus))
         if self.gpus > 0:
-            by_gpu = node.gpus // self.gpus if self.gpus >= 1 else node.gpus * (1 // self.gpus)
-            fits = min(fits, by_gpu)
-        return int(fits)
+            fits.append(int(node.gpus) * (UNITS // units(self.gpus)))
+        return min(fits)
 
     def at_once(self, nodes: Sequence[Node], most: int | None) -> int:
         """Return how many trials run at a time on the nodes, `most` at most."""

@@ -5,11 +5,11 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from types import FrameType
 
 from ray import tune
@@ -48,6 +48,7 @@ class Runtime:
     """What a session runs with, beside its rules."""
 
     settings: RunOn
+    scratch: Path
     resources: TrialResources
     nodes: Sequence[Node]
     split: Split
@@ -102,9 +103,8 @@ def _fit(
         {"cpu": resources.cpus, "gpu": resources.gpus},
     )
     with (
-        tempfile.TemporaryDirectory(prefix="tune_mnist-") as scratch,
         _quiet(),
-        staging_in(scratch),
+        staging_in(str(runtime.scratch)),
         memory_kills_survived(),
         contextlib.suppress(SearchOverError),
     ):
@@ -112,7 +112,7 @@ def _fit(
         tune.run(
             trainable,
             name="tune",
-            storage_path=scratch,
+            storage_path=str(runtime.scratch),
             search_alg=ExperimentSearcher(experiment, room, supervisor.stop_all),
             scheduler=ExperimentScheduler(experiment),
             num_samples=-1,

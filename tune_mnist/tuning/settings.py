@@ -5,14 +5,13 @@ Each option is declared once: type, default, limits, help and panel in --help.
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
-from inspect import get_annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from tune_mnist.cli import AT_LEAST_0, AT_LEAST_1, Limit, Options, flag
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import MAX_EPOCHS, Precision
 from tune_mnist.mnist.metrics import Metric
@@ -55,50 +54,30 @@ _TIME = Parameter(converter=_duration, n_tokens=1, show_default=False, metavar="
 _FOLDER_OR_URI = Parameter(converter=_folder_or_uri, n_tokens=1, metavar="RUN")
 
 
-@dataclass(frozen=True)
-class _Limit:
-    """A rule for the number that an option is given, in words and as a test."""
-
-    rule: str
-    holds: Callable[[float], bool]
-
-
-_AT_LEAST_0 = _Limit("at least 0", lambda value: 0 <= value < math.inf)
-_AT_LEAST_1 = _Limit("at least 1", lambda value: value >= 1)
-_MOST_EPOCHS = _Limit(f"at most {MAX_EPOCHS}", lambda value: value <= MAX_EPOCHS)
-_ABOVE_0_SECONDS = _Limit("above 0 seconds", lambda value: value > 0)
-_ABOVE_1 = _Limit("above 1", lambda value: 1 < value < math.inf)
-_PART_OR_WHOLE = _Limit(
-    "a fraction of one GPU or a whole number", lambda value: value <= 1 or value % 1 == 0
+_MOST_EPOCHS = Limit.at_most(MAX_EPOCHS)
+_ABOVE_0_SECONDS = Limit("above 0 seconds", lambda value: value > 0)
+_ABOVE_1 = Limit("above 1", lambda value: 1 < value < math.inf)
+_THOUSAND = Limit.at_most(1000)  # trainings, each of minutes
+# Ray counts in parts of 0.0001, and refuses a smaller one.
+_SHARE = Limit("0, or from 0.0001 to 1000", lambda value: value == 0 or 1e-4 <= value <= 1000)
+_PART_OF_ONE = Limit(
+    "0, or from 0.0001 to 1: a trial uses one GPU at most",
+    lambda value: value == 0 or 1e-4 <= value <= 1,
 )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Options whose limits are checked when they are made: outside them is a ConfigError."""
-
-    def __post_init__(self) -> None:
-        # A subclass may declare an option's resolved type; the limits stay.
-        for declaring in type(self).__mro__:
-            for name, annotation in get_annotations(declaring).items():
-                for limit in getattr(annotation, "__metadata__", ()):
-                    value = getattr(self, name)
-                    if isinstance(limit, _Limit) and value is not None and not limit.holds(value):
-                        raise ConfigError(f"{flag(name)} must be {limit.rule}, but got {value:g}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RunOn(_Options):
+class RunOn(Options):
     """What a search or a confirmation runs on, and what it leaves beside the run's own files."""
 
-    max_concurrent: Annotated[int | None, _WHERE, _AT_LEAST_1] = None
+    max_concurrent: Annotated[int | None, _WHERE, AT_LEAST_1] = None
     """Trials at once; as many as fit unless given."""
 
-    cpus_per_trial: Annotated[float, _WHERE, _AT_LEAST_0] = 1.0
+    cpus_per_trial: Annotated[float, _WHERE, AT_LEAST_0, _SHARE] = 1.0
     """CPU cores that a trial takes."""
 
-    gpus_per_trial: Annotated[float | None, _WHERE, _AT_LEAST_0, _PART_OR_WHOLE] = None
-    """GPUs that a trial takes, such as 0.25; a quarter where there is a GPU, else none."""
+    gpus_per_trial: Annotated[float | None, _WHERE, AT_LEAST_0, _PART_OF_ONE] = None
+    """Part of a GPU that a trial takes, at most 1; a quarter where there is a GPU, else none."""
 
     pack: Annotated[Literal["off", "auto"], _WHERE] = "off"
     """auto tries for some seconds how many trials at once this machine serves best, and takes
@@ -112,7 +91,7 @@ class RunOn(_Options):
     """A running Ray cluster: auto or HOST:PORT on one of its nodes, ray://HOST:PORT from outside.
     Without it, this machine."""
 
-    retries: Annotated[int, _WHERE, _AT_LEAST_0] = 3
+    retries: Annotated[int, _WHERE, AT_LEAST_0] = 3
     """Times that a failed trial is tried again; each epoch it finishes resets the count."""
 
     hang_timeout: Annotated[float, _WHERE, _TIME, _ABOVE_0_SECONDS] = 1800.0
@@ -137,40 +116,40 @@ class RunOn(_Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions(_Options):
+class SearchOptions(Options):
     """What a search goes by; `search.yaml` holds these entries, resolved, under `asked`."""
 
     metric: Annotated[Metric, _HOW] = "val_accuracy"
     """What steers the search. val_accuracy holds out 5,000 training images; test_accuracy trains
     on all 60,000 and picks its winner on the test set."""
 
-    trials: Annotated[int | None, _WHAT, _AT_LEAST_1] = None
+    trials: Annotated[int | None, _WHAT, AT_LEAST_1] = None
     """Configurations to try in all; 50 unless given."""
 
-    epochs: Annotated[int | None, _WHAT, _AT_LEAST_1, _MOST_EPOCHS] = None
+    epochs: Annotated[int | None, _WHAT, AT_LEAST_1, _MOST_EPOCHS] = None
     """Budget of a trial in epochs; the space's own (20) unless given."""
 
     time_budget: Annotated[float | None, _WHAT, _TIME, _ABOVE_0_SECONDS] = None
     """Stop after this long: 90s, 10m, 1.5h. Without it, the trials decide."""
 
-    images: Annotated[int | None, _WHAT, _AT_LEAST_1] = None
+    images: Annotated[int | None, _WHAT, AT_LEAST_1] = None
     """Train on this many images only, for a quick look; all of them unless given."""
 
-    grace_epochs: Annotated[int, _HOW, _AT_LEAST_1] = 1
+    grace_epochs: Annotated[int, _HOW, AT_LEAST_1] = 1
     """ASHA stops no trial before this many epochs."""
 
     reduction_factor: Annotated[float, _HOW, _ABOVE_1] = 2.0
     """At each rung, ASHA lets about one trial in this many continue."""
 
-    startup_trials: Annotated[int, _HOW, _AT_LEAST_0] = 10
+    startup_trials: Annotated[int, _HOW, AT_LEAST_0] = 10
     """Random configurations before Optuna's model proposes."""
 
-    seed: Annotated[int, _HOW, _AT_LEAST_0] = 0
+    seed: Annotated[int, _HOW, AT_LEAST_0] = 0
     """Fixes what is proposed and every trial's training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartOptions(_Options):
+class StartOptions(Options):
     """Which search to start, resume or list."""
 
     space: Annotated[str, _WHAT] = "default"
@@ -239,7 +218,7 @@ class SearchSettings(RunOn, SearchOptions, StartOptions):
 
 
 @dataclass(frozen=True)
-class ConfirmOptions(_Options):
+class ConfirmOptions(Options):
     """Which search to confirm, and how thoroughly."""
 
     run: Annotated[Path | None, _CONFIRM] = None
@@ -247,16 +226,16 @@ class ConfirmOptions(_Options):
 
     _: KW_ONLY
 
-    top: Annotated[int, _CONFIRM, _AT_LEAST_1] = 3
+    top: Annotated[int, _CONFIRM, AT_LEAST_1, _THOUSAND] = 3
     """How many of the best configurations; the baseline comes on top."""
 
-    seeds: Annotated[int, _CONFIRM, _AT_LEAST_1] = 5
+    seeds: Annotated[int, _CONFIRM, AT_LEAST_1, _THOUSAND] = 5
     """Seeds that each is trained with; the search has used none of them."""
 
-    epochs: Annotated[int | None, _CONFIRM, _AT_LEAST_1, _MOST_EPOCHS] = None
+    epochs: Annotated[int | None, _CONFIRM, AT_LEAST_1, _MOST_EPOCHS] = None
     """How long each is trained; as long as the search's trials may unless given."""
 
-    images: Annotated[int | None, _CONFIRM, _AT_LEAST_1] = None
+    images: Annotated[int | None, _CONFIRM, AT_LEAST_1] = None
     """Train on this many images only, for a quick look; all 60,000 unless given."""
 
     time_budget: Annotated[float | None, _CONFIRM, _TIME, _ABOVE_0_SECONDS] = None
@@ -271,8 +250,3 @@ class ConfirmSettings(RunOn, ConfirmOptions):
     picked by. Each training is a trial. The same command resumes a confirmation that was
     interrupted; with more seeds, it adds them.
     """
-
-
-def flag(name: str) -> str:
-    """Return a setting's name on the command line."""
-    return "--" + name.replace("_", "-")

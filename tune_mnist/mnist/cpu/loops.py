@@ -1,23 +1,60 @@
 """Loops over memory for which torch needs several passes, compiled by numba.
 
 Arrays are flat, in channels-last order: element `i` belongs to channel `i % channels`. numba keeps
-compiled code on disk, beside this file or in NUMBA_CACHE_DIR.
+compiled code on disk: in NUMBA_CACHE_DIR, beside this file or in a cache folder.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from numba import njit  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from numba import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    config,
+    njit,
+)
+from numba.core.caching import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    FunctionCache,
+)
 from numpy.typing import NDArray
 
+from tune_mnist.errors import TuneMnistError
+from tune_mnist.host import cache_dir
 from tune_mnist.mnist.forward import GOLDEN, MIX_1, MIX_2, SHIFT_1, SHIFT_2, SHIFT_3
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
-# "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
-compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+
+class _KeptCode(FunctionCache):  # type: ignore[misc]
+    """numba's files of compiled code; where they are damaged or the disk is full, there are none.
+
+    numba would raise the error, and take no folder at all for one too.
+    """
+
+    def load_overload(self, *arguments: Any) -> Any:
+        with suppress(Exception):
+            return super().load_overload(*arguments)
+        return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(*arguments)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Have numba compile a function when it is first called, and keep the code where it can."""
+    # "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
+    loop = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+    try:
+        loop._cache = _KeptCode(function)  # as njit(cache=True) does
+    except RuntimeError:  # neither this file's folder nor numba's in a home can be written
+        with suppress(RuntimeError, TuneMnistError):
+            config.CACHE_DIR = str(cache_dir() / "numba")
+            loop._cache = _KeptCode(function)
+    return loop
+
 
 # Channels (8, 16 or 32) are repeated to rows of 64 floats, so that every inner loop has one fixed
 # length and fills whole vector registers; 64 rows (16 kB) are summed in float32 before float64.
