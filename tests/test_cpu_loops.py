@@ -1,13 +1,19 @@
 """The compiled loops of a CPU."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tune_mnist.errors import TuneMnistError
 from tune_mnist.mnist.forward import keep_mask
 
 pytest.importorskip("numba")
+
+from numba import config
+from numba.core import caching
 
 from tune_mnist.mnist.cpu import loops
 from tune_mnist.mnist.cpu.loops import Bytes, Floats
@@ -59,3 +65,42 @@ def test_max_pool_and_its_gradient_are_torchs_for_ties_and_nan_too() -> None:
     loops.max_pool_backward(flat_top, winner, 8, gradient)
     found = torch.from_numpy(gradient).view(2, 6, 6, 8).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected_gradient, rtol=0, atol=0)
+
+
+def double(value: float) -> float:
+    return 2 * value
+
+
+def test_code_that_is_kept_is_used_again_and_damaged_code_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    for hits in (0, 1):
+        loop = loops.compiled(double)
+        assert loop(2.0) == 4.0
+        assert sum(loop.stats.cache_hits.values()) == hits
+    for file in tmp_path.rglob("*.nb?"):
+        file.write_bytes(b"damaged")
+    assert loops.compiled(double)(2.0) == 4.0
+    unused = loops.compiled(double)
+    (folder,) = tmp_path.iterdir()
+    folder.rename(tmp_path / "moved")
+    folder.touch()  # as if the disk were full: nothing can be written there
+    assert unused(2.0) == 4.0
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_where_numba_finds_no_folder_code_is_kept_among_the_caches_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: bool
+) -> None:
+    def cache_dir() -> Path:
+        if not room:
+            raise TuneMnistError("no room")
+        return tmp_path
+
+    monkeypatch.setattr(config, "CACHE_DIR", "")
+    for locator in (caching.InTreeCacheLocator, caching.UserWideCacheLocator):
+        monkeypatch.setattr(locator, "from_function", lambda *_: None)
+    monkeypatch.setattr(loops, "cache_dir", cache_dir)
+    assert loops.compiled(double)(2.0) == 4.0
+    assert bool(list(tmp_path.rglob("numba/*/*.nbc"))) == room

@@ -13,6 +13,7 @@ import pytest
 
 from tune_mnist import host
 from tune_mnist.errors import TuneMnistError
+from tune_mnist.mnist.data import default_data_dir
 
 # Nobody knows this number, and it may not write what it does not own.
 STRANGER = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
@@ -153,3 +154,36 @@ def test_what_cannot_be_removed_yet_or_was_left_by_a_kill_is_removed_by_the_next
         with host.scratch():
             assert not left.parent.exists()
             assert alive.exists()
+
+
+@pytest.mark.slow
+def test_a_stranger_without_a_home_searches_with_a_read_only_installation(
+    stranger: tuple[str, ...], tmp_path: Path
+) -> None:
+    package, site = Path(host.__file__).parent, tmp_path / "site"
+    for folder in (package, package.parent / "search_spaces"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, site / folder.name, ignore=ignored)
+    for folder in (site, *site.rglob("*")):
+        folder.chmod(0o500)
+    places = {"PYTHONPATH": site, "TMPDIR": tmp_path, "TUNE_MNIST_DATA": default_data_dir()}
+    variables = os.environ | {name: str(place) for name, place in places.items()}
+    for name in ("HOME", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        variables.pop(name, None)
+    for command in (
+        "search --space sgd --trials 1 --epochs 1 --images 500 --results-dir . --run run --no-report",
+        "report run",
+    ):
+        door, *arguments = command.split()
+        done = subprocess.run(
+            [*stranger, sys.executable, "-m", f"tune_mnist.{door}", *arguments],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "report.html").exists()
+    assert list(tmp_path.glob("tune_mnist-54321/.cache/numba/**/*.nbc"))
+    assert not (tmp_path / "~").exists()

@@ -1,6 +1,7 @@
 """Ray's private names: in one file, and those of a Ray that they were checked against."""
 
 import ast
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,22 @@ def test_patches_hold_for_as_long_as_they_are_entered() -> None:
         assert storage._get_ray_train_session_dir() == "/here"
     with pytest.raises(AssertionError, match="Ray must be initialized"):
         storage._get_ray_train_session_dir()
+
+
+def test_a_local_ray_is_told_of_no_cluster_and_has_its_own_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_REDIS_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    tokens = set()
+    for _ in range(2):
+        with ray_patches.for_this_user_only(tmp_path) as options:
+            assert "RAY_REDIS_ADDRESS" not in os.environ
+            tokens.add(os.environ["RAY_AUTH_TOKEN"])
+            assert options["_plasma_directory"] == options["_temp_dir"] == str(tmp_path)
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    assert len(tokens) == 2
 
 
 def test_a_worker_that_ray_ended_for_its_memory_is_one_that_died() -> None:

@@ -46,8 +46,10 @@ IN_THIS_PROCESS: dict[str, Any] = {"_remote": False}
 # For a `Cluster`'s head, which otherwise starts a worker for each CPU as soon as a driver joins.
 NO_WORKERS_AHEAD = {"_system_config": {"prestart_worker_first_driver": False}}
 
-# A local Ray whose nodes are at 127.0.0.1 and listen there only, as on Windows.
-_LOOPBACK_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LOOPBACK_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes are at 127.0.0.1 and listen only there
+    "no_grpc_proxy": "127.0.0.1",  # which no proxy reaches, if RAY_grpc_enable_http_proxy is on
+}
 _STORE = 300 << 20  # bytes of an object store outside of shared memory: MNIST, states on their way
 
 OUT_OF_MEMORY = "out of memory: Ray ended the worker; fewer trials at a time need less"
@@ -77,6 +79,7 @@ def for_this_user_only(scratch: Path) -> Iterator[dict[str, Any]]:
         mock.patch.dict(os.environ, variables),
         mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
     ):
+        os.environ.pop("RAY_REDIS_ADDRESS", None)  # of a cluster; if it is dead, Ray aborts
         yield {"_temp_dir": str(scratch), **_store_options(scratch)}
 
 
