@@ -1,6 +1,7 @@
 """The compiled loops of a CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_code_that_is_kept_is_used_again_and_damaged_code_is_compiled_anew(
 ) -> None:
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     for hits in (0, 1):
-        loop = loops.compiled(double)
+        loop: Any = loops.compiled(double)
         assert loop(2.0) == 4.0
         assert sum(loop.stats.cache_hits.values()) == hits
     for file in tmp_path.rglob("*.nb?"):

@@ -6,16 +6,11 @@ compiled code on disk: in NUMBA_CACHE_DIR, beside this file or in a cache folder
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import numpy as np
-from numba import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    config,
-    njit,
-)
-from numba.core.caching import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    FunctionCache,
-)
+from numba.core import caching  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from numpy.typing import NDArray
 
 from tune_mnist.errors import TuneMnistError
@@ -27,7 +22,12 @@ Doubles = NDArray[np.float64]
 Bytes = NDArray[np.uint8]
 
 
-class _KeptCode(FunctionCache):  # type: ignore[misc]
+_numba: Any = numba  # only parts of it have types
+_FunctionCache: Any = caching.FunctionCache
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _KeptCode(_FunctionCache):  # type: ignore[misc]
     """numba's files of compiled code; where they are damaged or the disk is full, there are none.
 
     numba would raise the error, and take no folder at all for one too.
@@ -43,17 +43,17 @@ class _KeptCode(FunctionCache):  # type: ignore[misc]
             super().save_overload(*arguments)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: _Function) -> _Function:
     """Have numba compile a function when it is first called, and keep the code where it can."""
     # "contract" allows fused multiply-add and nothing else: NaN has to stay NaN.
-    loop = njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+    loop = _numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
     try:
         loop._cache = _KeptCode(function)  # as njit(cache=True) does
     except RuntimeError:  # neither this file's folder nor numba's in a home can be written
         with suppress(RuntimeError, TuneMnistError):
-            config.CACHE_DIR = str(cache_dir() / "numba")
+            _numba.config.CACHE_DIR = str(cache_dir() / "numba")
             loop._cache = _KeptCode(function)
-    return loop
+    return cast(_Function, loop)
 
 
 # Channels (8, 16 or 32) are repeated to rows of 64 floats, so that every inner loop has one fixed
