@@ -15,7 +15,6 @@ import contextlib
 import io
 import math
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from tune_mnist.benchmarks.settings import ClusterSettings
 from tune_mnist.benchmarks.watched import Trivial
 from tune_mnist.cli import tell
 from tune_mnist.errors import TuneMnistError
+from tune_mnist.host import scratch
 from tune_mnist.mnist.data import Split, load_mnist, split
 from tune_mnist.runs.history import Assignment
 from tune_mnist.tuning.launch import search
@@ -117,15 +117,15 @@ def steady(marks: list[Mark], at_once: int, epochs: int) -> tuple[float, float, 
 @contextlib.contextmanager
 def three_nodes(at_once: int) -> Iterator[tuple[str, Path]]:
     """Start a cluster with a CPU for each trial; yields its address and a folder."""
-    with tempfile.TemporaryDirectory(prefix="tm-ray-") as name:  # sockets need a short path
+    with scratch() as folder:
         cpus = math.ceil(at_once / NODES)
         node: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": 300 << 20}
-        head = {"include_dashboard": False, "temp_dir": name, **NO_WORKERS_AHEAD}
+        head = {"include_dashboard": False, "temp_dir": str(folder), **NO_WORKERS_AHEAD}
         nodes = Cluster(initialize_head=True, head_node_args=node | head)
         try:
             for _ in range(NODES - 1):
                 nodes.add_node(**node)
-            yield nodes.address, Path(name) / "results"
+            yield nodes.address, folder / "results"
         finally:
             nodes.shutdown()  # type: ignore[no-untyped-call]
 

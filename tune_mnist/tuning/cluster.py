@@ -51,7 +51,7 @@ def _start(options: dict[str, Any]) -> None:
     """Start Ray on this machine, or raise ClusterError."""
     _check_loopback()
     try:
-        with _quiet(), ray_patches.without_dashboard():
+        with ray_patches.without_dashboard():
             _init(address="local", include_dashboard=False, **options)
     except Exception as error:
         raise ClusterError(
