@@ -16,7 +16,7 @@ import tune_mnist
 
 PACKAGE = Path(tune_mnist.__file__).parent
 ROOMS = ("mnist", "runs", "reporting", "tuning", "benchmarks")  # each may use those before it
-LEAVES = ("errors", "cli")  # in that order, of use to everything else
+LEAVES = ("errors", "host", "locations", "cli")  # in that order, of use to everything else
 FILES = {
     ".".join(("tune_mnist", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
         ".__init__"

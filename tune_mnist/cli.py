@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
@@ -19,10 +20,20 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from tune_mnist import __version__
 from tune_mnist.errors import TuneMnistError
+from tune_mnist.locations import masked, output_path, user_path
 
 Settings = TypeVar("Settings")
 
 _OPTIONS = Group("Options")
+
+
+def _read_by(read: Callable[[str], Path]) -> Parameter:
+    return Parameter(converter=lambda _, tokens: read(tokens[0].value), n_tokens=1)
+
+
+# What an option is that takes a path, and one whose file is written.
+UserPath = Annotated[Path, _read_by(user_path)]
+OutputPath = Annotated[Path, _read_by(output_path)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -157,4 +168,4 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
 def _print_error(message: str) -> None:
     """Print a message on one line of stderr, whatever line breaks it has."""
     sys.stdout.flush()
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.write(masked(" ".join(message.split())) + "\n")

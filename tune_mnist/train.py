@@ -21,7 +21,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from tune_mnist.cli import Interrupted, heeding_interrupts, run, tell
+from tune_mnist.cli import Interrupted, OutputPath, UserPath, heeding_interrupts, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.mnist.config import (
     CONFIG_FIELDS,
@@ -59,7 +59,7 @@ class TrainSettings:
     60,000 training images. MNIST is fetched when it is missing.
     """
 
-    config: Path | None = None
+    config: UserPath | None = None
     """YAML file of hyperparameters, one `name: value` a line; the others keep their defaults."""
 
     overrides: Annotated[
@@ -67,7 +67,7 @@ class TrainSettings:
     ] = ()
     """One hyperparameter as NAME=VALUE, over the file's; may be given several times."""
 
-    run: Path | None = None
+    run: UserPath | None = None
     """Folder of a search, one of whose trials is trained again; needs --trial."""
 
     trial: Annotated[int | None, AtLeast0] = None
@@ -92,10 +92,10 @@ class TrainSettings:
     threads: Annotated[int | None, AtLeast1] = None
     """CPU threads to compute with; all cores unless given."""
 
-    save: Path | None = None
+    save: OutputPath | None = None
     """Keep the weights in this file, written anew after every epoch."""
 
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
 
 

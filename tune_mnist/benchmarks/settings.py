@@ -7,12 +7,14 @@ from typing import Annotated, Literal, get_args
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from tune_mnist.cli import OutputPath, UserPath
+
 AtLeast1 = Annotated[int, Parameter(validator=Number(gte=1))]
 Positive = Annotated[float, Parameter(validator=Number(gt=0))]
 Flag = Annotated[bool, Parameter(negative="")]
-Save = Annotated[Path | None, Parameter(help="Write every number to this CSV file.")]
+Save = Annotated[OutputPath | None, Parameter(help="Write every number to this CSV file.")]
 DataDir = Annotated[
-    Path | None,
+    UserPath | None,
     Parameter(help="Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."),
 ]
 
@@ -44,7 +46,7 @@ class TurnaroundSettings:
     """Trivial trials of the long search."""
     minutes: Positive = 3.0
     """Length of the search of full-size epochs."""
-    run: Path | None = None
+    run: UserPath | None = None
     """Take the busy share from this finished run instead of a search of its own."""
     quick: Flag = False
     """Fewer trials, and epochs of 6,000 images instead of full-size ones."""
@@ -131,7 +133,7 @@ class GpuSettings:
 class CurvesSettings:
     """Train random configurations of a space to their end and record every epoch."""
 
-    save: Path = CURVES
+    save: OutputPath = CURVES
     """The CSV file; configurations that it holds are not trained again."""
     space: str = "default"
     """Search space that they are drawn from."""
@@ -150,7 +152,7 @@ class CurvesSettings:
 class ReplaySettings:
     """Replay searches over recorded curves: the regret of their pick against epochs spent."""
 
-    curves: Path = CURVES
+    curves: UserPath = CURVES
     """What `bench curves` has recorded."""
     compare: LineUp = "systems"
     """systems: ours and what others do. stopping, sampling: ours with other settings."""

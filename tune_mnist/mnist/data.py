@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
+from tune_mnist.locations import user_path
 from tune_mnist.mnist.download import (
     MD5S,
     TEST_IMAGES,
@@ -55,7 +56,7 @@ class Split:
 def default_data_dir() -> Path:
     """Return `TUNE_MNIST_DATA`, or `tune_mnist` in the user's cache folder: not one a project."""
     if chosen := os.environ.get("TUNE_MNIST_DATA"):
-        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (Path's raises without a home)
+        return user_path(chosen)
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # unset, empty, or to be ignored as the XDG standard says
         try:
