@@ -14,6 +14,8 @@ from tune_mnist.mnist.download import WHEEL
 # Compiled once for this process and all that it starts, and kept for the next run.
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "numba"
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE))
+# What is remembered of storage is not to be mixed with the user's own.
+os.environ["XDG_STATE_HOME"] = str(_CACHE.with_name("state"))
 
 
 @pytest.fixture(scope="session")

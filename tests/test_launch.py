@@ -1,6 +1,7 @@
 """How searches begin, end and are resumed, each in a process of its own."""
 
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
+from support.course import Course
 from support.drivers import (
     Searches,
     act_at,
@@ -22,10 +24,13 @@ from support.drivers import (
 from support.reported import rich
 from support.scripted import Script
 
-from tune_mnist.errors import SearchFailedError
+from tune_mnist.errors import ConfigError, RunFolderError, SearchFailedError
+from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
-from tune_mnist.tuning import packing
-from tune_mnist.tuning.launch import draw_report
+from tune_mnist.tuning import launch, packing
+from tune_mnist.tuning.launch import draw_report, search
+from tune_mnist.tuning.plan import Plan
+from tune_mnist.tuning.settings import SearchSettings
 
 pytest_plugins = ["support.ray_fixtures"]
 
@@ -223,3 +228,119 @@ def test_a_search_confirms_its_winners_in_half_of_its_time_and_draws_its_report(
     said = " ".join(again.output.split())
     assert "all 4 trials are finished" in said
     assert confirmed in said
+
+
+def finished_run(path: Path) -> RunFolder:
+    """A search that has run to its end, without Ray."""
+    course = Course(path, trials=2, epochs=2)
+    course.run(until=2)
+    course.experiment.close("finished")
+    Plan.of(SearchSettings(space="sgd", trials=2, epochs=2)).save(course.folder)
+    return course.folder
+
+
+def everything_in(path: Path) -> dict[str, bytes]:
+    """Return all files there but the lock's."""
+    files = {file for file in path.rglob("*") if file.is_file() and file.name != ".lock"}
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def resume(folder: RunFolder, **settings: Any) -> int:
+    """Resume a run that has nothing left to train: without Ray."""
+    return search(SearchSettings(resume=folder.path, report=False, **settings))
+
+
+@pytest.mark.parametrize(
+    "storage", ["runs", "file://{}/runs", "link", "runs/run", "runs/run/x/y", "runs/../runs", "."]
+)
+def test_a_run_and_its_copy_are_never_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = finished_run(tmp_path / "runs" / "run")
+    (tmp_path / "link").symlink_to("runs")
+    if storage == ".":  # the run lies in its copy
+        folder = RunFolder((tmp_path / "runs").rename(tmp_path / "run") / "run")
+    before = everything_in(tmp_path)
+    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
+        resume(folder, storage=storage.format(tmp_path))
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("results", "storage"), [("runs", "runs"), ("runs", "runs/new/x"), ("copies/new", "copies")]
+)
+def test_nor_are_those_of_a_new_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: str, storage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "_runtime", None)  # it is refused before
+    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
+        search(SearchSettings(run="new", results_dir=Path(results), storage=storage))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_is_not_resumed_in_itself(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "runs" / "run")
+    before = everything_in(tmp_path)
+    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
+        search(SearchSettings(resume=folder.path.as_uri(), results_dir=tmp_path / "runs"))
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("events.jsonl", b"{}\n"),
+        ("epochs.csv", b"0,3\n"),
+        ("search.yaml", b"asked: 3\n"),
+    ],
+)
+def test_a_resume_that_is_refused_has_written_nothing(
+    tmp_path: Path, file: str, damage: bytes
+) -> None:
+    folder = finished_run(tmp_path / "run")
+    assert resume(folder, storage=str(tmp_path / "copies")) == 0
+    with (folder.path / file).open("ab") as damaged:
+        damaged.write(damage)
+    before = everything_in(tmp_path)
+    with pytest.raises(RunFolderError, match="damaged"):
+        resume(folder, storage=str(tmp_path / "copies"))
+    assert everything_in(tmp_path) == before
+
+
+def test_a_place_that_only_a_run_names_is_sent_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder, there = finished_run(tmp_path / "run"), tmp_path / "elsewhere"
+    with folder.search.open("a") as file:
+        file.write(f"storage: {there.as_uri()}\n")
+    before = everything_in(tmp_path)
+    with pytest.raises(
+        RunFolderError, match=f"add --storage '{there.as_uri()}'; to go on without"
+    ):
+        resume(folder)
+    assert everything_in(tmp_path) == before
+
+    assert resume(folder, storage=str(there)) == 0
+    assert everything_in(there / "run") == {
+        name: content
+        for name, content in everything_in(folder.path).items()
+        if not name.startswith(".")
+    }
+    shutil.rmtree(there)
+    there.mkdir()
+    with pytest.raises(RunFolderError, match="cannot use"):
+        resume(folder)  # it is known now, and gone: that is not made anew
+    (there / "run").mkdir()
+    assert resume(folder) == 0
+    assert (there / "run" / "epochs.csv").exists()
+
+
+def test_a_space_whose_name_makes_none_for_a_run_is_refused(tmp_path: Path) -> None:
+    space = tmp_path / f"{'n' * 245}.yaml"
+    space.write_text("parameters: {lr: {low: 0.1, high: 0.2}}")
+    with pytest.raises(ConfigError, match="--run must be a name of at most 255 bytes"):
+        search(SearchSettings(space=str(space), results_dir=tmp_path / "results"))
+    assert not (tmp_path / "results").exists()

@@ -116,6 +116,7 @@ MISSING = object()
         ("confirm", "yes", "confirm cannot be 'yes'"),
         ("storage", 5, "storage cannot be 5"),
         ("storage", "ftp://here", "storage of the kind ftp:// is not known"),
+        ("storage", "s3://b/f?secret_key=S", "must not hold a secret"),
         ("space", None, "must be a mapping"),
         ("space.parameters.lr.low", "a", "parameters.lr"),
     ],

@@ -162,6 +162,15 @@ def test_a_damaged_space_leaves_out_its_charts_and_says_so(
     assert "What the best model gets wrong" in said
 
 
+def test_a_page_shows_no_secret_of_an_older_run(tmp_path: Path) -> None:
+    search = empty(tmp_path, "run")
+    with search.folder.search.open("a") as file:
+        file.write("storage: s3://b/f?region=x&secret_key=S3kr1t\n")
+    page = _page(search)
+    assert "region=x" in page
+    assert "S3kr1t" not in page
+
+
 @pytest.mark.parametrize(
     "asked", [{"metric": "loss"}, {"metric": None}, {"epochs": 0}, {"epochs": True}]
 )

@@ -1,13 +1,15 @@
 """A run is copied to a bucket or a shared folder, and resumed from there."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +33,11 @@ from tune_mnist.errors import RunFolderError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import EpochRow, History, TrialRecord
+from tune_mnist.runs.history import COLUMNS, EpochRow, History, TrialRecord
 from tune_mnist.tuning import remote, sync
+from tune_mnist.tuning.plan import Plan
 from tune_mnist.tuning.remote import RemoteRun
+from tune_mnist.tuning.settings import SearchSettings
 
 pytest_plugins = ["support.ray_fixtures", "support.s3_server"]
 
@@ -47,14 +51,14 @@ def hurry(copy_every: float = 0.1) -> None:
     replace(remote, "PATIENCE", 1)
     replace(sync, "COPY_EVERY", copy_every)
     replace(sync, "CLOSING_PATIENCE", 1.0)
-    replace(sync, "LEASE", 2.0)
-    replace(sync, "SIGN_EVERY", 0.2)
-    replace(sync, "LOOK_EVERY", 0.1)
+    replace(remote, "LEASE", 2.0)
+    replace(remote, "SIGN_EVERY", 0.2)
+    replace(remote, "LOOK_EVERY", 0.1)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     """Return all that is copied of a folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
         name: path.read_bytes()
@@ -210,11 +214,10 @@ def search_alone(folder: RunFolder) -> None:
         history.add_epoch(dataclasses.replace(row, trial=3 + number, epoch=1))
 
 
+@pytest.mark.usefixtures("rounds")
 def test_a_copy_can_be_resumed_at_every_instant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
-    monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
     folder, copy = make_run(tmp_path / "run"), tmp_path / "there" / "run"
     lock, original, instants = threading.Lock(), RemoteRun.write, list[Path]()
 
@@ -225,7 +228,8 @@ def test_a_copy_can_be_resumed_at_every_instant(
             shutil.copytree(copy, instants[-1])
 
     monkeypatch.setattr(RemoteRun, "write", write)
-    with sync.kept_in_line(folder, RemoteRun(copy.as_uri())):
+    RemoteRun(copy.as_uri()).make()
+    with kept_in_line(folder, copy):
         search_alone(folder)
     monkeypatch.undo()
     seen = Counter[int]()
@@ -246,50 +250,78 @@ def test_a_copy_can_be_resumed_at_every_instant(
     assert len(seen) > 3, seen
 
 
-START = b'{"event": "start", "trial": %d}\n'
-ROWS = b"trial,epoch\n0,1\n", b"0,2\n", b"1,1\n"
+def start(trial: int) -> bytes:
+    facts = {"ray_id": "", "origin": "sampled", "seed": 0, "config": TrainConfig().as_dict()}
+    event = {"event": "start", "time": 0.0, "trial": trial, "elapsed": 0.0, **facts}
+    return f"{json.dumps(event)}\n".encode()
+
+
+def row(trial: int, epoch: int) -> bytes:
+    metrics = epoch_metrics(epoch, 0.5).as_dict()
+    return f"{EpochRow(**metrics, trial=trial, elapsed=0.5).line()}\n".encode()
+
+
+HEADER = f"{','.join(COLUMNS)}\n".encode()
+ROWS = HEADER + row(0, 1), row(0, 2), row(1, 1)
 
 
 def make_run(folder: Path, events: bytes = b"", epochs: bytes = b"") -> RunFolder:
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "search.yaml").write_text("asked: {}\n")
-    (folder / "events.jsonl").write_bytes(events)
-    (folder / "epochs.csv").write_bytes(epochs)
-    return RunFolder(folder)
+    run = RunFolder(folder)
+    Plan.of(SearchSettings(space="sgd")).save(run)
+    run.events.write_bytes(events)
+    run.epochs.write_bytes(epochs)
+    return run
+
+
+@contextlib.contextmanager
+def kept_in_line(folder: RunFolder, there: Path) -> Iterator[None]:
+    with sync.copied(folder, RemoteRun(there.as_uri())) as copying:
+        copying.begin()
+        yield
 
 
 def test_a_folder_that_is_behind_its_copy_is_caught_up(tmp_path: Path) -> None:
-    there = make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
-    folder = make_run(tmp_path / "run", START % 0, ROWS[0] + b"0,")
-    with sync.kept_in_line(folder, RemoteRun(there.path.as_uri())):
+    there = make_run(tmp_path / "there" / "run", start(0) + start(1), b"".join(ROWS))
+    folder = make_run(tmp_path / "run", start(0), ROWS[0] + b"0,")
+    with kept_in_line(folder, there.path):
         assert folder.epochs.read_bytes() == b"".join(ROWS)
-        assert folder.events.read_bytes() == START % 0 + START % 1
+        assert folder.events.read_bytes() == start(0) + start(1)
+
+
+def test_what_only_the_copy_has_is_fetched(tmp_path: Path) -> None:
+    there = make_run(tmp_path / "there" / "run", start(0), b"".join(ROWS[:2]))
+    (there.checkpoints / "00000.state").write_bytes(b"of an unfinished trial")
+    there.best_model.write_bytes(b"of epoch 2")
+    folder = make_run(tmp_path / "run", start(0), b"".join(ROWS[:2]))
+    folder.checkpoints.rmdir()  # as Git and zip do
+    with sync.copied(folder, RemoteRun(there.path.as_uri())):
+        assert contents_of(folder.path) == contents_of(there.path)
 
 
 def test_a_copy_that_is_behind_its_folder_is_caught_up(tmp_path: Path) -> None:
-    there = make_run(tmp_path / "there" / "run", START % 0, ROWS[0])
+    there = make_run(tmp_path / "there" / "run", start(0), ROWS[0])
+    folder = make_run(tmp_path / "run", start(0) + start(1) + END, b"".join(ROWS))
     (there.checkpoints / "00000.state").write_bytes(b"of a trial that has ended")
-    folder = make_run(tmp_path / "run", START % 0 + START % 1, b"".join(ROWS))
-    with sync.kept_in_line(folder, RemoteRun(there.path.as_uri())):
-        pass
+    with kept_in_line(folder, there.path):
+        assert not list(folder.checkpoints.iterdir())
     assert contents_of(there.path) == contents_of(folder.path)
 
 
 def test_epochs_of_trials_whose_start_was_not_copied_are_run_again(tmp_path: Path) -> None:
-    there = make_run(tmp_path / "there" / "run", START % 0, b"".join(ROWS))
-    copy = RemoteRun(there.path.as_uri())
-    folder = sync.folder_for(copy, tmp_path)
-    with sync.kept_in_line(folder, copy):
+    there = make_run(tmp_path / "there" / "run", start(0), b"".join(ROWS))
+    folder = sync.folder_for(RemoteRun(there.path.as_uri()), tmp_path)
+    with kept_in_line(folder, there.path):
         assert folder.epochs.read_bytes() == b"".join(ROWS[:2])
 
 
 def test_a_run_that_was_resumed_in_both_places_is_refused(tmp_path: Path) -> None:
-    there = make_run(tmp_path / "there" / "run", START % 0 + START % 1, b"".join(ROWS))
-    folder = make_run(tmp_path / "run", START % 0, b"".join(ROWS[:2]) + b"0,3\n")
+    there = make_run(tmp_path / "there" / "run", start(0) + start(1), b"".join(ROWS))
+    folder = make_run(tmp_path / "run", start(0), b"".join(ROWS[:2]) + row(0, 3))
     before = contents_of(there.path)
     with (
         pytest.raises(RunFolderError, match="resumed in both places"),
-        sync.kept_in_line(folder, RemoteRun(there.path.as_uri())),
+        kept_in_line(folder, there.path),
     ):
         pass
     assert contents_of(there.path) == before
@@ -297,4 +329,221 @@ def test_a_run_that_was_resumed_in_both_places_is_refused(tmp_path: Path) -> Non
 
 def test_what_is_no_copy_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no run's copy: it has no search\.yaml"):
-        sync.folder_for(RemoteRun((tmp_path / "nothing").as_uri()), tmp_path)
+        sync.folder_for(RemoteRun((tmp_path / "there" / "nothing").as_uri()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("events.jsonl", lambda content: content + b"{}\n"),
+        ("epochs.csv", lambda content: content + b"0,3\n"),
+        ("search.yaml", lambda content: content[:99]),
+        ("search.yaml", lambda _: b""),
+    ],
+)
+def test_a_damaged_copy_is_not_fetched(
+    tmp_path: Path, file: str, damage: Callable[[bytes], bytes]
+) -> None:
+    there = make_run(tmp_path / "there" / "run", start(0), b"".join(ROWS[:2]))
+    folder = make_run(tmp_path / "run", start(0), ROWS[0])
+    (there.path / file).write_bytes(damage((there.path / file).read_bytes()))
+    before = contents_of(folder.path), contents_of(there.path)
+    with (
+        pytest.raises(RunFolderError, match=f"nothing was fetched: {there.path.as_uri()}/{file}"),
+        sync.copied(folder, RemoteRun(there.path.as_uri())),
+    ):
+        pass
+    assert (contents_of(folder.path), contents_of(there.path)) == before
+    assert not (there.path / ".driver").exists()
+
+
+END = b"""\
+{"event": "end", "time": 0.0, "trial": 0, "elapsed": 0.0, "state": "complete", "reason": ""}
+"""
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a round of copying every few milliseconds."""
+    monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
+    monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
+
+
+def wait_for_copy(folder: RunFolder, there: Path) -> None:
+    deadline = time.monotonic() + 30
+    while contents_of(there) != contents_of(folder.path):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def replaced_by_an_empty_one(path: Path) -> None:
+    moved(path)
+    path.mkdir()
+
+
+def cut(name: str, length: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path / name, length)
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def rewritten(name: str, content: bytes) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        (path / name).write_bytes(content)
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (moved, "is no longer the folder"),
+        (shutil.rmtree, "warning"),  # which one depends on how much of it is left when seen
+        (replaced_by_an_empty_one, "is no longer the folder"),
+        (removed("events.jsonl"), "does not continue its copy"),
+        (removed("epochs.csv"), "does not continue its copy"),
+        (cut("events.jsonl", 0), "does not continue its copy"),
+        (cut("epochs.csv", 90), "does not continue its copy"),
+        (rewritten("epochs.csv", HEADER + row(0, 2)), "does not continue its copy"),
+        (rewritten("confirm/epochs.csv", HEADER), "does not continue its copy"),
+        (removed("search.yaml"), ""),
+        (cut("search.yaml", 0), ""),
+        (cut("search.yaml", 99), ""),
+        (removed("best.pt"), ""),
+        (cut("best.pt", 0), ""),
+        (removed("trials.csv"), ""),
+        (removed("checkpoints/00001.state"), ""),
+        (cut("checkpoints/00001.state", 100), ""),
+        (cut("checkpoints/00001.state", 0), ""),
+        (lambda path: shutil.rmtree(path / "checkpoints"), ""),
+        (lambda path: shutil.rmtree(path / "confirm"), "does not continue its copy"),
+    ],
+)
+@pytest.mark.usefixtures("rounds")
+def test_whatever_happens_to_the_folder_the_copy_keeps_what_it_has(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    said: str,
+) -> None:
+    there = tmp_path / "there" / "run"
+    folder = make_run(tmp_path / "run", start(0) + start(1), b"".join(ROWS))
+    make_run(folder.path / "confirm", start(0), b"".join(ROWS[:2]))
+    Checkpoints(folder).save(1, EpochRow.parse(row(1, 1).decode()), bytes(1000))
+    for path in (folder.best_model, folder.trials):
+        path.write_bytes(b"whole")
+    sync.check_new_copy(RemoteRun(there.as_uri()))
+    with kept_in_line(folder, there):
+        wait_for_copy(folder, there)
+        before = contents_of(there)
+        damage(folder.path)
+        time.sleep(0.03)
+    assert contents_of(there) == before
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert all(said and said in line for line in warnings)
+    assert bool(warnings) == bool(said)
+    assert not (there / ".driver").exists()
+
+
+@pytest.mark.usefixtures("rounds")
+def test_states_of_trials_that_have_ended_are_deleted_in_the_copy(tmp_path: Path) -> None:
+    there = tmp_path / "there" / "run"
+    folder = make_run(tmp_path / "run", start(0) + start(1), b"".join(ROWS))
+    for number in (0, 1):
+        Checkpoints(folder).save(number, EpochRow.parse(row(number, 1).decode()), b"state")
+    sync.check_new_copy(RemoteRun(there.as_uri()))
+    with kept_in_line(folder, there):
+        wait_for_copy(folder, there)
+        with folder.events.open("ab") as events:
+            events.write(END)
+        shutil.rmtree(folder.checkpoints)
+    assert [path.name for path in (there / "checkpoints").iterdir()] == ["00001.state"]
+
+
+@pytest.mark.usefixtures("rounds")
+def test_a_confirmation_that_was_put_aside_is_copied_before_another_takes_its_place(
+    tmp_path: Path,
+) -> None:
+    there = tmp_path / "there" / "run"
+    folder = make_run(tmp_path / "run", start(0), ROWS[0])
+    make_run(folder.path / "confirm", start(0), b"".join(ROWS[:2]))
+    sync.check_new_copy(RemoteRun(there.as_uri()))
+    for again in ("during a session", "between two"):
+        with kept_in_line(folder, there):
+            wait_for_copy(folder, there)
+            if again == "during a session":
+                (folder.path / "confirm").rename(folder.path / "confirm-1")
+                make_run(folder.path / "confirm", start(0), HEADER)
+        if again == "between two":
+            (folder.path / "confirm").rename(folder.path / "confirm-2")
+    with kept_in_line(folder, there):
+        make_run(folder.path / "confirm", start(0) + start(1), b"".join(ROWS))
+        wait_for_copy(folder, there)
+
+
+@pytest.mark.usefixtures("rounds")
+def test_a_storage_that_comes_back_empty_gets_everything_again(tmp_path: Path) -> None:
+    there = tmp_path / "there" / "run"
+    folder = make_run(tmp_path / "run", start(0), ROWS[0])
+    sync.check_new_copy(RemoteRun(there.as_uri()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "SIGN_EVERY", 0.0)
+        with kept_in_line(folder, there):
+            wait_for_copy(folder, there)
+            there.rename(tmp_path / "away")
+            time.sleep(0.05)
+            assert not there.exists()
+            there.mkdir()
+            wait_for_copy(folder, there)
+
+
+@pytest.mark.usefixtures("rounds")
+def test_a_copy_that_another_driver_took_over_and_left_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "SIGN_EVERY", 0.0)
+    there = make_run(tmp_path / "there" / "run", start(0), ROWS[0])
+    folder = make_run(tmp_path / "run", start(0), ROWS[0])
+    with kept_in_line(folder, there.path):
+        wait_for_copy(folder, there.path)
+        there.epochs.write_bytes(ROWS[0] + ROWS[1])
+        (there.path / ".driver").unlink()
+        time.sleep(0.05)
+        folder.epochs.write_bytes(ROWS[0] + row(0, 3))
+    assert there.epochs.read_bytes() == ROWS[0] + ROWS[1]
+    assert "is left to another driver" in capsys.readouterr().out
+
+
+def test_a_copy_never_has_an_epoch_without_the_model_that_was_best_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there" / "run"
+    folder = make_run(tmp_path / "run", start(0), HEADER)
+    listed, written = sync._files, RemoteRun.write
+
+    def list_files(of: RunFolder) -> Iterator[Path]:
+        """List them, and have another epoch come to its end before any is read."""
+        yield from list(listed(of))
+        epoch = folder.epochs.read_bytes().count(b"\n")
+        folder.best_model.write_bytes(f"{epoch}".encode())
+        with folder.epochs.open("ab") as epochs:
+            epochs.write(row(0, epoch))
+
+    def write(copy: RemoteRun, name: str, content: bytes) -> None:
+        written(copy, name, content)
+        if name == "epochs.csv":
+            epochs = content.count(b"\n") - 1
+            assert epochs == 0 or int((there / "best.pt").read_bytes()) >= epochs
+
+    monkeypatch.setattr(sync, "_files", list_files)
+    monkeypatch.setattr(RemoteRun, "write", write)
+    sync.check_new_copy(RemoteRun(there.as_uri()))
+    with kept_in_line(folder, there):
+        pass
+    assert (there / "epochs.csv").read_bytes().count(b"\n") > 1

@@ -176,6 +176,14 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     assert why.startswith("X has not got everything (NotADirectoryError")
 
 
+def test_event_files_do_not_make_a_runs_folder_anew(search: RecordedSearch) -> None:
+    path = search.folder.path
+    path.rename(path.with_name("moved"))
+    with pytest.raises(FileNotFoundError):
+        EventFiles(search.folder.tensorboard).begin(search.history.trials[0])
+    assert not path.exists()
+
+
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store of MLflow's own; making one takes it seconds."""

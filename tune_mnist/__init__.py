@@ -5,7 +5,6 @@ net = tune_mnist.load("results/default")    # the best trial's, ready for infere
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ def load(run: str | os.PathLike[str]) -> Net:
         ConfigError: no model is there, or none that can be read.
     """
     # Not above: whoever imports the package may not need torch, which takes seconds.
+    from tune_mnist.locations import user_path
     from tune_mnist.mnist.checkpoint import load_model
 
-    path = Path(run)
+    path = user_path(str(run))
     return load_model(path / "best.pt" if path.is_dir() else path).net

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import get_annotations
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Generic, NoReturn, TypeVar
 
@@ -22,6 +23,7 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 from tune_mnist import __version__
 from tune_mnist.errors import ConfigError, TuneMnistError
 from tune_mnist.host import settle
+from tune_mnist.locations import masked, output_path, user_path
 
 Settings = TypeVar("Settings")
 
@@ -77,6 +79,15 @@ def _shown(number: float) -> str:
 def flag(name: str) -> str:
     """Return a setting's name on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _read_by(read: Callable[[str], Path]) -> Parameter:
+    return Parameter(converter=lambda _, tokens: read(tokens[0].value), n_tokens=1)
+
+
+# What an option is that takes a path, and one whose file is written.
+UserPath = Annotated[Path, _read_by(user_path)]
+OutputPath = Annotated[Path, _read_by(output_path)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -212,4 +223,4 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
 def _print_error(message: str) -> None:
     """Print a message on one line of stderr, whatever line breaks it has."""
     sys.stdout.flush()
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.write(masked(" ".join(message.split())) + "\n")

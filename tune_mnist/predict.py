@@ -4,12 +4,11 @@ python -m tune_mnist.predict results/default seven.png photo.jpg
 """
 
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from tune_mnist.cli import run, tell
+from tune_mnist.cli import UserPath, run, tell
 from tune_mnist.errors import ConfigError
 
 SURE = 0.9  # below that, the second guess is printed as well
@@ -23,10 +22,10 @@ class PredictSettings:
     must hold one digit, upright.
     """
 
-    run: Annotated[Path | None, Parameter(show_default=False)] = None
+    run: Annotated[UserPath | None, Parameter(show_default=False)] = None
     """Folder of a search, whose best model is used; or the file of a model."""
 
-    images: Annotated[tuple[Path, ...], Parameter(negative="", show_default=False)] = ()
+    images: Annotated[tuple[UserPath, ...], Parameter(negative="", show_default=False)] = ()
     """Image files, each with one digit."""
 
     _: KW_ONLY

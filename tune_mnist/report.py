@@ -5,12 +5,11 @@ python -m tune_mnist.report results/a results/b             compares them on one
 """
 
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from tune_mnist.cli import run, tell
+from tune_mnist.cli import OutputPath, UserPath, run, tell
 from tune_mnist.errors import ConfigError, TuneMnistError
 
 
@@ -22,19 +21,19 @@ class ReportSettings:
     searches compares them.
     """
 
-    runs: Annotated[tuple[Path, ...], Parameter(negative="", show_default=False)] = ()
+    runs: Annotated[tuple[UserPath, ...], Parameter(negative="", show_default=False)] = ()
     """Folders of searches."""
 
     _: KW_ONLY
 
-    output: Path | None = None
+    output: OutputPath | None = None
     """The page's file. By default report.html in the run's folder; for several runs, a file
     beside the first, named after all of them."""
 
     pictures: bool = True
     """Also draw the main charts as PNG files beside the page."""
 
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Folder of MNIST, for the digits that the best model gets wrong."""
 
 

@@ -26,6 +26,8 @@ from tune_mnist.cli import (
     Interrupted,
     Limit,
     Options,
+    OutputPath,
+    UserPath,
     heeding_interrupts,
     run,
     tell,
@@ -66,7 +68,7 @@ class TrainSettings(Options):
     60,000 training images. MNIST is fetched when it is missing.
     """
 
-    config: Path | None = None
+    config: UserPath | None = None
     """YAML file of hyperparameters, one `name: value` a line; the others keep their defaults."""
 
     overrides: Annotated[
@@ -74,7 +76,7 @@ class TrainSettings(Options):
     ] = ()
     """One hyperparameter as NAME=VALUE, over the file's; may be given several times."""
 
-    run: Path | None = None
+    run: UserPath | None = None
     """Folder of a search, one of whose trials is trained again; needs --trial."""
 
     trial: Annotated[int | None, AT_LEAST_0] = None
@@ -99,10 +101,10 @@ class TrainSettings(Options):
     threads: Annotated[int | None, AT_LEAST_1, _MOST_THREADS] = None
     """CPU threads to compute with; all cores unless given."""
 
-    save: Path | None = None
+    save: OutputPath | None = None
     """Keep the weights in this file, written anew after every epoch."""
 
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     """Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from cyclopts import Parameter
 
-from tune_mnist.cli import AT_LEAST_1, Limit, Options
+from tune_mnist.cli import AT_LEAST_1, Limit, Options, OutputPath, UserPath
 
 _FEW = Limit.at_most(100_000)  # at more, a benchmark would take weeks or a machine's memory
 AtLeast1 = Annotated[int, AT_LEAST_1, _FEW]
@@ -15,9 +15,9 @@ MaybeAtLeast1 = Annotated[int | None, AT_LEAST_1, _FEW]
 AllAtLeast1 = Annotated[tuple[int, ...], AT_LEAST_1, _FEW]
 Positive = Annotated[float, Limit("above 0", lambda value: 0 < value < inf), _FEW]
 Flag = Annotated[bool, Parameter(negative="")]
-Save = Annotated[Path | None, Parameter(help="Write every number to this CSV file.")]
+Save = Annotated[OutputPath | None, Parameter(help="Write every number to this CSV file.")]
 DataDir = Annotated[
-    Path | None,
+    UserPath | None,
     Parameter(help="Folder of MNIST, `DIR/MNIST/raw`; one in your cache folder unless given."),
 ]
 
@@ -49,7 +49,7 @@ class TurnaroundSettings(Options):
     """Trivial trials of the long search."""
     minutes: Positive = 3.0
     """Length of the search of full-size epochs."""
-    run: Path | None = None
+    run: UserPath | None = None
     """Take the busy share from this finished run instead of a search of its own."""
     quick: Flag = False
     """Fewer trials, and epochs of 6,000 images instead of full-size ones."""
@@ -136,7 +136,7 @@ class GpuSettings(Options):
 class CurvesSettings(Options):
     """Train random configurations of a space to their end and record every epoch."""
 
-    save: Path = CURVES
+    save: OutputPath = CURVES
     """The CSV file; configurations that it holds are not trained again."""
     space: str = "default"
     """Search space that they are drawn from."""
@@ -155,7 +155,7 @@ class CurvesSettings(Options):
 class ReplaySettings(Options):
     """Replay searches over recorded curves: the regret of their pick against epochs spent."""
 
-    curves: Path = CURVES
+    curves: UserPath = CURVES
     """What `bench curves` has recorded."""
     compare: LineUp = "systems"
     """systems: ours and what others do. stopping, sampling: ours with other settings."""

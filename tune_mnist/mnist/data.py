@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tune_mnist.errors import ConfigError, DataUnavailableError
 from tune_mnist.host import cache_dir
+from tune_mnist.locations import user_path
 from tune_mnist.mnist.download import (
     MD5S,
     TEST_IMAGES,
@@ -56,7 +57,7 @@ class Split:
 def default_data_dir() -> Path:
     """Return `TUNE_MNIST_DATA`, or `tune_mnist` in the user's cache folder: not one a project."""
     if chosen := os.environ.get("TUNE_MNIST_DATA"):
-        return Path(os.path.expanduser(chosen))  # noqa: PTH111 (Path's raises without a home)
+        return user_path(chosen)
     return cache_dir(holding="MNIST")
 
 

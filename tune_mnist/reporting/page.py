@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from tune_mnist.errors import RunFolderError, SearchSpaceError, TuneMnistError
+from tune_mnist.locations import masked
 from tune_mnist.reporting import charts
 from tune_mnist.reporting.findings import find_mistakes
 from tune_mnist.reporting.parameter_charts import (
@@ -139,7 +140,7 @@ def _report(run: RunView, data_dir: Path | None) -> dict[str, Any]:
         "parameters": _parameters(run) if best else None,
         "mistakes": _mistakes(run, data_dir),
         "commands": _commands(run),
-        "settings": yaml.safe_dump(dict(run.search), sort_keys=False, allow_unicode=True),
+        "settings": masked(yaml.safe_dump(dict(run.search), sort_keys=False, allow_unicode=True)),
     }
 
 

@@ -74,10 +74,19 @@ class Checkpoints:
         return stem.with_suffix(".state"), stem.with_suffix(".before.state")
 
 
+def is_whole(content: bytes) -> bool:
+    """Return True if a checkpoint's file holds the state that was written."""
+    header, _, state = content.partition(b"\n")
+    try:
+        facts = json.loads(header)
+        return (len(state), zlib.crc32(state)) == (facts["size"], facts["crc32"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def _parse(content: bytes) -> Checkpoint:
     """Read a checkpoint; a damaged one raises one of the errors that `load` suppresses."""
-    header, _, state = content.partition(b"\n")
-    facts = json.loads(header)
-    if (len(state), zlib.crc32(state)) != (facts["size"], facts["crc32"]):
+    if not is_whole(content):
         raise ValueError("the state is not the one that was written")
-    return Checkpoint(EpochRow(**facts["row"]), state)
+    facts = json.loads(content.partition(b"\n")[0])
+    return Checkpoint(EpochRow(**facts["row"]), content.partition(b"\n")[2])

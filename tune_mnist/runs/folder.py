@@ -153,7 +153,8 @@ def _is_abandoned(path: Path) -> bool:
     if time.time() - path.stat().st_mtime < _STARTING:
         return False
     others = {found.name for found in path.iterdir() if not found.match(".search.yaml.*.tmp")}
-    return others <= {".lock", "checkpoints"} and not any((path / "checkpoints").glob("*"))
+    made_first = {".lock", ".folder", "checkpoints"}
+    return others <= made_first and not any((path / "checkpoints").glob("*"))
 
 
 def _exists(path: Path) -> RunFolderError:

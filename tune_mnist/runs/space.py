@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial
 
 from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean
+from tune_mnist.locations import user_path
 from tune_mnist.mnist.config import CONFIG_FIELDS, MAX_EPOCHS, TrainConfig, Value
 from tune_mnist.runs.folder import YAML_ERRORS
 from tune_mnist.runs.parameter import (
@@ -251,7 +252,7 @@ def _find_space(name_or_path: str) -> Path:
     names = available_spaces()
     if name_or_path in names:
         return spaces_folder() / f"{name_or_path}.yaml"
-    path = Path(name_or_path)
+    path = user_path(name_or_path) if name_or_path else Path()
     try:
         if name_or_path and path.exists():
             return path

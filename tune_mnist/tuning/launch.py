@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tune_mnist.cli import tell
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.locations import check_run_name, is_remembered, storage_uri, tracking_uri
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import listing, summary
 from tune_mnist.runs.confirmed import conclusion, write_confirmed
@@ -31,11 +32,11 @@ from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.live_view import start_line
 from tune_mnist.tuning.packing import settle_resources
 from tune_mnist.tuning.plan import Plan
-from tune_mnist.tuning.remote import RemoteRun
+from tune_mnist.tuning.remote import RemoteRun, reaching
 from tune_mnist.tuning.resources import living_nodes
 from tune_mnist.tuning.runner import Ending, Runtime, run_session, writing
 from tune_mnist.tuning.settings import ConfirmOptions, ConfirmSettings, RunOn, SearchSettings
-from tune_mnist.tuning.sync import check_new_copy, folder_for, kept_in_line
+from tune_mnist.tuning.sync import check_new_copy, copied, folder_for
 from tune_mnist.tuning.trackers import check_mlflow, mlflow_trackers
 from tune_mnist.tuning.worker import EpochSource, train_assignment
 
@@ -104,50 +105,68 @@ class _Search:
 def _start(settings: SearchSettings, epochs_of: EpochSource | None, copies: ExitStack) -> _Search:
     plan = Plan.of(settings)
     name = settings.run or f"{plan.rules.space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_run_name(name)
     path = settings.results_dir / name
+    copy = RemoteRun.of(path, plan.storage) if plan.storage else None
     check_new_run(path)
-    copy = RemoteRun.within(plan.storage, name) if plan.storage else None
     if copy:
         check_new_copy(copy)
     with _runtime(plan.rules, settings, name, epochs_of) as runtime:
         folder = RunFolder.create(path)
         with folder.only_writer():
             if copy:
-                copies.enter_context(kept_in_line(folder, copy))
+                copies.enter_context(copied(folder, copy)).begin()
             return _run(folder, plan, History(folder), runtime)
 
 
 def _resume(
     settings: SearchSettings, resume: Path | str, epochs_of: EpochSource | None, copies: ExitStack
 ) -> _Search:
-    copy = RemoteRun(resume) if isinstance(resume, str) else None
+    copy = RemoteRun(storage_uri(resume)) if isinstance(resume, str) else None
     folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
     with folder.only_writer():
-        before, copy = _load_plan(folder, copy, settings, copies)
+        copy = copy or _copy_of(folder, settings)
+        begin_copying = copies.enter_context(copied(folder, copy)).begin if copy else _no_copying
+        # All is read and checked before anything is written, here or there.
+        before, history = Plan.load(folder), History.load(folder)
         plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
-        history = History.load(folder)
         if over := _why_nothing_is_left(plan, history):
+            begin_copying()
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
         for difference in before.differences(folder):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         on = replace(settings, precision=plan.precision)
         with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
+            begin_copying()
             return _run(folder, plan, history, runtime)
 
 
-def _load_plan(
-    folder: RunFolder, copy: RemoteRun | None, settings: SearchSettings, copies: ExitStack
-) -> tuple[Plan, RemoteRun | None]:
-    """Return a run's plan and where its copy is, which is kept in line from here on."""
-    if copy is None:
-        plan = Plan.load(folder)
-        storage = plan.changed_by(settings).storage
-        if storage is None:
-            return plan, None
-        copy = RemoteRun.within(storage, folder.name)
-    copies.enter_context(kept_in_line(folder, copy))
-    return Plan.load(folder), copy  # a newer one may have been fetched
+def _copy_of(folder: RunFolder, settings: SearchSettings) -> RemoteRun | None:
+    """Return where the copy of a run is that is resumed in its folder, if it has one.
+
+    The folder may come from elsewhere, and say where to send all that is found. To go on without
+    the copy would let it fall behind unnoticed, so a place that only the folder names is refused.
+    """
+    plan = Plan.load(folder)
+    storage = plan.changed_by(settings).storage
+    if storage is None:
+        return None
+    copy = RemoteRun.of(folder.path, storage)
+    if settings.storage is not None:
+        with reaching(copy):
+            copy.make()
+    elif not is_remembered(copy.storage):
+        raise RunFolderError(
+            f"{folder.search} has its copy in {storage}, where you have copied nothing from this "
+            f"machine: to trust it, add --storage '{storage}'; to go on without, remove the line "
+            "'storage' there"
+        )
+    return copy
+
+
+def _no_copying() -> None:
+    pass
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
@@ -217,8 +236,9 @@ def _runtime(
     rules: Rules, settings: RunOn, name: str, epochs_of: EpochSource | None
 ) -> Iterator[Runtime]:
     """Load the data, connect to Ray and settle what a trial takes."""
-    if settings.mlflow is not None:
-        check_mlflow(settings.mlflow)
+    mlflow = settings.mlflow and tracking_uri(settings.mlflow)
+    if mlflow:
+        check_mlflow(mlflow)
     precision = settings.precision or "float32"
     holdout = rules.metric == "val_accuracy"
     data = split(load_mnist(settings.data_dir), holdout=holdout, images=rules.images)
@@ -230,7 +250,7 @@ def _runtime(
             nodes=living_nodes(),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
-            trackers=mlflow_trackers(settings.mlflow, name),
+            trackers=mlflow_trackers(mlflow, name),
         )
 
 

@@ -13,12 +13,12 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import tune_mnist
 from tune_mnist.errors import RunFolderError, TuneMnistError
+from tune_mnist.locations import storage_uri
 from tune_mnist.mnist.config import Precision
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.space import SearchSpace, load_space
 from tune_mnist.runs.view import refuse_confirmation
 from tune_mnist.tuning.experiment import Rules
-from tune_mnist.tuning.remote import storage_uri
 from tune_mnist.tuning.settings import SearchOptions, SearchSettings
 
 DEFAULT_TRIALS = 50

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from tune_mnist.cli import AT_LEAST_0, AT_LEAST_1, Limit, Options, flag
+from tune_mnist.cli import AT_LEAST_0, AT_LEAST_1, Limit, Options, UserPath, flag
 from tune_mnist.errors import ConfigError
+from tune_mnist.locations import check_run_name, is_uri, storage_uri, tracking_uri, user_path
 from tune_mnist.mnist.config import MAX_EPOCHS, Precision
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.tuning.remote import is_uri, storage_uri
 
 _WHAT = Parameter(group=Group.create_ordered("What to search"))
 _HOW = Parameter(group=Group.create_ordered("How to search"))
@@ -47,7 +47,7 @@ def _duration(type_: Any, tokens: Any) -> float:
 
 def _folder_or_uri(type_: Any, tokens: Any) -> Path | str:
     text = str(tokens[0].value)
-    return text if is_uri(text) else Path(text)
+    return text if is_uri(text) else user_path(text)
 
 
 _TIME = Parameter(converter=_duration, n_tokens=1, show_default=False, metavar="TIME")
@@ -104,11 +104,13 @@ class RunOn(Options):
     """Also log the trials to MLflow, in an experiment named after the run: the URI of a tracking
     server or store, such as http://HOST:5000 or sqlite:///mlflow.db."""
 
-    data_dir: Annotated[Path | None, _RUN] = None
+    data_dir: Annotated[UserPath | None, _RUN] = None
     """Folder that holds MNIST/raw, or gets it; your cache folder unless given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mlflow is not None:
+            tracking_uri(self.mlflow)
         if self.pack == "auto" and (self.gpus_per_trial is not None or self.cpus_per_trial != 1):
             raise ConfigError(
                 "--pack auto chooses --cpus-per-trial and --gpus-per-trial: leave them out, or it"
@@ -158,7 +160,7 @@ class StartOptions(Options):
     run: Annotated[str | None, _RUN] = None
     """Name of the run's folder; the space and the time unless given."""
 
-    results_dir: Annotated[Path, _RUN] = Path("results")
+    results_dir: Annotated[UserPath, _RUN] = Path("results")
     """Folder in which the run's folder is made."""
 
     storage: Annotated[str | None, _RUN] = None
@@ -195,8 +197,8 @@ class SearchSettings(RunOn, SearchOptions, StartOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.run is not None and (Path(self.run).name != self.run or self.run in ("", "..")):
-            raise ConfigError(f"--run must be a plain name, without folders, but got '{self.run}'")
+        if self.run is not None:
+            check_run_name(self.run)
         if self.storage is not None:
             storage_uri(self.storage)
         if self.resume is not None:
@@ -221,7 +223,7 @@ class SearchSettings(RunOn, SearchOptions, StartOptions):
 class ConfirmOptions(Options):
     """Which search to confirm, and how thoroughly."""
 
-    run: Annotated[Path | None, _CONFIRM] = None
+    run: Annotated[UserPath | None, _CONFIRM] = None
     """Folder of the search."""
 
     _: KW_ONLY

@@ -1,31 +1,38 @@
 """A run's copy elsewhere, from which a search is resumed when its driver's machine is lost.
 
-The driver works on the run's folder. As a session begins, folder and copy are compared, and the
-one that is behind is brought up to date; from then on a background thread copies what changes.
+The driver works on the run's folder. As a session begins, folder and copy are compared, and what
+only the copy has is fetched; once the search is sure to run, a background thread copies what
+changes.
 
 At every instant the copy is a run that can be resumed. Each round reads the states before the
-events and these before the epochs, and writes them in the opposite order: the copied epochs are
-never older than the events or the states, nor the best model than the epochs. A fetch drops what
-is newer than the rest, or the search runs it again.
+events, these before the epochs and the best model last, each as it is by then, and writes them in
+the opposite order: the copied epochs are never older than the events or the states, nor the best
+model than the epochs. A fetch drops what is newer than the rest, or the search runs it again.
+
+Whatever happens to the folder, the copy keeps what it has. Its logs are only ever extended, and
+the only files deleted there are states of trials that have ended by its own events. Copying stops
+if the folder is moved away, or its logs do not continue the copied ones.
 """
 
 import contextlib
 import json
-import platform
-import time
-import uuid
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tune_mnist.cli import tell
-from tune_mnist.errors import RunFolderError, one_line
+from tune_mnist.errors import RunFolderError, TuneMnistError, one_line
+from tune_mnist.locations import check_run_name, identity, remember_storage
+from tune_mnist.runs.checkpoints import is_whole
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import short_path
+from tune_mnist.runs.history import History
 from tune_mnist.tuning.background import BackgroundThread, Pace
-from tune_mnist.tuning.remote import RemoteRun, reaching
+from tune_mnist.tuning.plan import Plan
+from tune_mnist.tuning.remote import Lease, RemoteRun, StoppedError, reaching
 from tune_mnist.tuning.runner import writing
 
 COPY_EVERY = 2.0  # seconds between two rounds
@@ -34,26 +41,27 @@ PAUSE_AT_MOST = 15.0  # seconds: every round gives a sign of life
 CLOSING_PATIENCE = 20.0  # seconds without progress to wait at the end
 AT_ONCE = 8  # files under way to the storage: each waits for an answer for most of its time
 
-_READ_FIRST = ("*.state", "events.jsonl", "epochs.csv", "best.pt")
+_READ_FIRST = ("*.state", "events.jsonl", "epochs.csv")
 _WRITTEN_FIRST = ("search.yaml", "best.pt", "epochs.csv", "events.jsonl", "*.state")
 _LOGS = ("events.jsonl", "epochs.csv")
+_RUNS = ("", "confirm/")  # in a run's folder
+
+Version = tuple[int, int, int]
 
 
 @contextlib.contextmanager
-def kept_in_line(folder: RunFolder, remote: RemoteRun) -> Iterator[None]:
-    """Bring folder or copy up to date, whichever is behind, then copy all changes of the folder.
+def copied(folder: RunFolder, remote: RemoteRun) -> Iterator["RunSync"]:
+    """Hold the right to write to a run's copy, and fetch what only the copy has.
 
-    Only for the one process that writes to the folder. Raises RunFolderError if the copy cannot
-    be reached, is in use or is another run's.
+    Nothing is copied there before `begin`. Only for the one process that writes to the folder.
+    Raises RunFolderError if the copy cannot be reached, is in use or is another run's.
     """
-    lease = Lease(remote, folder.path)
+    with writing(folder):
+        lease = Lease(remote, folder.path)
     lease.take()
-    fetch_newer(folder, remote)
-    with reaching(remote):
-        sync = RunSync(folder, remote, lease)
-    tell(f"{short_path(folder.path)} is copied to {remote.uri} as it grows")
-    with contextlib.closing(sync):
-        yield
+    with contextlib.closing(RunSync(folder, remote, lease)) as sync:
+        fetch_newer(folder, remote)
+        yield sync
 
 
 class RunSync:
@@ -61,39 +69,51 @@ class RunSync:
 
     def __init__(self, folder: RunFolder, remote: RemoteRun, lease: "Lease") -> None:
         self._folder, self._remote, self._lease = folder, remote, lease
-        self._copied: dict[str, tuple[int, ...] | None] = dict.fromkeys(remote.names())
-        self._gone: set[str] = set()  # copied, and missing in the folder when last looked at
-        self._taken_over = ""  # what to say of it
+        self._opened = identity(folder.path)
+        self._logs: dict[str, bytes] = {}  # as they are in the copy
+        self._copied: dict[str, Version | None] = {}  # what else is there, in which version
+        self._begun = False
+        self._was_away = False  # the storage: what is in the copy now may be anything
+        self._stopped = ""  # why nothing more is copied
         self._quiet = False
         pace = Pace(COPY_EVERY, COPY_EVERY, PAUSE_AT_MOST, CLOSING_PATIENCE, load=COPY_LOAD)
         self._thread = BackgroundThread("storage", pace, self._work, self._failed)
         self._thread.start()
 
+    def begin(self) -> None:
+        """Copy the folder from here on, or raise RunFolderError if the copy cannot be reached."""
+        with reaching(self._remote):
+            self._look()
+        remember_storage(self._remote.storage)
+        tell(f"{short_path(self._folder.path)} is copied to {self._remote.uri} as it grows")
+        self._begun = True
+
     def close(self) -> None:
         """Copy what is left, or warn that it could not be copied."""
         self._quiet = True  # what still holds is said here
         failure = self._thread.close()
-        if self._taken_over:
-            tell(f"warning: {self._taken_over}")
-        elif failure:
+        if self._stopped:
+            tell(f"warning: {self._stopped}")
+        elif failure and self._begun:
             tell(
                 f"warning: {self._remote.uri} is behind ({failure}); nothing is lost: "
                 f"--resume {self._folder.path} brings it up to date"
             )
 
     def _work(self, closing: bool) -> None:
-        if self._taken_over:
+        if self._stopped:
             return
         try:
-            self._copy_changes(at_end=closing)
-            if closing:
-                self._lease.release()
-        except TakenOverError:
-            self._taken_over = (
-                f"{self._remote.uri} is left to another driver, which took this one for dead; "
-                f"what this one finds is in {self._folder.path}"
-            )
-            self._warn_once(self._taken_over)
+            self._keep_lease()
+            if self._begun:
+                if self._was_away:
+                    self._look_again()
+                self._copy_changes(at_end=closing)
+        except StoppedError as error:
+            self._stopped = str(error)
+            self._warn_once(self._stopped)
+        if closing or self._stopped:
+            self._lease.release()
 
     def _failed(self, error: Exception) -> str:
         reason = one_line(error)
@@ -108,53 +128,144 @@ class RunSync:
             self._quiet = True
             tell(f"warning: {text}")
 
+    def _look(self) -> None:
+        """See what is in the copy."""
+        self._logs = _logs(self._remote.read)
+        self._copied = dict.fromkeys(self._remote.names())
+        self._was_away = False
+
+    def _look_again(self) -> None:
+        """See what is left; raise StoppedError if there is more than this driver wrote."""
+        before = self._logs
+        self._look()
+        if not _continues(before, self._logs):
+            raise self._lease.taken_over()
+
+    def _keep_lease(self) -> None:
+        self._was_away |= not self._lease.keep()
+
     def _copy_changes(self, *, at_end: bool) -> None:
-        self._lease.keep()
-        present = self._present()
-        changed = [
-            name
-            for name, version in present.items()
-            if self._copied.get(name) != version
-            # study.db is whole only once nobody writes to it; a resume rewrites it.
-            and (at_end or not PurePosixPath(name).match("study.db*"))
-        ]
-        if any(name.endswith(".state") for name in changed):
-            # They may have grown since they were looked at, and must not be behind the states.
-            changed += [name for name in _LOGS if name in present and name not in changed]
-        contents = {}
-        for name in sorted(changed, key=lambda name: _place(name, _READ_FIRST)):
-            with contextlib.suppress(FileNotFoundError):
-                contents[name] = (self._folder.path / name).read_bytes()
+        versions, contents = self._read_changes(at_end)
+        put_aside = self._check(contents)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for place in range(len(_WRITTEN_FIRST) + 1):
                 names = [name for name in contents if _place(name, _WRITTEN_FIRST) == place]
                 for name in pool.map(lambda name: self._write(name, contents[name]), names):
-                    self._copied[name] = present[name]
-        gone = self._copied.keys() - present.keys()
-        # A file that is just being replaced may be missed once.
-        for name in gone if at_end else gone & self._gone:
-            self._remote.delete(name)
-            del self._copied[name]
-        self._gone = gone
+                    self._copied[name] = versions[name]
+                    if name in self._logs:
+                        self._logs[name] = contents[name]
+        self._logs |= dict.fromkeys(put_aside, b"")
+        self._delete_states_of_ended()
+
+    def _read_changes(self, at_end: bool) -> tuple[dict[str, Version], dict[str, bytes]]:
+        """Return what has changed of the folder, each file as it is when its turn comes."""
+        # These may come into being after the others were listed.
+        names = {f"{run}{name}" for run in _RUNS for name in (*_LOGS, "best.pt")}
+        names |= {path.relative_to(self._folder.path).as_posix() for path in _files(self._folder)}
+        versions, contents = {}, {}
+        for name in sorted(names, key=lambda name: _place(name, _READ_FIRST)):
+            path = self._folder.path / name
+            # study.db is whole only once nobody writes to it; a resume rewrites it.
+            if path.match("study.db*") and not at_end:
+                continue
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                version = _version(path)
+                if version == self._copied.get(name):
+                    continue
+                content = path.read_bytes()
+                if path.name in _LOGS:
+                    content = _finished(content)
+                if _is_sound(self._folder, name, content):
+                    versions[name], contents[name] = version, content
+        return versions, contents
+
+    def _check(self, contents: dict[str, bytes]) -> set[str]:
+        """Raise StoppedError if the folder is not the one that was opened, or was damaged.
+
+        A confirmation that was put aside is copied under its new name before another takes its
+        place; return the names of its logs.
+        """
+        if identity(self._folder.path) != self._opened:
+            raise StoppedError(
+                f"{self._folder.path} is no longer the folder that was opened: it was moved or "
+                f"removed, or its disk is away; {self._remote.uri} stays as it is"
+            )
+        put_aside = set()
+        for name, there in self._logs.items():
+            path = self._folder.path / name
+            here = contents.get(name, there if path.exists() else b"")  # unless it has not changed
+            if here.startswith(there):
+                continue
+            if not _is_aside(self._folder, name, there):
+                raise StoppedError(
+                    f"{path} does not continue its copy: it was damaged or replaced; "
+                    f"{self._remote.uri} stays as it is"
+                )
+            put_aside.add(name)
+        for name in [name for name in contents if put_aside and name.startswith(_RUNS[1])]:
+            del contents[name]
+        return put_aside
 
     def _write(self, name: str, content: bytes) -> str:
-        self._lease.keep()
+        self._keep_lease()
+        if self._was_away:
+            raise OSError("it was away for a while")
         self._remote.write(name, content)
         self._thread.made_progress()
         return name
 
-    def _present(self) -> dict[str, tuple[int, ...]]:
-        """Return the files of the folder that are copied, with their present versions."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path in self._folder.path.rglob("*"):
-            name = path.relative_to(self._folder.path)
-            if any(part.startswith(".") for part in name.parts) or name.match("*.before.state"):
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    status = path.stat()
-                    found[name.as_posix()] = status.st_ino, status.st_size, status.st_mtime_ns
-        return found
+    def _delete_states_of_ended(self) -> None:
+        for name in [name for name in self._copied if name.endswith(".state")]:
+            if not (self._folder.path / name).exists() and _has_ended(name, self._logs):
+                self._remote.delete(name)
+                del self._copied[name]
+
+
+def _files(folder: RunFolder) -> Iterator[Path]:
+    """Yield the plain files of a folder that are copied, whatever vanishes meanwhile."""
+    for inner, folders, names in os.walk(folder.path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(inner, name) for name in names if not name.startswith(".")):
+            if path.is_file() and not path.is_symlink() and not path.match("*.before.state"):
+                yield path
+
+
+def _version(path: Path) -> Version:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _is_sound(folder: RunFolder, name: str, content: bytes) -> bool:
+    """Return False if a file is damaged, as after a power cut: the copy's may be whole."""
+    if name == "search.yaml":
+        with contextlib.suppress(TuneMnistError):
+            return bool(Plan.load(folder))
+        return False
+    if name.endswith(".state"):
+        return is_whole(content)
+    return bool(content) or name.endswith(_LOGS)
+
+
+def _finished(log: bytes) -> bytes:
+    """Return the whole lines of a log."""
+    return log[: log.rfind(b"\n") + 1]
+
+
+def _has_ended(name: str, logs: Mapping[str, bytes]) -> bool:
+    """Return True if a file is the state of a trial that has ended, as the logs of its run say."""
+    path = PurePosixPath(name)
+    events = logs.get(f"{path.parent.parent}/events.jsonl".removeprefix("./"), b"")
+    ends = (line for line in events.splitlines() if line.startswith(b'{"event": "end"'))
+    return path.match("checkpoints/*.state") and path.name.partition(".")[0] in {
+        f"{json.loads(line)['trial']:05d}" for line in ends
+    }
+
+
+def _is_aside(folder: RunFolder, name: str, log: bytes) -> bool:
+    """Return True if a confirmation's log lies in the folder under another name."""
+    run, _, file = name.rpartition("/")
+    others = folder.path.glob(f"*/{file}") if run and log else ()
+    return any(path.parent.name != run and path.read_bytes().startswith(log) for path in others)
 
 
 def _place(name: str, order: Sequence[str]) -> int:
@@ -163,91 +274,10 @@ def _place(name: str, order: Sequence[str]) -> int:
     return next((i for i, pattern in enumerate(order) if path.match(pattern)), len(order))
 
 
-LEASE = 60.0  # seconds without a sign of life after which a driver is taken for dead
-SIGN_EVERY = 15.0  # seconds between two signs of life
-LOOK_EVERY = 1.0  # seconds between two looks at whether another driver gives one
-_DRIVER = ".driver"
-
-
-class TakenOverError(Exception):
-    """Another driver took this one for dead and writes to the copy."""
-
-
-class Lease:
-    """The right of one driver to write to a run's copy, as long as it gives signs of life.
-
-    A bucket knows no lock that ends with a process. So a driver keeps a file there that names it,
-    and rewrites it every `SIGN_EVERY` seconds. One that has not for `LEASE` seconds is taken for
-    dead; if it lives after all, it sees that it was taken over and no longer writes there.
-
-    Two things are not ruled out. If two drivers begin within the same fraction of a second, the
-    first to give its next sign of life leaves the copy to the other. And files that were under
-    way when a machine was suspended arrive when it wakes up.
-    """
-
-    def __init__(self, remote: RemoteRun, folder: Path) -> None:
-        self._remote = remote
-        self._me = {
-            "host": platform.node(),
-            "folder": str(folder.resolve()),
-            "lease": uuid.uuid4().hex,
-        }
-        self._next_sign = 0.0
-
-    def take(self) -> None:
-        """Become the only writer once another's lease has run out, or raise RunFolderError.
-
-        Only for the one process that writes to the local folder: a lease that was taken for the
-        same folder is a dead driver's.
-        """
-        with reaching(self._remote):
-            self._wait_for_other()
-            self._sign()
-
-    def keep(self) -> None:
-        """Give a sign of life, if it is time to; raise TakenOverError if another took over."""
-        if time.time() >= self._next_sign:  # a clock that runs on while a machine is suspended
-            if self._driver() != self._me:  # or there is none: the other driver may have ended
-                raise TakenOverError
-            self._sign()
-
-    def release(self) -> None:
-        """Let other drivers write there at once."""
-        if self._driver() == self._me:
-            self._remote.delete(_DRIVER)
-
-    def _wait_for_other(self) -> None:
-        now, last, other = self._remote.now(), self._remote.time_of(_DRIVER), self._driver()
-        if last is None or other == self._me | {"lease": other.get("lease")}:
-            return
-        left = LEASE - (now - last).total_seconds()
-        if left <= 0:
-            return
-        host = other.get("host", "another machine")
-        tell(f"{self._remote.uri}: seeing for {left:.0f} s whether its driver on {host} is alive")
-        deadline = time.monotonic() + left
-        while time.monotonic() < deadline:
-            time.sleep(LOOK_EVERY)
-            sign = self._remote.time_of(_DRIVER)
-            if sign is None:
-                return
-            if sign != last:
-                raise RunFolderError(
-                    f"{self._remote.uri} is in use: a search on {host} is writing to it; wait "
-                    "for it or stop it"
-                )
-
-    def _sign(self) -> None:
-        self._remote.write(_DRIVER, json.dumps(self._me).encode())
-        self._next_sign = time.time() + SIGN_EVERY
-
-    def _driver(self) -> dict[str, Any]:
-        return dict(json.loads(self._remote.read(_DRIVER) or b"{}"))
-
-
 def check_new_copy(remote: RemoteRun) -> None:
     """Raise RunFolderError, before anything starts, if a copy exists or cannot be written."""
     with reaching(remote):
+        remote.make()
         remote.now()
         if remote.read("search.yaml"):
             raise RunFolderError(
@@ -261,10 +291,12 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
 
     Raises RunFolderError if there is no such copy, or if the folder cannot be written.
     """
+    check_run_name(remote.name, "the last part of --resume")
+    path = results / remote.name
+    remote.check_is_apart(path)
     with reaching(remote):
         if not remote.read("search.yaml"):
             raise RunFolderError(f"{remote.uri} is no run's copy: it has no search.yaml")
-    path = results / remote.name
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -277,28 +309,67 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
 def fetch_newer(folder: RunFolder, remote: RemoteRun) -> None:
     """Fetch the copy if it is ahead of the folder, as after a resume on another machine.
 
-    Raises RunFolderError if the copy cannot be reached, or is another run's.
+    If it is not, fetch the files that only the copy has. What is fetched is read before anything
+    is replaced. Raises RunFolderError if the copy cannot be reached, is damaged, or another run's.
     """
     with reaching(remote):
-        theirs = _logs(remote.read)
+        theirs, names = _logs(remote.read), remote.names()
     ours = _logs(RemoteRun(folder.path.absolute().as_uri()).read)
-    if _continues(ours, theirs):
-        return
-    if not _continues(theirs, ours):
+    if any(_is_aside(folder, name, log) for name, log in theirs.items()):
+        names = [name for name in names if not name.startswith(_RUNS[1])]
+        theirs |= dict.fromkeys([name for name in theirs if name.startswith(_RUNS[1])], b"")
+    is_ahead = not _continues(ours, theirs)
+    if is_ahead and not _continues(theirs, ours):
         raise RunFolderError(
             f"{folder.path} and {remote.uri} are two runs, or one that was resumed in both "
             "places: choose another --storage, or move the folder away to resume the copy"
         )
+    wanted = [
+        name
+        for name in names
+        if is_ahead or not ((folder.path / name).exists() or _has_ended(name, ours))
+    ]
+    if not wanted:
+        return
     tell(f"fetching {remote.uri}")
     with reaching(remote):
-        contents = {name: remote.read(name) for name in remote.names()}
+        contents = {name: remote.read(name) for name in wanted}
     contents |= {name: log for name, log in theirs.items() if name in contents}
-    with writing(folder):
+    with writing(folder), _staged(folder, contents) as staged:
+        if is_ahead:
+            _check(staged, remote)
         # The logs last: a kill in between leaves a folder that is still behind.
         for name in sorted(contents, key=theirs.__contains__):
             path = folder.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, contents[name])
+            (staged.path / name).replace(path)
+
+
+@contextlib.contextmanager
+def _staged(folder: RunFolder, contents: Mapping[str, bytes]) -> Iterator[RunFolder]:
+    """Provide a run's files in a folder within its own, from where they can be moved."""
+    staged = folder.path / ".fetched"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        for name, content in contents.items():
+            path = staged / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, content)
+        yield RunFolder(staged)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check(staged: RunFolder, remote: RemoteRun) -> None:
+    """Raise RunFolderError if a run that was fetched cannot be resumed."""
+    try:
+        Plan.load(staged)
+        for run in _RUNS:
+            History.load(RunFolder(staged.path / run))
+    except TuneMnistError as error:
+        raise RunFolderError(
+            f"nothing was fetched: {str(error).replace(str(staged.path), remote.uri)}"
+        ) from error
 
 
 def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
@@ -309,7 +380,7 @@ def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for run in ("", "confirm/"):
         names = [f"{run}{log}" for log in _LOGS]
-        events, epochs = (content[: content.rfind(b"\n") + 1] for content in map(read, names))
+        events, epochs = (_finished(content) for content in map(read, names))
         started = sum(line.startswith(b'{"event": "start"') for line in events.splitlines())
         found |= zip(names, (events, b"".join(_rows_of(started, epochs))), strict=True)
     return found

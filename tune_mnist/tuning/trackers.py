@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tune_mnist.errors import ConfigError
+from tune_mnist.locations import masked
 from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning.background import BackgroundThread, Pace
 
@@ -88,7 +89,7 @@ class Tracking:
 
 
 def _described(error: Exception, length: int) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+    return masked(" ".join(f"{type(error).__name__}: {error}".split()))[:length]
 
 
 _SCALARS = (
@@ -120,7 +121,9 @@ class EventFiles:
 
     def begin(self, record: TrialRecord) -> int:
         path = self._folder / f"{record.number}/events.out.tfevents.0"  # by its name it is known
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir()  # and not the run's, which may have been moved away
+        path.parent.mkdir(exist_ok=True)
         self._writers[record.number] = self._writer(path.open("wb"))
         began = record.started_at
         self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
@@ -252,7 +255,7 @@ def check_mlflow(tracking_uri: str) -> None:
         MlflowClient(tracking_uri).search_experiments(max_results=1)
     except Exception as error:  # its stores have many ways to say no
         raise ConfigError(
-            f"--mlflow: {tracking_uri} is no tracking server or store that answers "
+            f"--mlflow: {masked(tracking_uri)} is no tracking server or store that answers "
             f"({_described(error, 200)})"
         ) from error
 
