@@ -1,8 +1,12 @@
+import contextlib
 import math
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
@@ -116,24 +120,68 @@ def test_help_says_what_each_option_is_for(capfd: pytest.CaptureFixture[str]) ->
         assert words in out
 
 
-def test_a_reader_who_leaves_ends_the_command_without_a_traceback() -> None:
-    code = """
-from dataclasses import dataclass
-from tune_mnist.cli import run, tell
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    "Talk."
-def talk(_):
-    while True:
-        tell("and so on")
-run("talk", Settings, talk)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as talker:
-        assert talker.stdout is not None
-        assert talker.stderr is not None
-        talker.stdout.readline()
-        talker.stdout.close()
-        assert talker.stderr.read() == b""
-    assert talker.returncode == 1
+DOORS = ("search", "confirm", "train", "report", "predict", "bench")
+LOST = "error: cannot write to stdout (No space left on device)\n"
+STREAMS = {
+    # where to: exit codes of --help and of a wrong option, what --help says on stderr
+    ">/dev/null": (0, 2, ""),
+    ">&-": (0, 2, ""),
+    "2>&-": (0, 2, ""),
+    "<&- >&- 2>&-": (0, 2, ""),
+    ">/dev/full": (1, 2, LOST),
+    "2>/dev/full": (0, 2, ""),
+    ">/dev/full 2>&1": (1, 2, ""),
+    "| true": (141, 2, ""),
+    "2>&1 | true": (141, 2, ""),
+}
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+@pytest.mark.parametrize(
+    "door",
+    ["bench", *(pytest.param(door, marks=pytest.mark.slow) for door in DOORS if door != "bench")],
+)
+def test_streams_that_are_closed_full_or_broken(door: str, streams: str) -> None:
+    of_help, of_error, said = STREAMS[streams]
+    for argument, code in (("--help", of_help), ("--nonsense", of_error)):
+        line = f"{sys.executable} -m tune_mnist.{door} {argument} {streams}"
+        done = subprocess.run(
+            ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, (argument, done)
+        assert "Traceback" not in done.stdout + done.stderr
+        assert argument == "--nonsense" or done.stderr == said
+
+
+def test_a_pipe_that_someone_made_not_block_loses_nothing() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    command = [sys.executable, "-m", "tune_mnist.bench", "--help"]
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        time.sleep(1)  # until it has something to say, or says it now
+        with open(reader, "rb") as pipe:  # noqa: PTH123
+            said = pipe.read().lstrip(b"\0").decode()
+    assert process.returncode == 0
+    assert "Measure what" in said
+    assert "replay" in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) -> None:
+    odd = tmp_path / "\N{SNOWMAN} \udcff"
+    done = subprocess.run(
+        [sys.executable, "-m", "tune_mnist.train", "--config", odd],
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}".encode())
+    assert done.stderr.count(b"\n") == 1

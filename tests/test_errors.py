@@ -1,7 +1,10 @@
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
+import tune_mnist
 from tune_mnist import errors
 from tune_mnist.errors import InvalidInputError, TuneMnistError, did_you_mean
 
@@ -34,3 +37,10 @@ def test_an_error_has_the_one_base_its_exit_code_and_a_place_in_the_manual(
 def test_a_near_miss_gets_a_hint(word: str, hint: str) -> None:
     assert did_you_mean(word, ("momentum", "nesterov")) == hint
     assert did_you_mean(word, ()) == ""
+
+
+def test_the_manual_has_the_exit_codes() -> None:
+    manual = (Path(tune_mnist.__file__).parent / "README.md").read_text()
+    told = re.findall(r"^\| (\d+) \| (.+) \|$", manual, re.M)
+    assert told == re.findall(r"^    (\d+) +(.+)$", errors.__doc__ or "", re.M)
+    assert len(told) == 7

@@ -4,8 +4,10 @@ import contextlib
 import os
 import random
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,11 +172,43 @@ def test_a_full_disk_ends_a_search_that_is_resumed_once_there_is_room(
         searches_in(disk, cluster.address) as searches,
     ):
         driver = search_to_be_stopped(searches, state_size=100_000)
-        filler = disk / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        filler = fill(disk)
         check_it_is_ended_and_resumed(searches, driver, "No space left on device", filler.unlink)
+
+
+def keep_temporary_files_in(folder: Path) -> None:
+    tempfile.tempdir = str(folder)
+
+
+def fill(disk: Path) -> Path:
+    """Leave no room on a disk and return the file that took it."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.root
+def test_a_worker_that_dies_while_temporary_files_have_no_room_ends_the_search_in_one_line(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    with (
+        mounted(tmp_path / "disk", "size=2m") as disk,
+        searches_in(tmp_path, cluster.address) as searches,
+    ):
+        script = Script(seconds=0.02, notes=searches.notes, held={1: (2,)}, killed={1: (3,)})
+        prepare = partial(keep_temporary_files_in, disk)
+        driver = searches.start("run", "--trials", 6, *TWO, script=script, prepare=prepare)
+        driver.wait_until(lambda: script.is_held(1, 2))
+        fill(disk)
+        script.release()
+        assert driver.wait() == 1
+    last = driver.output.splitlines()[-1]
+    assert last.startswith("error: Ray Tune cannot continue (OSError: [Errno 28] No space left")
+    assert f"--resume {searches.folder('run')}" in last
+    assert "Traceback" not in driver.output
+    assert history_of(searches.folder("run")).unfinished()
 
 
 @pytest.mark.root

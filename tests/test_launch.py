@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_second_signal_ends_a_search_at_once(searches: Searches, held: Script)
     driver.wait_until(lambda: held.is_held(0, 2))
     driver.send(signal.SIGTERM)
     driver.wait_until(mark.exists)
+    time.sleep(0.2)  # those that come together are taken for one
     driver.send(signal.SIGTERM)
     assert driver.wait(10) == 128 + signal.SIGTERM
     assert history_of(searches.folder("run")).closed_as is None

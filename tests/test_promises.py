@@ -71,17 +71,25 @@ def test_a_search_killed_three_times_and_with_a_killed_worker_loses_and_repeats_
     assert notes_of(searches.notes).total() - len(history_of(folder).rows) <= len(kills)
 
 
-def test_a_search_ended_by_sigterm_is_resumed_from_a_copy_of_its_folder(
-    searches: Searches, undisturbed: Course
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
+def test_a_search_ended_by_a_signal_is_resumed_from_a_copy_of_its_folder(
+    number: signal.Signals, searches: Searches, undisturbed: Course
 ) -> None:
     script = Script(seconds=0.0, notes=searches.notes, held={2: (1,)})
     driver = searches.start("run", *SMALL, *ONE, script=script)
     driver.wait_until(lambda: script.is_held(2, 1))
-    driver.send(signal.SIGTERM)
-    assert driver.wait() == 128 + signal.SIGTERM, driver.output
+    driver.send(number)
+    assert driver.wait() == 128 + number, driver.output
     folder = searches.folder("run")
     assert f"--resume {folder}" in driver.output
-    assert history_of(folder).closed_as == "SIGTERM"
+    assert history_of(folder).closed_as == number.name
     assert [trial.state for trial in study_of(folder)][2:] == [TrialState.WAITING]
 
     script.release()
@@ -89,7 +97,7 @@ def test_a_search_ended_by_sigterm_is_resumed_from_a_copy_of_its_folder(
     driver = searches.resume("copy", *ONE, script=script)
     assert driver.wait() == 0, driver.output
     check_it_ended_as(undisturbed, searches.folder("copy"))
-    assert history_of(folder).closed_as == "SIGTERM"
+    assert history_of(folder).closed_as == number.name
 
 
 SPACE = """

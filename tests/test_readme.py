@@ -3,7 +3,6 @@
 import re
 import runpy
 import shlex
-import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tune_mnist import cli
+from tune_mnist import cli, supervise
 from tune_mnist.runs.space import SearchSpace
 
 ROOT = Path(__file__).parents[1]
@@ -83,12 +82,11 @@ def door(name: str) -> Door:
         }
         found.append(Door(partial(cli.exit_code_of_one, name, text, idle), tuple(idle)))
 
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervise, "watch", lambda _: None)
         patch.setattr(cli, "run", run)
         patch.setattr(cli, "run_one_of", run_one_of)
         runpy.run_module(f"tune_mnist.{name}", run_name="__main__")
-    signal.signal(signal.SIGTERM, before)
     return found[0]
 
 

@@ -165,3 +165,12 @@ def test_every_option_is_explained(
     for expected in words:
         assert expected in text
     assert "None" not in text
+
+
+def test_a_search_is_resumed_with_what_it_ran_on() -> None:
+    asked = SearchSettings(trials=9, max_concurrent=1, report=False, storage="/copies")
+    on: dict[str, Any] = {"max_concurrent": 1, "report": False, "storage": "/copies"}
+    assert asked.resuming(Path("results/a")) == SearchSettings(resume=Path("results/a"), **on)
+    assert asked.resuming(None) is asked
+    again = SearchSettings(resume=Path("results/a"), trials=9)
+    assert again.resuming(Path("results/a")) is again

@@ -13,7 +13,7 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.history import Assignment
-from tune_mnist.tuning.worker import TrialEpoch, run_trial
+from tune_mnist.tuning.worker import TrialEpoch, run_trial, threads_given
 
 
 @pytest.fixture
@@ -61,3 +61,13 @@ def test_only_a_trials_own_best_epochs_by_the_metric_carry_a_model(
     run(metric, epochs_of(*values))
     assert [report["model"] for report in reports] == models
     assert {report["state"] for report in reports} == {b"state"}
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [("", 1), ("abc", 1), ("0", 1), ("-2", 1), ("3", 3), ("4,2", 4)]
+)
+def test_threads_are_those_given_if_they_are_a_number(
+    given: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_given() == threads

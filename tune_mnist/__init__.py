@@ -5,6 +5,7 @@ net = tune_mnist.load("results/default")    # the best trial's, ready for infere
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 __version__ = "0.1.0"  # here, as a cluster may have the code without its being installed
+
+if sys.argv[:1] == ["-m"]:  # of `python -m`, while Python looks for the front door
+    from tune_mnist import supervise
+
+    supervise.begin()
 
 
 def load(run: str | os.PathLike[str]) -> Net:

@@ -10,13 +10,12 @@ python -m tune_mnist.bench curves           record learning curves, an hour and 
 python -m tune_mnist.bench replay           searches on recorded curves, ours and others
 """
 
-import signal
-import sys
 from importlib import import_module
 from typing import Any
 
 from tune_mnist.benchmarks import settings
 from tune_mnist.cli import Command, run_one_of
+from tune_mnist.supervise import interrupt, stops
 
 PARTS: dict[str, type[Any]] = {
     "step": settings.StepSettings,
@@ -36,14 +35,13 @@ def command(part: str) -> Command[Any]:
     def run(given: Any) -> None:
         # Imported here: torch and Ray take seconds, which --help and a typo need not wait for.
         module = import_module(f"tune_mnist.benchmarks.{part}")
-        getattr(module, part)(given)
+        with stops.acting(interrupt):  # else what is being measured would stay behind
+            getattr(module, part)(given)
 
     return Command(PARTS[part], run)
 
 
 if __name__ == "__main__":
-    # Without this, SIGTERM would leave the processes that are being measured behind.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     run_one_of(
         "bench",
         "Measure what tune_mnist costs, part by part. A part takes minutes, --quick less.",

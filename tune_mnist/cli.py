@@ -3,27 +3,31 @@
 A front door declares its options once, as a frozen dataclass whose fields carry their types,
 defaults, limits and help, and calls `run` with a function that takes an instance of it.
 Exit codes: what the command returns (None is 0), a TuneMnistError's own, 2 for arguments that
-make no settings, 130 for Ctrl-C. Every error raised on purpose is one line on stderr.
+make no settings, 128 + its number for a signal. Every error raised on purpose is one line on
+stderr, and what libraries print there is dropped.
 """
 
-import contextlib
+import io
+import logging
 import math
 import os
+import select
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import get_annotations
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Generic, NoReturn, TypeVar
+from typing import Annotated, Any, Generic, NoReturn, TextIO, TypeVar
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
-from tune_mnist import __version__
-from tune_mnist.errors import ConfigError, TuneMnistError
+from tune_mnist import __version__, supervise
+from tune_mnist.errors import ConfigError, OutputError, TuneMnistError
 from tune_mnist.host import settle
 from tune_mnist.locations import masked, output_path, user_path
+from tune_mnist.supervise import stops
 
 Settings = TypeVar("Settings")
 
@@ -109,7 +113,7 @@ def run(
 
     All fields of the settings, a dataclass, have defaults; its docstring is the command's help.
     """
-    sys.exit(exit_code(name, settings_type, command, sys.argv[1:]))
+    _exit(lambda: exit_code(name, settings_type, command, sys.argv[1:]))
 
 
 def exit_code(
@@ -126,7 +130,7 @@ def exit_code(
 
 def run_one_of(name: str, about: str, commands: Mapping[str, Command[Any]]) -> NoReturn:
     """Do what `run` does, with the command that the first argument names."""
-    sys.exit(exit_code_of_one(name, about, commands, sys.argv[1:]))
+    _exit(lambda: exit_code_of_one(name, about, commands, sys.argv[1:]))
 
 
 def exit_code_of_one(
@@ -147,28 +151,10 @@ def tell(text: str) -> None:
     sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def heeding_interrupts() -> Iterator[Callable[[], None]]:
-    """Provide a check that raises KeyboardInterrupt after a Ctrl-C; a second one does at once.
-
-    For loops that spend their time in compiled code: there a Ctrl-C was once seen to have no
-    effect, for an unknown reason. One that is recorded and checked between steps cannot be lost.
-    """
-    received: list[int] = []
-
-    def heed(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if received:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, heed)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
+def outlive_output() -> None:
+    """From here on, drop what cannot be printed: the work counts, not who watches it."""
+    global _outlives
+    _outlives = True
 
 
 def _app(name: str, about: str | None) -> App:
@@ -210,17 +196,89 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
         _print_error(f"error: {what} (--help lists the options)")
         return 2
     except TuneMnistError as error:
-        _print_error(f"error: {error}")
+        _print_error(f"error: {error}" if str(error) else "")
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         _print_error(str(interrupt) or "interrupted")
-        return 130  # 128 + SIGINT, as in shells
-    except BrokenPipeError:  # as with `| head`, whose reader leaves
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + (stops.first or signal.SIGINT)  # as in shells
 
 
 def _print_error(message: str) -> None:
     """Print a message on one line of stderr, whatever line breaks it has."""
-    sys.stdout.flush()
-    sys.stderr.write(masked(" ".join(message.split())) + "\n")
+    if message:
+        sys.stdout.flush()
+        sys.stderr.write(masked(" ".join(message.split())) + "\n")
+
+
+def _exit(do: Callable[[], int]) -> NoReturn:
+    """Do what a front door does and exit with the code that it returns; a bug's is 1."""
+    supervise.begin()
+    _take_streams()
+    if not os.environ.get("OMP_NUM_THREADS", "1").strip():
+        del os.environ["OMP_NUM_THREADS"]  # as if unset, or Ray would not set it for its workers
+    code = 1
+    try:
+        code = do()
+    finally:
+        supervise.has_ended(code)
+    sys.exit(code)
+
+
+_outlives = False
+
+
+class _Output(io.FileIO):
+    """What a standard stream writes to: once it cannot, nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:
+                select.select([], [self], [])  # someone had this terminal or pipe not block
+            return written
+        except OSError as error:
+            # Interpreters write their buffers once more at their end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if self.fileno() == 1:  # of what stderr loses, nobody can be told
+                _lose_output(error)
+            return len(data)
+
+
+def _lose_output(error: OSError) -> None:
+    """Raise OutputError for what cannot be printed, or say that the work goes on without."""
+    if not _outlives:
+        raise OutputError.of(error)
+    sys.stderr.write(f"warning: stdout is lost ({error.strerror}); the work goes on without it\n")
+
+
+def _take_streams() -> None:
+    """Have stdout and stderr take any text, and survive what they are connected to.
+
+    What libraries print is not for the reader of ours: their logs and warnings go nowhere, nor
+    does what C code writes to stderr. `python -X dev -m tune_mnist.<name>` shows all of it.
+    """
+    terminal = 2
+    if not (sys._xoptions or sys.warnoptions):
+        terminal = supervise.last_words = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        logging.getLogger().addHandler(logging.NullHandler())
+        warnings.showwarning = _show_warning
+    sys.stdout = _stream(sys.stdout, 1)
+    sys.stderr = _stream(sys.stderr, terminal)
+
+
+def _stream(before: TextIO | None, descriptor: int) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(descriptor, "w", closefd=False)),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors="backslashreplace",
+        line_buffering=getattr(before, "line_buffering", True),
+        write_through=getattr(before, "write_through", False),
+    )
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object
+) -> None:
+    """Print a warning of this package on one line, and none of others."""
+    if "tune_mnist" in filename:
+        _print_error(f"warning: {message}")

@@ -1,7 +1,8 @@
-"""Every error that tune_mnist raises on purpose.
+"""Every error that tune_mnist raises on purpose, and the exit codes of its commands.
 
     TuneMnistError              exit code 1
     ├── DataUnavailableError    no source has MNIST
+    ├── OutputError             stdout cannot be written
     ├── SearchFailedError       the search cannot continue (disk full, every trial failed, ...)
     └── InvalidInputError       exit code 2: what the user asked for cannot be done
         ├── ConfigError         a training configuration or argument
@@ -11,8 +12,18 @@
 
 A front door catches the base class once, prints the message on one line and exits with
 `exit_code`. Any other exception is a bug and keeps its traceback.
+
+    0      done, or out of time
+    1      failed: the disk is full, every trial failed, MNIST cannot be downloaded, ...
+    2      wrong input: an option, a space file, a run's folder, a cluster
+    129    SIGHUP: the terminal was closed
+    130    SIGINT: Ctrl-C
+    141    SIGPIPE: nobody reads the output any more
+    143    SIGTERM
 """
 
+import errno
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -25,6 +36,19 @@ class TuneMnistError(Exception):
 
 class DataUnavailableError(TuneMnistError):
     """No source has MNIST."""
+
+
+class OutputError(TuneMnistError):
+    """What stdout is connected to takes no more."""
+
+    @classmethod
+    def of(cls, error: OSError) -> "OutputError":
+        """Describe what was lost; a reader who has left, as of `| head`, needs no word."""
+        if error.errno != errno.EPIPE:
+            return cls(f"cannot write to stdout ({error.strerror})")
+        silent = cls()
+        silent.exit_code = 128 + signal.SIGPIPE
+        return silent
 
 
 class SearchFailedError(TuneMnistError):

@@ -5,15 +5,27 @@ python -m tune_mnist.search --space quick --images 6000 --time-budget 5m
 python -m tune_mnist.search --resume results/default-20261123-101500
 """
 
-from tune_mnist.cli import run
+from typing import TYPE_CHECKING
+
+from tune_mnist import supervise
+
+if __name__ == "__main__":  # before the imports: the parent needs none of them
+    supervise.watch("python -m tune_mnist.search --resume {}")
+
+from tune_mnist.cli import outlive_output, run
 from tune_mnist.tuning.settings import SearchSettings
 
+if TYPE_CHECKING:
+    from tune_mnist.tuning.worker import EpochSource
 
-def search(settings: SearchSettings) -> int:
+
+def search(settings: SearchSettings, epochs_of: "EpochSource | None" = None) -> int:
     # Imported here: Ray takes two seconds, which --help and a mistyped option need not wait for.
     from tune_mnist.tuning import launch
 
-    return launch.search(settings)
+    if not settings.list_runs:
+        outlive_output()
+    return launch.search(settings.resuming(supervise.run_to_resume), epochs_of)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from tune_mnist.cli import (
     Options,
     OutputPath,
     UserPath,
-    heeding_interrupts,
     run,
     tell,
 )
@@ -45,6 +44,7 @@ from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import read_asked
+from tune_mnist.supervise import stops
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
 # --help and a misspelt option are answered at once.
@@ -131,11 +131,14 @@ def train_by(settings: TrainSettings) -> None:
     bar = StepBar(-(-len(data.train_labels) // config.batch_size))
     done: list[EpochMetrics] = []
     try:
-        with heeding_interrupts() as check:
+        # Within compiled code a Ctrl-C was once seen to have no effect, for an unknown reason. One
+        # that is recorded, and looked for between steps, cannot be lost.
+        with stops.acting(lambda _: None):
 
             def on_step(step: int, loss: "Tensor") -> None:
                 bar.step(step, loss)
-                check()
+                if stops.first is not None:
+                    raise KeyboardInterrupt
 
             results = train(
                 config,

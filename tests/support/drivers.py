@@ -229,7 +229,7 @@ def _search(
     output: Path, arguments: list[str], script: EpochSource, prepare: Callable[[], None] | None
 ) -> None:
     from support.scripted_search import scripted_search
-    from tune_mnist.cli import exit_code
+    from tune_mnist.cli import run
     from tune_mnist.tuning.settings import SearchSettings
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -237,5 +237,5 @@ def _search(
     os.dup2(file, 2)
     if prepare is not None:
         prepare()
-    search = partial(scripted_search, script=script)
-    sys.exit(exit_code("search", SearchSettings, search, arguments))
+    sys.argv[1:] = arguments
+    run("search", SearchSettings, partial(scripted_search, script=script))

@@ -6,11 +6,16 @@ PYTHONPATH=tests python -m support.scripted_search --run one --trials 20 --resul
 import sys
 from functools import partial
 
+from tune_mnist import supervise
+
+if __name__ == "__main__":
+    supervise.watch("python -m tune_mnist.search --resume {}")
+
 from ray import cloudpickle
 
 from support import epochs, scripted
 from tune_mnist.cli import run
-from tune_mnist.tuning.launch import search
+from tune_mnist.search import search
 from tune_mnist.tuning.settings import SearchSettings
 from tune_mnist.tuning.worker import EpochSource
 

@@ -24,6 +24,7 @@ _STATES: Mapping[str | None, RunState] = {  # by how the last session was closed
     "finished": "finished",
     "out of time": "out of time",
     "failed": "failed",
+    "SIGHUP": "interrupted",
     "SIGINT": "interrupted",
     "SIGTERM": "interrupted",
 }

@@ -37,13 +37,14 @@ def connected(address: str | None) -> Iterator[Path]:
     ray_patches.silence_dying_workers()
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(scratch())
-        if address is None:
-            options = stack.enter_context(ray_patches.for_this_user_only(folder))
-            stack.callback(ray.shutdown)
-            _start(options)
-        else:
-            stack.callback(ray.shutdown)
-            _join(address)
+        with ray_patches.signals_left_to_us():
+            if address is None:
+                options = stack.enter_context(ray_patches.for_this_user_only(folder))
+                stack.callback(ray.shutdown)
+                _start(options)
+            else:
+                stack.callback(ray.shutdown)
+                _join(address)
         yield folder
 
 

@@ -4,8 +4,7 @@ Searching and confirming are one flow: load the data, connect to Ray, settle wha
 hold the right to write to the run's folder, run a session on it, report how it ended.
 """
 
-import signal
-import sys
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ from tune_mnist.runs.folder import RunFolder, check_new_run
 from tune_mnist.runs.formatting import duration, short_path
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import RunView
+from tune_mnist.supervise import works_on
 from tune_mnist.tuning.cluster import connected
 from tune_mnist.tuning.confirmation import Confirmation
 from tune_mnist.tuning.experiment import Rules
@@ -51,7 +51,7 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
         Console().print(listing(settings.results_dir))
         return 0
     # A copy of the run is kept in line until nothing more is written.
-    with _exiting_on_sigterm(), ExitStack() as copies:
+    with ExitStack() as copies:
         if settings.resume is None:
             ended = _start(settings, epochs_of, copies)
         else:
@@ -74,22 +74,10 @@ def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> 
     """
     if settings.run is None:
         raise ConfigError("name the search's folder, such as results/default")
-    with _exiting_on_sigterm():
-        code = _confirm(settings.run, settings, settings, epochs_of)
-        if code == 0 and settings.report:
-            draw_report(settings.run, settings.data_dir)
-        return code
-
-
-@contextmanager
-def _exiting_on_sigterm() -> Iterator[None]:
-    """Exit as a shell expects if SIGTERM comes outside of a session, which has its own handler."""
-    try:
-        # Ray installs the same handler at ray.init.
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-        yield
-    except SystemExit as end:
-        sys.exit(128 + signal.SIGTERM if end.code == signal.SIGTERM else end.code)
+    code = _confirm(settings.run, settings, settings, epochs_of)
+    if code == 0 and settings.report:
+        draw_report(settings.run, settings.data_dir)
+    return code
 
 
 @dataclass(frozen=True)
@@ -184,13 +172,14 @@ def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
 
 
 def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _Search:
+    works_on(folder.path)
     with writing(folder):
         plan.save(folder)
     rules = plan.search_rules
     line = start_line(folder, rules, history, runtime.resources, runtime.at_once, runtime.split)
     ending = run_session(folder, history, rules, runtime, line)
     Console().print(summary(folder, history, rules.metric, epochs=rules.epochs))
-    again = f"python -m tune_mnist.search --resume {folder.path}"
+    again = f"python -m tune_mnist.search --resume {shlex.quote(str(folder.path))}"
     return _Search(folder, plan, history, _exit_code(ending, again))
 
 
@@ -206,6 +195,7 @@ def _confirm(
         images = len(runtime.split.train_labels)
         ending = None
         with folder.only_writer():
+            works_on(path)
             history = History.load(folder)
             confirmation.check_extends(folder)
             with writing(folder):

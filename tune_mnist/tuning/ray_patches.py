@@ -8,13 +8,15 @@ import contextlib
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
@@ -88,6 +90,23 @@ def _store_options(scratch: Path) -> dict[str, Any]:
     if os.access("/dev/shm", os.R_OK | os.W_OK | os.X_OK):
         return {}  # if it is too small, Ray itself takes its temporary folder
     return {"_plasma_directory": str(scratch), "object_store_memory": _STORE}
+
+
+@contextlib.contextmanager
+def signals_left_to_us() -> Iterator[None]:
+    """Have a Ray that is started or joined meanwhile leave signals to this process.
+
+    It would end this process at SIGTERM in its own way. And its processes would die of a signal to
+    this one's group, as `timeout` and a terminal that closes send it, and take this process along
+    before it has ended in order. Where Linux does not end them with this one, Ray needs the group.
+    """
+    with mock.patch("ray._private.utils.set_sigterm_handler"):
+        if sys.platform != "linux":
+            yield
+            return
+        popen = partial(services.ConsolePopen, start_new_session=True)
+        with mock.patch.object(services, "ConsolePopen", popen):
+            yield
 
 
 def silence_dying_workers() -> None:

@@ -4,15 +4,15 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from types import FrameType
 
 from ray import tune
+from ray.exceptions import RayError
+from ray.tune.error import TuneError
 from rich.console import Console
 
 from tune_mnist.errors import SearchFailedError
@@ -21,6 +21,7 @@ from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.tables import write_tables
+from tune_mnist.supervise import stops
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.live_view import Progress, announce
 from tune_mnist.tuning.ray_patches import (
@@ -87,10 +88,13 @@ def run_session(
     )
     trackers = {"TensorBoard": lambda: EventFiles(folder.tensorboard), **runtime.trackers}
     tracking = [Tracking(name, history, start) for name, start in trackers.items()]
-    with contextlib.closing(Progress(console, experiment, folder)) as progress:
-        with _heeding_signals(supervisor), experiment.ending_on_error():
+    with (
+        contextlib.closing(Progress(console, experiment, folder)) as progress,
+        stops.acting(supervisor.heed),
+    ):
+        with experiment.ending_on_error(), _explaining_ray(folder):
             _fit(experiment, supervisor, runtime, progress)
-        return _close(experiment, folder, supervisor.signal, tracking)
+        return _close(experiment, folder, supervisor, tracking)
 
 
 def _fit(
@@ -129,17 +133,18 @@ def _fit(
 
 
 def _close(
-    experiment: Experiment, folder: RunFolder, received: int | None, tracking: list[Tracking]
+    experiment: Experiment, folder: RunFolder, supervisor: Supervisor, tracking: list[Tracking]
 ) -> Ending:
     behind = [each.close() for each in tracking]
     error = experiment.broken
     if error is None:
         try:
-            study_failure = experiment.close(_why(experiment, received))
+            study_failure = experiment.close(_why(experiment, supervisor.signal))
             if study_failure is not None:
                 behind.insert(0, f"{folder.study} is behind ({study_failure}); nothing is lost")
             write_tables(folder, experiment.history, experiment.rules.metric)
-            return Ending(received, tuple(each for each in behind if each is not None))
+            left = tuple(each for each in behind if each is not None)
+            return Ending(supervisor.signal, left)
         except OSError as failure:
             error = failure
     with contextlib.suppress(OSError):  # the folder may be what is broken
@@ -169,20 +174,17 @@ def writing(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _heeding_signals(supervisor: Supervisor) -> Iterator[None]:
-    """End the search in order at the first SIGINT or SIGTERM, at once at the second."""
-
-    def heed(number: int, frame: FrameType | None) -> None:
-        if supervisor.signal:
-            sys.exit(128 + number)
-        supervisor.signal = number
-
-    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+def _explaining_ray(folder: RunFolder) -> Iterator[None]:
+    """Turn an error of Ray or Tune, whose message may be a traceback, into a SearchFailedError."""
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except (RayError, TuneError) as error:
+        lines = str(error).split("\n")
+        cause = next(filter(str.strip, reversed(lines)), type(error).__name__)
+        raise SearchFailedError(
+            f"Ray Tune cannot continue ({cause.strip()[:300]}): see to its cause, then continue "
+            f"with --resume {folder.path}; what was finished is safe"
+        ) from error
 
 
 @contextlib.contextmanager

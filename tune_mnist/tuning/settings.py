@@ -204,6 +204,13 @@ class SearchSettings(RunOn, SearchOptions, StartOptions):
         if self.resume is not None:
             self._check_resume()
 
+    def resuming(self, run: Path | None) -> "SearchSettings":
+        """Return the settings that resume what these have started in a run's folder, if any."""
+        if run is None or self.resume is not None:
+            return self
+        on = {entry.name: getattr(self, entry.name) for entry in fields(RunOn)}
+        return SearchSettings(resume=run, storage=self.storage, **on)
+
     def _check_resume(self) -> None:
         may_change = _MAY_CHANGE_ON_RESUME
         if isinstance(self.resume, str):

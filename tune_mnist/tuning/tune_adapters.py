@@ -123,6 +123,10 @@ class Supervisor(Callback, Stopper):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its stopper into snapshots that nobody reads
 
+    def heed(self, number: int) -> None:
+        """End the search because of a signal."""
+        self.signal = number
+
     def stop_all(self) -> bool:
         """Return True if the search ends now; a resume continues its running trials."""
         experiment = self._experiment

@@ -50,6 +50,12 @@ def report_of(epoch: TrialEpoch, model: bytes | None, metric: Metric) -> dict[st
     return {"metrics": epoch.metrics, "state": epoch.state, "model": model, metric: value}
 
 
+def threads_given() -> int:
+    """Return the threads that Ray, or the user instead, lets a worker have."""
+    threads, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # for nested ones
+    return max(1, int(threads)) if threads.isdecimal() else 1
+
+
 def train_assignment(
     assignment: Assignment, split: Split, *, precision: Precision = "float32"
 ) -> Iterator[TrialEpoch]:
@@ -59,7 +65,7 @@ def train_assignment(
     from tune_mnist.mnist.checkpoint import pack_model
     from tune_mnist.mnist.training import train
 
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    torch.set_num_threads(threads_given())
     results = train(
         assignment.config,
         split,
