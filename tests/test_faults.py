@@ -27,6 +27,7 @@ from support.drivers import (
 )
 from support.scripted import Script
 
+from tune_mnist.host import LEAST_FREE
 from tune_mnist.runs.history import History
 from tune_mnist.tuning import study_file
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
@@ -177,7 +178,7 @@ def test_a_full_disk_ends_a_search_that_is_resumed_once_there_is_room(
 
 
 def keep_temporary_files_in(folder: Path) -> None:
-    tempfile.tempdir = str(folder)
+    os.environ["TMPDIR"] = str(folder)
 
 
 def fill(disk: Path) -> Path:
@@ -194,7 +195,8 @@ def test_a_worker_that_dies_while_temporary_files_have_no_room_ends_the_search_i
     cluster: Cluster, tmp_path: Path
 ) -> None:
     with (
-        mounted(tmp_path / "disk", "size=2m") as disk,
+        tempfile.TemporaryDirectory(prefix="full-") as short,  # enough for sockets
+        mounted(Path(short) / "disk", f"size={LEAST_FREE + (2 << 20)}") as disk,
         searches_in(tmp_path, cluster.address) as searches,
     ):
         script = Script(seconds=0.02, notes=searches.notes, held={1: (2,)}, killed={1: (3,)})
