@@ -1,15 +1,31 @@
+import math
 import os
 import resource
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from support.disks import mounted
 from support.processes import running
 
-from tune_mnist.runs.files import AppendLog, remove_leftovers, replace_file
+from tune_mnist.errors import RunFolderError, SearchFailedError
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.runs.files import (
+    AppendLog,
+    Count,
+    Seconds,
+    is_locked,
+    parse_yaml,
+    read_plain,
+    record_of,
+    remove_leftovers,
+    replace_file,
+    write_output,
+)
 
 
 @pytest.fixture
@@ -47,20 +63,146 @@ def test_a_new_file_has_the_rights_that_any_new_file_has(tmp_path: Path) -> None
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_a_link_stays_a_link_a_device_a_device_and_a_folder_is_an_error(tmp_path: Path) -> None:
+def test_only_what_a_user_named_is_written_where_a_link_leads(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
     link.symlink_to("target")
-    replace_file(link, "new")
+    write_output(link, "new")
     assert link.is_symlink()
     assert target.read_text() == "new"
     null = Path("/dev/null")
-    replace_file(null, "nothing")
+    write_output(null, "nothing")
     assert stat.S_ISCHR(null.stat().st_mode)
+    tmp_path.joinpath(f".link.{os.getpid()}.tmp").symlink_to("target")  # laid there for us
+    replace_file(link, "in its place")
+    assert not link.is_symlink()
+    assert (link.read_text(), target.read_text()) == ("in its place", "new")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
-        replace_file(tmp_path / "folder", "content")
+    for write in (write_output, replace_file):
+        with pytest.raises(IsADirectoryError):
+            write(tmp_path / "folder", "content")
     assert names(tmp_path) == ["folder", "link", "target"]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("file")])
+def test_what_is_no_plain_file_is_neither_read_nor_appended_to(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    (tmp_path / "file").touch()
+    make(tmp_path / "log")
+    with pytest.raises(OSError, match=r"not a plain file|symbolic links"):
+        read_plain(tmp_path / "log")
+    with pytest.raises(OSError, match=r"not a plain file|symbolic links|directory"):
+        AppendLog(tmp_path / "log").append("line")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_more_than_a_file_can_have_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("12345")
+    assert read_plain(tmp_path / "file", at_most=5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_plain(tmp_path / "file", at_most=4)
+
+
+def test_a_log_has_one_writer(tmp_path: Path) -> None:
+    log, other = AppendLog(tmp_path / "log"), AppendLog(tmp_path / "log")
+    log.append("one")
+    assert is_locked(log.path)
+    with pytest.raises(RunFolderError, match="is in use"):
+        other.append("two")
+    log.close()
+    assert not is_locked(log.path)
+    other.append("two")
+    assert log.read() == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("open_before", [True, False])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes() + b"another's\n"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.rename(path.with_name("elsewhere")),
+        lambda path: replace_file(path, "another one's\n"),
+    ],
+)
+def test_a_log_that_another_has_changed_is_not_appended_to(
+    tmp_path: Path, spoil: Callable[[Path], object], open_before: bool
+) -> None:
+    log = AppendLog(tmp_path / "log")
+    log.append("one")
+    if not open_before:
+        log.close()
+    spoil(log.path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SearchFailedError, match="is not as this search left it"):
+        log.append("two")
+    after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.stat().st_size}
+    assert after.items() <= before.items()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A record with a field of every kind."""
+
+    whole: Count
+    number: Seconds = 0.0
+    either: Count | None = None
+    word: Literal["a", "b"] = "a"
+    text: str = ""
+    several: tuple[Count, ...] = ()
+    inner: "Sample | None" = None
+    config: TrainConfig | None = None
+    truth: bool = False
+
+
+def test_a_record_is_made_of_values_that_fit() -> None:
+    values = {"whole": 3, "number": 2, "several": [1, 2], "inner": {"whole": 1}, "newer": 7}
+    record = record_of(Sample, values | {"config": {"lr": 0.5}, "either": None, "truth": True})
+    assert record == Sample(
+        3, 2.0, several=(1, 2), inner=Sample(1), config=TrainConfig(lr=0.5), truth=True
+    )
+    assert type(record.number) is float
+
+
+ODD_COUNTS: tuple[Any, ...] = (True, 1.0, "1", None, -1, 10**10, 10**400, [])
+ODD_TIMES: tuple[Any, ...] = (True, "1", math.nan, math.inf, 1e300, 10**400)
+ODD_WORDS: tuple[Any, ...] = ("c", ["a"], None, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (3, "must be a mapping, but got 3"),
+        ({}, "whole is missing"),
+        *[({"whole": odd}, "whole ") for odd in ODD_COUNTS],
+        *[({"number": odd}, "number ") for odd in ODD_TIMES],
+        *[({"word": odd}, "word cannot be") for odd in ODD_WORDS],
+        *[({"text": odd}, "text cannot be") for odd in (1, None, "x" * 10**6)],
+        ({"several": 1}, "several must be a list"),
+        ({"several": [1, "a"]}, r"several\[1\] cannot be 'a'"),
+        ({"inner": {"whole": -1}}, "inner.whole must be >= 0"),
+        ({"config": []}, "config must be a mapping"),
+        ({"config": {"lr": "high"}}, "lr: must be a number"),
+        ({"truth": 1}, "truth cannot be 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(values: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        record_of(Sample, {"whole": 1, **values} if values and values != 3 else values)
+    assert len(str(caught.value)) < 400
+
+
+BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "content", ["&a [*a]", "a: &a {b: *a}", f"a0: &a0 x\n{BOMB}", "&a {<<: *a}"]
+)
+def test_yaml_that_would_grow_without_bounds_is_refused(content: str) -> None:
+    with pytest.raises(ValueError, match="refers to itself, or too often"):
+        parse_yaml(content.encode())
+    assert parse_yaml(b"a: &a [1]\nb: *a") == {"a": [1], "b": [1]}
 
 
 @pytest.mark.root

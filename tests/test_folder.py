@@ -1,16 +1,17 @@
-import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.disks import mounted
+from support.disks import as_nobody, mounted
 from support.processes import running
 
 from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.files import AppendLog
 from tune_mnist.runs.folder import RunFolder, check_new_run
 
 HOLD = """
@@ -28,22 +29,6 @@ def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder.create(tmp_path / "results" / "run")
     folder.write_search({"asked": {"trials": 3}})
     return folder
-
-
-@contextlib.contextmanager
-def as_nobody(path: Path) -> Iterator[None]:
-    """Be a user who can reach the path and has no rights there; root may write everywhere."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for parent in path.parents:
-        if not parent.stat().st_mode & 0o001:
-            parent.chmod(0o755)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_folder_is_made_with_those_above_it_and_opened_again(
@@ -165,6 +150,67 @@ def test_a_damaged_search_yaml_is_one_clear_line(folder: RunFolder, content: byt
         folder.read_search()
     assert str(folder.search) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize("where", ["report.html", "events.jsonl", "tensorboard/0/x", "deep/a/b"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to(path.parents[3] / "mine"),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to("/dev/zero"),
+        os.mkfifo,
+        _bind,
+    ],
+)
+def test_a_folder_with_anything_but_plain_files_and_folders_is_refused(
+    folder: RunFolder, make: Callable[[Path], None], where: str
+) -> None:
+    path = folder.path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make(path)
+    for refuse in (lambda: RunFolder.open(folder.path), lambda: folder.only_writer().__enter__()):
+        with pytest.raises(RunFolderError, match=f"holds '{where}', which is neither"):
+            refuse()
+    path.unlink()
+    RunFolder.open(folder.path)
+
+
+def test_a_linked_folder_in_a_run_is_refused_and_a_link_to_a_run_is_not(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(folder.path)
+    assert RunFolder.open(tmp_path / "link").name == "run"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".x.7.tmp").touch()
+    folder.checkpoints.rmdir()
+    folder.checkpoints.symlink_to(tmp_path / "mine")
+    with pytest.raises(RunFolderError, match="holds 'checkpoints'"), folder.only_writer():
+        pass
+    assert (tmp_path / "mine" / ".x.7.tmp").exists()
+
+
+def test_a_resume_makes_the_folder_of_states_that_archives_drop(folder: RunFolder) -> None:
+    folder.checkpoints.rmdir()
+    with folder.only_writer():
+        assert folder.checkpoints.is_dir()
+
+
+def test_a_writer_whose_lock_was_deleted_is_found_by_its_events(folder: RunFolder) -> None:
+    with folder.only_writer():
+        log = AppendLog(folder.events)
+        log.append("{}")
+        (folder.path / ".lock").unlink()
+        other = RunFolder.open(folder.path)
+        assert other.is_at_work
+        with pytest.raises(RunFolderError, match="is in use"), other.only_writer():
+            pass
+        log.close()
 
 
 def test_one_process_writes_at_a_time(folder: RunFolder) -> None:

@@ -70,17 +70,17 @@ def test_a_row_that_was_never_finished_does_not_count(
 
 
 def random_row(generator: random.Random) -> EpochRow:
-    special = (math.nan, math.inf, -math.inf, 0.0, -0.0, 5e-324, 1.7976931348623157e308)
     values: dict[str, Any] = {
-        column: generator.choice([0, generator.randrange(2**63)])
+        column: generator.randrange(1, 10_000)
         if column in WHOLE
-        else generator.choice(
-            [*special, generator.random(), generator.random() * 10 ** generator.uniform(-300, 300)]
-        )
+        else generator.choice([0.0, 5e-324, generator.random()])
         for column in COLUMNS
     }
-    values["diverged_step"] = generator.choice([None, values["diverged_step"]])
-    return EpochRow(**values)
+    special = (math.nan, math.inf, -math.inf, -0.0, 1.7976931348623157e308)
+    losses = {column: generator.choice(special) for column in COLUMNS if column.endswith("loss")}
+    missing = {name: generator.choice([math.nan, 1 / 3]) for name in ("val_accuracy", "seconds")}
+    step = generator.choice([None, values["diverged_step"]])
+    return EpochRow(**values | losses | missing | {"diverged_step": step})
 
 
 def test_a_row_is_read_to_the_last_digit() -> None:
@@ -109,17 +109,11 @@ def check_damage(
     [
         (2, "{", ""),
         (2, "7", "an event was expected"),
-        (2, "{}", "'event' is missing"),
+        (2, "[]", "an event was expected"),
+        (2, "{}", "an event was expected"),
         (2, "[" * 100_000, ""),
         (3, "\xff", "codec can't decode"),
-        (2, '{"event": "start", "trial": 7}', "trial 7 follows 0 trials"),
-        (3, '{"event": "start", "trial": 0}', "trial 0 follows 1 trials"),
-        (2, '{"event": "start", "trial": 0, "config": 3}', ""),
-        (2, '{"event": "start", "trial": 0}', "'config' is missing"),
-        (3, '{"event": "end", "trial": 5}', "no trial 5 has started"),
-        (3, '{"event": "end", "trial": 0, "state": "running"}', "cannot end as 'running'"),
-        (3, '{"event": "end", "trial": 0, "state": "won"}', "cannot end as 'won'"),
-        (3, '{"event": "close", "why": "", "elapsed": "long"}', ""),
+        (3, "\x00" * 40, ""),
         (4, '{"event": "promoted", "trial": 0}', "a newer one wrote it"),
     ],
 )
@@ -127,6 +121,35 @@ def test_a_damaged_event_is_named_by_file_and_line(
     search: RecordedSearch, line: int, content: str, reason: str
 ) -> None:
     check_damage(search, search.folder.events, line, lambda _: f"{content}\n", reason)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value", "reason"),
+    [
+        (2, "trial", 7, "trial 7 follows 0 trials"),
+        (4, "trial", 0, "trial 0 follows 1 trials"),
+        (2, "trial", -1, "trial must be >= 0"),
+        (2, "config", 3, "config must be a mapping, but got 3"),
+        (2, "config", {"lr": math.inf}, "lr: must be > 0 and <= 10"),
+        (2, "config", {"x" * 10_000: 1}, "unknown hyperparameter"),
+        (2, "origin", "nowhere", "origin cannot be 'nowhere'"),
+        (2, "seed", 10**30, "seed must be"),
+        (2, "time", 1e300, "time must be"),
+        (3, "trial", 5, "no trial 5 has started"),
+        (3, "trial", [0], "trial cannot be [0]"),
+        (3, "state", "running", "state cannot be 'running'"),
+        (3, "reason", None, "reason cannot be None"),
+        (3, "elapsed", math.nan, "elapsed must be"),
+        (3, "elapsed", True, "elapsed cannot be True"),
+    ],
+)
+def test_a_fact_that_cannot_be_is_named_by_file_and_line(
+    search: RecordedSearch, line: int, name: str, value: Any, reason: str
+) -> None:
+    def change(content: str) -> str:
+        return json.dumps(json.loads(content) | {name: value}) + "\n"
+
+    check_damage(search, search.folder.events, line, change, reason)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +164,10 @@ def test_a_damaged_event_is_named_by_file_and_line(
         (3, lambda text: text.replace("0,2,", "0,3,", 1), "epoch 3 of trial 0 follows epoch 1"),
         (3, lambda text: text.replace("0,2,", "9,2,", 1), "no trial 9 has started"),
         (3, lambda text: text.replace("0,2,", ",2,", 1), "trial is missing"),
+        (2, lambda text: text.replace("0.9", "1.9"), "val_accuracy must be >= 0 and <= 1"),
+        (2, lambda text: text.replace(",2.0,", ",1e300,"), "seconds must be"),
+        (2, lambda text: re.sub(",[^,]*$", ",nan", text) + "\n", "elapsed must be"),
+        (2, lambda text: text.replace("0,1,", "0,1" + "0" * 19 + ",", 1), "epoch must be"),
     ],
 )
 def test_a_damaged_epoch_is_named_by_file_and_line(
@@ -187,7 +214,7 @@ def test_what_others_write_otherwise_is_read(
 def test_a_file_that_cannot_be_read_is_no_empty_history(search: RecordedSearch) -> None:
     search.folder.events.unlink()
     search.folder.events.mkdir()
-    with pytest.raises(RunFolderError, match=r"events.jsonl cannot be read \(Is a directory"):
+    with pytest.raises(RunFolderError, match=r"events.jsonl cannot be read \(it is not a plain"):
         History.load(search.folder)
 
 

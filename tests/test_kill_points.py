@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def opened(folder: Path) -> Course:
 
 
 def run(course: Course) -> None:
-    with course.folder.only_writer():
+    course.history.close()
+    with course.folder.only_writer(), closing(course.history):
         while course.experiment.has_next:
             assignment = course.experiment.next_trial("ray")
             record = course.history.trials[assignment.number]

@@ -316,8 +316,7 @@ def test_a_place_that_only_a_run_names_is_sent_nothing(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     folder, there = finished_run(tmp_path / "run"), tmp_path / "elsewhere"
-    with folder.search.open("a") as file:
-        file.write(f"storage: {there.as_uri()}\n")
+    folder.write_search(folder.read_search() | {"storage": there.as_uri()})
     before = everything_in(tmp_path)
     with pytest.raises(
         RunFolderError, match=f"add --storage '{there.as_uri()}'; to go on without"

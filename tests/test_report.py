@@ -63,7 +63,7 @@ def _confirm(search: RecordedSearch) -> None:
         "epochs": 1,
         "images": None,
         "seeds": [8, 9],
-        "configurations": [{}, {}],
+        "configurations": [{**vars(each), "config": each.config.as_dict()} for each in candidates],
     }
     inner.folder.write_search({"confirmation": asked})
 
@@ -178,8 +178,24 @@ def test_a_search_yaml_that_does_not_say_what_was_asked_is_refused(
     tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     search = empty(tmp_path, "run", **asked)
-    with pytest.raises(RunFolderError, match=r"search\.yaml is damaged \(asked\.metric is"):
+    with pytest.raises(RunFolderError, match=r"search\.yaml is damaged \(asked\."):
         RunView.read(search.folder.path)
+
+
+def test_a_damaged_run_hides_no_other_and_a_damaged_confirmation_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [empty(tmp_path, name).folder for name in ("good", "bad")]
+    runs[0].confirmed.write_text("configuration\n")
+    runs[1].events.write_text("{}\n")
+    settings = ReportSettings(
+        (runs[0].path, runs[1].path), pictures=False, data_dir=tmp_path, output=tmp_path / "link"
+    )
+    (tmp_path / "link").symlink_to("page.html")  # followed, as the user named it
+    with pytest.raises(RunFolderError, match=r"bad/events\.jsonl is damaged in line 1"):
+        report(settings)
+    assert capsys.readouterr().out == f"{tmp_path / 'link'}\n"
+    assert "Not shown: " in _said((tmp_path / "page.html").read_text())
 
 
 def test_runs_that_were_asked_different_questions_are_called_so(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from support.reported import all_failed, empty, rich
 
 from tune_mnist.cli import exit_code
 from tune_mnist.mnist.metrics import Metric
-from tune_mnist.reporting.summary import listing, summary
-from tune_mnist.tuning.launch import search as search_command
+from tune_mnist.reporting.summary import Listing, summary
+from tune_mnist.search import search as search_command
 from tune_mnist.tuning.settings import SearchSettings
 
 
@@ -21,7 +21,7 @@ def search(tmp_path: Path) -> RecordedSearch:
 
 def _printed(what: RenderableType, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(what)
+    console.print(what, crop=False)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -138,7 +138,7 @@ def test_every_run_is_listed_with_its_state_its_best_and_its_trials(tmp_path: Pa
     all_failed(tmp_path, "broken")
     running = empty(tmp_path, "running")
     with FileLock(running.folder.path / ".lock"):
-        printed = _printed(listing(tmp_path))
+        printed = _printed(Listing(tmp_path))
     found = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in printed.splitlines()[1:]}
     assert found["[bold]done"].startswith("finished 23/20")
     assert " 98.85% 98.85% " in found["[bold]done"]
@@ -153,9 +153,20 @@ def test_a_damaged_run_hides_no_other(tmp_path: Path) -> None:
     rich(tmp_path, "good")
     damaged = rich(tmp_path, "damaged")
     damaged.folder.events.write_text("{}\n")
-    lines = _printed(listing(tmp_path)).splitlines()
+    lines = _printed(Listing(tmp_path)).splitlines()
     assert lines[1].startswith("good")
-    assert "events.jsonl is damaged in line 1" in " ".join(lines[2:])
+    assert lines[2].startswith(f"damaged: {damaged.folder.events} is damaged in line 1 (")
+
+
+@pytest.mark.parametrize("width", [80, 40, 200])
+def test_no_width_breaks_a_name(tmp_path: Path, width: int) -> None:
+    names = ["a-rather-long-name-20261123-101500", "x" * 120]
+    for name in names:
+        rich(tmp_path, name, trials=5)
+    lines = _printed(Listing(tmp_path), width).splitlines()
+    for name in names:
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert width == 200 or line == name
 
 
 def test_the_search_command_lists_and_starts_nothing(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ import errno
 import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
+from typing import Any
 
 
 class TuneMnistError(Exception):
@@ -75,6 +77,15 @@ class RunFolderError(InvalidInputError):
 
 class ClusterError(InvalidInputError):
     """A Ray cluster cannot be reached or lacks the asked resources."""
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """Return the repr of a value that comes from outside, cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

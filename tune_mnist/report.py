@@ -5,12 +5,15 @@ python -m tune_mnist.report results/a results/b             compares them on one
 """
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from tune_mnist.cli import OutputPath, UserPath, run, tell
-from tune_mnist.errors import ConfigError, TuneMnistError
+from tune_mnist.errors import ConfigError, RunFolderError, TuneMnistError
+
+if TYPE_CHECKING:
+    from tune_mnist.runs.view import RunView
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class ReportSettings:
     """Write a report of a search: one HTML page that needs no network.
 
     The search may still run, have failed, or have nothing to show yet. The page of several
-    searches compares them.
+    searches compares them; one that cannot be read is left out, and the exit code is 2.
     """
 
     runs: Annotated[tuple[UserPath, ...], Parameter(negative="", show_default=False)] = ()
@@ -38,21 +41,36 @@ class ReportSettings:
 
 
 def report(settings: ReportSettings) -> None:
-    """Write the report, or raise TuneMnistError."""
+    """Write the report, or raise TuneMnistError; a run that cannot be read hides no other."""
     if not settings.runs:
         raise ConfigError("name a run's folder, such as results/default")
-    # Here, because they take a second to import and --help does not need them.
-    from tune_mnist.reporting.page import report_path, write_report
+    # Here and below, because they take a second to import and --help does not need them.
     from tune_mnist.runs.view import RunView
 
-    runs = [RunView.read(path) for path in settings.runs]
-    path = settings.output or report_path(runs)
+    runs, errors = [], []
+    for path in settings.runs:
+        try:
+            runs.append(RunView.read(path))
+        except RunFolderError as error:
+            errors.append(error)
+    if runs:
+        _write(runs, settings)
+    if errors:
+        # As `cat` does: the others are reported, and the exit code says that one is missing.
+        raise RunFolderError("; ".join(map(str, errors)))
+
+
+def _write(runs: "list[RunView]", settings: ReportSettings) -> None:
+    from tune_mnist.reporting.page import write_report
+
     try:
-        written = write_report(runs, path, data_dir=settings.data_dir, pictures=settings.pictures)
+        written = write_report(
+            runs, settings.output, data_dir=settings.data_dir, pictures=settings.pictures
+        )
     except OSError as error:
+        where = error.filename or settings.output or "the report"
         raise TuneMnistError(
-            f"cannot write {error.filename or path} ({error.strerror}): name another file with "
-            "--output"
+            f"cannot write {where} ({error.strerror}): name another file with --output"
         ) from error
     for each in written:
         tell(str(each))

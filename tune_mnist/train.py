@@ -40,10 +40,10 @@ from tune_mnist.mnist.config import (
     override,
     read_config,
 )
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.files import write_output
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
-from tune_mnist.runs.view import read_asked
+from tune_mnist.runs.view import read_search
 from tune_mnist.supervise import stops
 
 # torch takes more than a second to import. Functions that need it import it themselves, so that
@@ -187,7 +187,7 @@ def of_trial(settings: TrainSettings) -> tuple[TrainConfig, int]:
             f"--trial: the {len(trials)} trials of {settings.run} are numbered from 0, "
             f"but got {settings.trial}"
         )
-    epochs = settings.epochs or read_asked(folder, folder.read_search()).epochs
+    epochs = settings.epochs or read_search(folder).asked.epochs
     return trials[settings.trial].config, epochs
 
 
@@ -309,7 +309,7 @@ def save(
         test_loss=result.metrics.test_loss,
     )
     try:
-        replace_file(path, content)
+        write_output(path, content)
     except OSError as error:
         raise TuneMnistError(f"--save {path}: cannot be written: {error.strerror}") from error
 

@@ -33,13 +33,19 @@ class Course:
         self.now = 0.0
         if not path.exists():
             RunFolder.create(path)
+        self.history = History(RunFolder(path))
         self.again()
 
     def again(self) -> None:
         """Resume from the files, as after a kill."""
+        self.history.close()
         self.folder = RunFolder(self.path)
         self.history = History.load(self.folder)
-        self.history.open_session({})
+        try:
+            self.history.open_session({})
+        except BaseException:
+            self.history.close()  # as the end of a process does
+            raise
         file = StudyFile(self.folder.study, self.rules.metric) if self._has_file else None
         self.study = Study(self.rules, file)
         self.checkpoints = Checkpoints(self.folder)

@@ -1,6 +1,7 @@
-"""Disks that are mounted for a test: small ones, or folders in another place."""
+"""Disks that are mounted for a test, and users without rights on one."""
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +27,19 @@ def mount(*arguments: str, at: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+@contextlib.contextmanager
+def as_nobody(path: Path) -> Iterator[None]:
+    """Be a user who can reach the path and has no rights there; root may write everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in path.parents:
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

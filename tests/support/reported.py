@@ -72,6 +72,7 @@ def rich(
     search.epoch(search.start(lr=0.05), 0.97)
     if end:
         search.history.close_session(end, search.clock)
+    search.history.close()
     return search
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.files import write_output
 
 _KEY = ["subject", "quantity"]
 
@@ -81,7 +81,7 @@ class Measurements:
 def write_file(path: Path, content: str) -> None:
     """Write the file that --save names, or raise ConfigError."""
     try:
-        replace_file(path, content)
+        write_output(path, content)
     except OSError as error:
         raise ConfigError(f"--save: cannot write {path} ({error.strerror})") from error
 

@@ -5,16 +5,17 @@ configuration as a YAML file, with `NAME=VALUE` texts over it.
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cache
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 import yaml
 
-from tune_mnist.errors import ConfigError, did_you_mean
+from tune_mnist.errors import ConfigError, did_you_mean, shown
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["constant", "step", "cosine", "onecycle"]
@@ -85,7 +86,7 @@ class TrainConfig:
         return bool(getattr(self, other) == needed)
 
     def as_dict(self) -> dict[str, Value]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 # Hyperparameters that do nothing unless another one has a certain value.
@@ -102,6 +103,7 @@ CONFIG_FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 _TYPES = get_type_hints(TrainConfig)
 
 
+@cache
 def choices_of(name: str) -> tuple[Value, ...]:
     """Return the values that the hyperparameter may take, or `()` where it is a number."""
     if _TYPES[name] is bool:
@@ -111,6 +113,12 @@ def choices_of(name: str) -> tuple[Value, ...]:
 
 def is_integer(name: str) -> bool:
     return _TYPES[name] is int
+
+
+@cache
+def _limits_of(name: str) -> list[tuple[Callable[[Any, Any], bool], float]]:
+    given = map(str.split, CONFIG_FIELDS[name].metadata["limits"])
+    return [(_HOLDS[sign], float(bound)) for sign, bound in given]
 
 
 def check_name(name: str) -> None:
@@ -129,28 +137,30 @@ def check_value(name: str, value: Any) -> Value:
         for choice in choices:
             if type(value) is type(choice) and value == choice:
                 return choice
-        shown = [str(choice).lower() for choice in choices]
+        texts = [str(choice).lower() for choice in choices]
         raise ConfigError(
-            f"{name}: must be one of {', '.join(shown)}, but got {value!r}"
-            f"{_hint_for_choice(value, shown)}"
+            f"{name}: must be one of {', '.join(texts)}, but got {shown(value)}"
+            f"{_hint_for_choice(value, texts)}"
         )
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name}: must be a number, but got {value!r}{_hint_for_number(value)}")
+        raise ConfigError(
+            f"{name}: must be a number, but got {shown(value)}{_hint_for_number(value)}"
+        )
     if is_integer(name) and value % 1 != 0:  # true of NaN and infinities as well
-        raise ConfigError(f"{name}: must be a whole number, but got {value!r}")
-    limits = CONFIG_FIELDS[name].metadata["limits"]
-    for sign, bound in map(str.split, limits):  # before float(), which overflows on huge integers
-        if not _HOLDS[sign](value, float(bound)):  # nor does NaN
-            raise ConfigError(f"{name}: must be {' and '.join(limits)}, but got {value!r}")
+        raise ConfigError(f"{name}: must be a whole number, but got {shown(value)}")
+    for holds, bound in _limits_of(name):  # before float(), which overflows on huge integers
+        if not holds(value, bound):  # nor does NaN
+            limits = CONFIG_FIELDS[name].metadata["limits"]
+            raise ConfigError(f"{name}: must be {' and '.join(limits)}, but got {shown(value)}")
     return int(value) if is_integer(name) else float(value)
 
 
-def _hint_for_choice(value: Any, shown: list[str]) -> str:
+def _hint_for_choice(value: Any, texts: list[str]) -> str:
     if isinstance(value, bool):
         return " (bare yes, no, on and off are booleans in YAML: quote what is text)"
-    if value in ("true", "false") and value in shown:
+    if value in ("true", "false") and value in texts:
         return f" (text: write {value} without quotes)"
-    return did_you_mean(value, shown) if isinstance(value, str) else ""
+    return did_you_mean(value, texts) if isinstance(value, str) else ""
 
 
 def _hint_for_number(value: Any) -> str:
@@ -179,7 +189,7 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
     if not isinstance(values, dict):
         rule = "must hold hyperparameters, one `name: value` a line"
-        raise ConfigError(f"{path}: {rule}, but holds {str(values)[:60]!r}")
+        raise ConfigError(f"{path}: {rule}, but holds {shown(values)}")
     try:
         return TrainConfig.from_mapping(values)
     except ConfigError as error:

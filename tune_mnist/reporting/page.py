@@ -9,7 +9,7 @@ import json
 import secrets
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,12 +31,12 @@ from tune_mnist.reporting.parameter_charts import (
 )
 from tune_mnist.reporting.png import write_pictures
 from tune_mnist.reporting.summary import BestTable, cost, failures, headline, no_best
-from tune_mnist.runs.confirmed import conclusion, read_confirmed
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.confirmed import AskedConfirmation, conclusion, read_asked, read_confirmed
+from tune_mnist.runs.files import replace_file, write_output
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, short_path
 from tune_mnist.runs.ranking import gain
-from tune_mnist.runs.view import RunView
+from tune_mnist.runs.view import RunView, SearchFile
 
 SHOWN_MISTAKES = 80
 _LONGEST_NAME = 120  # characters; file systems limit a file's name
@@ -60,13 +60,19 @@ def report_path(runs: Sequence[RunView]) -> Path:
 
 
 def write_report(
-    runs: Sequence[RunView], path: Path, *, data_dir: Path | None = None, pictures: bool = True
+    runs: Sequence[RunView],
+    output: Path | None = None,
+    *,
+    data_dir: Path | None = None,
+    pictures: bool = True,
 ) -> list[Path]:
     """Write a page about one run, or one that compares several, and return the files written.
 
-    The runs may be at work or ended. `data_dir` is MNIST's folder, for the digits that the best
-    model gets wrong; `pictures` are the main charts as PNG files. An OSError leaves the old file.
+    The runs may be at work or ended. `output` is the page's file if a user named it. `data_dir` is
+    MNIST's folder, for the digits that the best model gets wrong; `pictures` are the main charts
+    as PNG files. An OSError leaves the old file.
     """
+    path, write = (output, write_output) if output else (report_path(runs), replace_file)
     assets = PackageLoader("tune_mnist.reporting", "assets")
     environment = Environment(
         loader=assets,
@@ -93,8 +99,8 @@ def write_report(
         enough_trials=ENOUGH_TRIALS,
         shown_mistakes=SHOWN_MISTAKES,
     )
-    replace_file(path, page)
-    return [path, *(write_pictures(runs, path) if pictures else ())]
+    write(path, page)
+    return [path, *(write_pictures(runs, path, write) if pictures else ())]
 
 
 def _chart_data(figure: go.Figure) -> dict[str, Any]:
@@ -140,15 +146,21 @@ def _report(run: RunView, data_dir: Path | None) -> dict[str, Any]:
         "parameters": _parameters(run) if best else None,
         "mistakes": _mistakes(run, data_dir),
         "commands": _commands(run),
-        "settings": masked(yaml.safe_dump(dict(run.search), sort_keys=False, allow_unicode=True)),
+        "settings": masked(
+            yaml.safe_dump(run.folder.read_search(), sort_keys=False, allow_unicode=True)
+        ),
     }
 
 
 def _confirmed(run: RunView) -> dict[str, Any] | None:
-    table = read_confirmed(run.folder)
+    try:
+        table = read_confirmed(run.folder)
+    except RunFolderError as error:
+        return {"problem": str(error)}
     if table is None:
         return None
     return {
+        "problem": None,
         "conclusion": conclusion(table),
         "chart": charts.confirmed_winners(table),
         "rows": table.to_dict("records"),
@@ -198,40 +210,37 @@ def _commands(run: RunView) -> list[str]:
     """Return the commands that repeat the search and its confirmation."""
     commands = [repeat_command(run.search)]
     asked = confirmation_of(run.folder)
-    if asked and not run.search.get("confirm"):
+    if asked and not run.search.confirm:
         words = ["python", "-m", "tune_mnist.confirm", short_path(run.folder.path)]
-        words += ["--top", f"{len(asked['configurations']) - 1}"]
-        words += ["--seeds", f"{len(asked['seeds'])}", "--epochs", f"{asked['epochs']}"]
-        if asked["images"] is not None:
-            words += ["--images", f"{asked['images']}"]
+        words += ["--top", f"{len(asked.configurations) - 1}"]
+        words += ["--seeds", f"{len(asked.seeds)}", "--epochs", f"{asked.epochs}"]
+        if asked.images is not None:
+            words += ["--images", f"{asked.images}"]
         commands.append(shlex.join(words))
     return commands
 
 
-def repeat_command(search: Mapping[str, Any]) -> str:
+def repeat_command(search: SearchFile) -> str:
     """Return the command with the settings of a search.yaml.
 
     With a time budget, a faster machine trains more.
     """
-    source = PurePath(str(search.get("space_source", "")))
+    source = PurePath(search.space_source)
     # One of the project's own spaces goes by its name, wherever the project lay.
     space = source.stem if source.parent.name == "search_spaces" else str(source)
     words = ["python", "-m", "tune_mnist.search", "--space", space]
-    for name, value in search["asked"].items():
+    for name, value in vars(search.asked).items():
         if value is not None and _DEFAULTS.get(name, _DEFAULTS) != value:
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            words += ["--" + str(name).replace("_", "-"), shown]
-    if search.get("confirm"):
+            words += ["--" + name.replace("_", "-"), shown]
+    if search.confirm:
         words.append("--confirm")
     return shlex.join(words)
 
 
-def confirmation_of(folder: RunFolder) -> Mapping[str, Any] | None:
+def confirmation_of(folder: RunFolder) -> AskedConfirmation | None:
     """Return what was asked of a run's confirmation, or None if it cannot be read."""
     try:
-        found = RunFolder(folder.path / "confirm").read_search()["confirmation"]
-        known = {"epochs": int, "images": int | None, "seeds": list, "configurations": list}
-        is_whole = all(isinstance(found[name], kind) for name, kind in known.items())
-    except (RunFolderError, KeyError, TypeError):
+        return read_asked(RunFolder(folder.confirmation))
+    except RunFolderError:
         return None
-    return found if is_whole else None

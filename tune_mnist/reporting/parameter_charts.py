@@ -37,14 +37,15 @@ def importances(
     baseline may not be. Empty if there are too few trials, or no difference between them.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(direction="maximize")
+    study, known = optuna.create_study(direction="maximize"), 0
     for trial in trials:
         frozen = space.frozen_params(trial.record.config)
         if trial.best is not None and frozen is not None:
             params, distributions = frozen
             value = trial.best.accuracy(metric)
             study.add_trial(create_trial(value=value, params=params, distributions=distributions))
-    if len(study.trials) < ENOUGH_TRIALS:
+            known += 1
+    if known < ENOUGH_TRIALS:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental; that a branch has few trials
@@ -132,10 +133,14 @@ def _dimension(parameter: Parameter, configs: Sequence[Mapping[str, Any]]) -> di
 
 
 def slices(run: RunView, space: SearchSpace) -> dict[str, go.Figure]:
-    return {name: _slice(run, each, space) for name, each in space.parameters.items()}
+    active = {each.record.number: space.active_values(each.record.config) for each in run.ranked}
+    return {name: _slice(run, each, active) for name, each in space.parameters.items()}
 
 
-def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
+def _slice(
+    run: RunView, parameter: Parameter, active: Mapping[int, Mapping[str, Any]]
+) -> go.Figure:
+    """Draw a parameter's values in the trials in which it is active, by their numbers."""
     traces = []
     ranked = run.ranked
     groups: list[tuple[str, list[RankedTrial], str, str, float]] = [
@@ -148,7 +153,7 @@ def _slice(run: RunView, parameter: Parameter, space: SearchSpace) -> go.Figure:
         points = [
             (values[parameter.name], trial.accuracy(run.metric), trial.record.number)
             for trial in trials
-            if parameter.name in (values := space.active_values(trial.record.config))
+            if parameter.name in (values := active[trial.record.number])
         ]
         if points:
             traces.append(

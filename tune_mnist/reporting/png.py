@@ -3,7 +3,7 @@
 matplotlib draws them, not plotly as on the page: plotly needs a whole browser to make a PNG.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from tune_mnist.reporting.charts import (
     name_of_metric,
     progress_lines,
 )
-from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.view import RunView
 
 _DPI = 150
 
 
-def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
+def write_pictures(
+    runs: Sequence[RunView], page: Path, write: Callable[[Path, bytes], None]
+) -> list[Path]:
     """Draw the runs' progress and, of a single run, its learning curves, beside the page."""
     figures = {"progress": _progress(runs)}
     if len(runs) == 1:
@@ -35,7 +36,7 @@ def write_pictures(runs: Sequence[RunView], page: Path) -> list[Path]:
         path = page.with_name(f"{page.stem}-{name}.png")
         buffer = BytesIO()
         figure.savefig(buffer, format="png")
-        replace_file(path, buffer.getvalue())
+        write(path, buffer.getvalue())
         written.append(path)
     return written
 

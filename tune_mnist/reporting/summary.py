@@ -1,7 +1,7 @@
 """The text at a search's end (winner, gain, cost, files), and the table of past runs.
 
 console.print(summary(folder, history, "val_accuracy", epochs=20))
-console.print(listing(Path("results")))
+console.print(Listing(Path("results")), crop=False)
 """
 
 import math
@@ -13,6 +13,7 @@ from statistics import NormalDist
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -200,27 +201,52 @@ def failures(history: History) -> list[str]:
     return lines
 
 
-def listing(results: Path) -> Group:
-    """Return a table of the runs in a folder of results, newest first, for rich."""
-    runs, errors = find_runs(results)
-    parts: list[RenderableType] = [_runs_table(runs)] if runs else []
-    if not runs:
-        parts.append(Text(f"No run in {short_path(results)}."))
-    parts += [Text(f"warning: {error}") for error in errors]
-    return Group(*parts)
+@dataclass(frozen=True)
+class Listing:
+    """The runs in a folder of results, newest first, and what is wrong with the others.
+
+    Where a table is too wide, each run's name has a line of its own: no name or path is broken.
+    """
+
+    results: Path
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        runs, errors = find_runs(self.results)
+        if runs:
+            names = [Text(run.folder.name, no_wrap=True, overflow="ignore") for run in runs]
+            table = _runs_table(runs, names)
+            roomy = options.update(max_width=10_000)
+            if Measurement.get(console, roomy, table).maximum <= options.max_width:
+                yield table
+            else:
+                yield from _below(names, console.render_lines(_runs_table(runs), options))
+        else:
+            yield Text(f"No run in {short_path(self.results)}.")
+        for error in errors:
+            yield Text(f"damaged: {error}", no_wrap=True, overflow="ignore")
 
 
-def _runs_table(runs: list[RunView]) -> Table:
+def _below(names: list[Text], lines: list[list[Segment]]) -> RenderResult:
+    """Return a table's lines, the header first, each of the others below its run's name."""
+    header, *rest = lines
+    yield Segments([*header, Segment.line()])
+    for name, line in zip(names, rest, strict=True):
+        yield name
+        yield Segments([*line, Segment.line()])
+
+
+def _runs_table(runs: list[RunView], names: list[Text] | None = None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("run", overflow="fold")
+    if names:
+        table.add_column("run", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for name in ("trials", "best", "test", "took", "begun"):
         table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
+    for position, run in enumerate(runs):
         done = len(run.history.trials) - len(run.history.unfinished())
         asked = "?" if run.asked.trials is None else f"{run.asked.trials:,}"
         table.add_row(
-            Text(run.folder.name),  # rich would interpret brackets in a plain string
+            *(names[position : position + 1] if names else ()),
             Text(run.state, style=_STYLES.get(run.state, "")),
             f"{done:,}/{asked}",
             percent(run.best.accuracy(run.metric)) if run.best else "-",

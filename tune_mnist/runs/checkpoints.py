@@ -14,7 +14,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.files import read_plain, replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow
 
@@ -49,8 +49,8 @@ class Checkpoints:
         for path in self._paths(number):
             # Missing or damaged: try the previous one, then start over.
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-                checkpoint = _parse(path.read_bytes())
-                if checkpoint.row.epoch <= up_to:
+                checkpoint = _parse(read_plain(path))
+                if checkpoint.row.trial == number and checkpoint.row.epoch <= up_to:
                     return checkpoint
         return None
 
@@ -88,5 +88,5 @@ def _parse(content: bytes) -> Checkpoint:
     """Read a checkpoint; a damaged one raises one of the errors that `load` suppresses."""
     if not is_whole(content):
         raise ValueError("the state is not the one that was written")
-    facts = json.loads(content.partition(b"\n")[0])
-    return Checkpoint(EpochRow(**facts["row"]), content.partition(b"\n")[2])
+    header, _, state = content.partition(b"\n")
+    return Checkpoint(EpochRow.of(json.loads(header)["row"]), state)

@@ -7,25 +7,28 @@ are described in results/README.md.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from io import BytesIO
+from typing import Annotated, Any
 
 import pandas as pd
 
-from tune_mnist.errors import RunFolderError
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.folder import RunFolder
+from tune_mnist.errors import RunFolderError, one_line
+from tune_mnist.mnist.config import MAX_EPOCHS, TrainConfig
+from tune_mnist.mnist.metrics import Limits
+from tune_mnist.runs.files import Count, read_plain, record_of, replace_file
+from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.formatting import count, percent, points
 from tune_mnist.runs.history import TrialRecord
 
 CONFIDENCE = 0.95
 ALL_IMAGES = 60_000
-_NUMBERS = (
-    *("trial", "rank", "seeds", "n", "epochs", "images"),
+_COUNTS = ("trial", "rank", "seeds", "n", "epochs", "images")
+_FRACTIONS = (
     *("test_accuracy_mean", "test_accuracy_std", "interval_low", "interval_high"),
     *("gain", "gain_low", "gain_high", "behind", "behind_low", "behind_high"),
     "optimistic_best_epoch_mean",
 )
+_WIDEST = 100  # what an interval of two seeds that differ as much as can be has for its ends
 _PLACES = 6  # beyond the fifth, differences of means are noise
 
 
@@ -34,9 +37,28 @@ class Candidate:
     """A configuration to confirm."""
 
     name: str  # `baseline`, `trial N`
-    trial: int  # its number in the search
-    rank: int  # in the search; 0: not ranked
+    trial: Count  # its number in the search
+    rank: Count  # in the search; 0: not ranked
     config: TrainConfig
+
+
+@dataclass(frozen=True)
+class AskedConfirmation:
+    """What a confirmation was asked, as its search.yaml says."""
+
+    epochs: Annotated[int, Limits(1, MAX_EPOCHS)]
+    images: Count | None  # None: all of them
+    seeds: tuple[Annotated[int, Limits(0, 2**64)], ...]
+    configurations: tuple[Candidate, ...]  # the baseline first
+
+
+def read_asked(folder: RunFolder) -> AskedConfirmation:
+    """Return what the confirmation in a folder was asked, or raise RunFolderError."""
+    content = folder.read_search()
+    try:
+        return record_of(AskedConfirmation, content.get("confirmation"), "confirmation")
+    except ValueError as error:
+        raise damaged(folder.search, error) from error
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -113,18 +135,23 @@ def write_confirmed(folder: RunFolder, table: pd.DataFrame) -> None:
 def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
     """Return confirmed.csv, None if there is none, or raise RunFolderError if it is damaged."""
     try:
-        table = pd.read_csv(folder.confirmed, dtype={"configuration": str})
-        numeric = map(pd.api.types.is_numeric_dtype, table[list(_NUMBERS)].dtypes)
-        if table.empty or not all(numeric):
+        content = read_plain(folder.confirmed)
+        table = pd.read_csv(BytesIO(content), dtype={"configuration": str})
+        numbers = table[[*_COUNTS, *_FRACTIONS]].astype(float)
+        counts, fractions = numbers[list(_COUNTS)], numbers[list(_FRACTIONS)]
+        sound = (counts >= 0) & (counts < 1e9) & (counts % 1 == 0)
+        within = fractions.isna() | (fractions.abs() <= _WIDEST)
+        if table.empty or not sound.all(axis=None) or not within.all(axis=None):
             raise ValueError("rows of numbers were expected")
+        if table["configuration"].isna().any():
+            raise ValueError("a configuration has no name")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
-        what = " ".join(str(error).split())
+    except (OSError, ValueError, KeyError, OverflowError) as error:
         raise RunFolderError(
-            f"{folder.confirmed} cannot be read ({what}): confirm the run again"
+            f"{folder.confirmed} cannot be read ({one_line(error)}): confirm the run again"
         ) from error
-    return table
+    return table.astype(dict.fromkeys(_COUNTS, int))
 
 
 def conclusion(table: pd.DataFrame) -> str:

@@ -1,12 +1,74 @@
-"""Writing and reading files so that neither a reader nor a later session sees half of one.
+"""Reading and writing the files of a run's folder, which may come from anywhere.
 
-Whole files are written under a temporary name, then renamed. Logs grow by whole lines; the next
-writer drops a line that a killed process left unfinished.
+Only plain files are opened there, never a pipe, a device or what a link leads to. What is read is
+bounded, and checked against the types and limits of a dataclass's fields. Neither a reader nor a
+later session sees half a file: whole files are written under a temporary name, then renamed; logs
+grow by whole lines, and the next writer drops a line that a killed process left unfinished.
 """
 
 import contextlib
+import errno
+import fcntl
+import math
 import os
+import stat
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from tune_mnist.errors import RunFolderError, SearchFailedError, shown
+from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.metrics import Limits
+
+Record = TypeVar("Record")
+Count = Annotated[int, Limits(0, 1e9)]
+Seconds = Annotated[float, Limits(0, 1e9)]
+
+_LARGEST = 1 << 26  # bytes of a file that is read whole
+_LONGEST_LOG = 1 << 30
+_LARGEST_YAML = 1 << 20
+_MOST_NODES = 100_000  # of a YAML file, once what it refers to is put in
+_LONGEST_TEXT = 10_000  # characters
+_FINITE = Limits(-1e300, 1e300)
+_FOR_READERS = 1.0  # seconds; a reader that looks whether a file is locked has it for an instant
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file and return its descriptor; anything else is an OSError."""
+    # Without O_NONBLOCK, a pipe would be waited for.
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return file
+    os.close(file)
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def read_plain(path: Path, at_most: int = _LARGEST) -> bytes:
+    """Return the content of a plain file, or raise OSError if there is none or it is larger."""
+    with os.fdopen(open_plain(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > at_most:
+            raise OSError(errno.EFBIG, f"it has more than {at_most:,} bytes", str(path))
+        return file.read()
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if a process holds the lock of a file; False also if that cannot be seen."""
+    try:
+        with os.fdopen(open_plain(path), "rb") as file:
+            # A shared lock, so that two readers at once do not take each other for a writer.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def replace_file(
@@ -14,19 +76,15 @@ def replace_file(
 ) -> None:
     """Write a whole file, or raise OSError and leave the old one untouched.
 
-    Readers of `path` see the old content or the new, never half. A symbolic link is followed;
-    anything but a plain file, such as /dev/stdout, is written to in place. The old content is kept
-    at `keep_as`. `sync` waits for the disk, so that a power cut cannot leave the file empty.
+    Readers of `path` see the old content or the new, never half. A symbolic link is replaced, not
+    followed. The old content is kept at `keep_as`. `sync` waits for the disk, so that a power cut
+    cannot leave the file empty.
     """
     data = content.encode() if isinstance(content, str) else content
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    if path.is_symlink():
-        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process with the same number
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(data)
             if sync:
                 file.flush()
@@ -40,6 +98,17 @@ def replace_file(
         raise
 
 
+def write_output(path: Path, content: bytes | str) -> None:
+    """Write a file that a user named: as `replace_file`, but where a link leads.
+
+    Anything but a plain file, such as /dev/stdout, is written to in place.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    else:
+        replace_file(path.resolve() if path.is_symlink() else path, content)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that `replace_file` left in killed processes.
 
@@ -51,7 +120,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 class AppendLog:
-    """A text file that grows by whole lines.
+    """A text file that grows by whole lines, for one writer.
 
     The operating system has each line before `append` returns, so a killed process loses none. A
     power cut can lose the last seconds unless `sync` is called.
@@ -60,30 +129,39 @@ class AppendLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
+        self._size = -1  # of the finished lines, as last read or written; -1: of neither
 
     def read(self) -> list[bytes]:
         """Return the finished lines without their ends, none if there is no file."""
         try:
-            content = self.path.read_bytes()
+            content = read_plain(self.path, _LONGEST_LOG)
         except FileNotFoundError:
-            return []
-        return content.split(b"\n")[:-1]
+            content = b""
+        lines = content.split(b"\n")
+        self._size = len(content) - len(lines.pop())
+        return lines
 
     def append(self, line: str) -> None:
-        """Add a line; an OSError, such as a full disk, leaves the log without any of it."""
+        """Add a line; an OSError, such as a full disk, leaves the log without any of it.
+
+        Raises SearchFailedError if the file is no longer as this writer left it, and
+        RunFolderError if another process holds it.
+        """
         if self._file is None:
             self._file = self._open()
+        self._check_untouched(self._file)
         content = f"{line}\n".encode()
-        size = os.fstat(self._file).st_size
+        written = 0
         try:
-            while content:  # a nearly full disk first writes a part, then reports the error
-                content = content[os.write(self._file, content) :]
+            while written < len(content):  # a nearly full disk takes a part, then reports it
+                written += os.write(self._file, content[written:])
         except BaseException:
             # If this fails too, the next process to open the file cuts the line off.
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, size)
+                os.ftruncate(self._file, self._size)
             self.close()
             raise
+        self._size += written
 
     def sync(self) -> None:
         """Wait until all lines are on the disk, or raise OSError."""
@@ -97,14 +175,206 @@ class AppendLog:
             os.close(file)
 
     def _open(self) -> int:
-        """Open the file for appending and cut off an unfinished last line."""
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        """Open and lock the file for appending, and cut off an unfinished last line."""
+        file = open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            content = self.path.read_bytes()
+            self._lock(file)
+            content = read_plain(self.path, _LONGEST_LOG)
             finished = content.rfind(b"\n") + 1
             if finished < len(content):
                 os.ftruncate(file, finished)
+            if self._size < 0:
+                self._size = finished
         except BaseException:
             os.close(file)
             raise
         return file
+
+    def _lock(self, file: int) -> None:
+        until = time.monotonic() + _FOR_READERS
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise in_use(self.path.parent) from None
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                return None
+
+    def _check_untouched(self, file: int) -> None:
+        """Raise SearchFailedError if another process wrote to the log, replaced or moved it."""
+        ours = os.fstat(file)
+        try:
+            there = self.path.lstat()
+        except FileNotFoundError:
+            there = None
+        if there is None or not os.path.samestat(ours, there) or ours.st_size != self._size:
+            raise SearchFailedError(
+                f"{self.path} is not as this search left it: another process has written to it, "
+                "replaced it or moved it away; see that only one works there, then resume the run"
+            )
+
+
+def in_use(folder: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{folder} is in use: another search is writing to it; wait for it or stop it"
+    )
+
+
+def parse_yaml(content: bytes) -> Any:
+    """Return what YAML holds, or raise ValueError with the place and what is wrong there."""
+    try:
+        return yaml.load(content, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}not usable YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
+        ) from error
+    # What PyYAML does not wrap: a date such as 2024-99-99, `!!bool maybe`, endless nesting.
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"not usable YAML: {type(error).__name__}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file in a run's folder holds, or raise OSError or ValueError."""
+    return parse_yaml(read_plain(path, _LARGEST_YAML))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, and references that make a small file a huge one.
+
+    PyYAML's safe loader keeps the last of two keys silently.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, before merge keys (`<<`) are resolved: what they bring may be overridden.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _nodes(node, {}) > _MOST_NODES:
+            raise yaml.MarkedYAMLError(
+                problem="refers to itself, or too often to the same", problem_mark=node.start_mark
+            )
+        return super().construct_document(node)
+
+
+def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """Count the nodes in one, each as often as it is referred to."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # if it is met again before it is counted, it holds itself
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            children = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in children)
+    return known[id(node)]
+
+
+def record_of(kind: type[Record], values: Any, name: str = "") -> Record:
+    """Make a dataclass of values from a file, or raise ValueError if one does not fit its field.
+
+    A field may be a record itself, a number (`Annotated` with its `Limits`), a text, ... Entries
+    that the dataclass does not know are left out: a newer version may write more.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name or 'this'} must be a mapping, but got {shown(values)}")
+    prefix = f"{name}." if name else ""
+    found = {}
+    for field, (read, needed) in _fields_of(kind).items():  # type: ignore[arg-type]
+        if field in values:
+            found[field] = read(values[field], prefix + field)
+        elif needed:
+            raise ValueError(f"{prefix}{field} is missing")
+    return kind(**found)
+
+
+_Reader = Callable[[Any, str], Any]  # of a value and its name: checked, and in its field's type
+
+
+@cache
+def _fields_of(kind: type) -> dict[str, tuple[_Reader, bool]]:
+    """Return by field how its value is read, and whether there must be one."""
+    types = get_type_hints(kind, include_extras=True)
+    return {
+        entry.name: (
+            _reader(types[entry.name]),
+            entry.default is MISSING and entry.default_factory is MISSING,
+        )
+        for entry in fields(kind)
+    }
+
+
+def _reader(annotation: Any) -> _Reader:
+    limits: Limits | None = None
+    if get_origin(annotation) is Annotated:
+        annotation, limits = get_args(annotation)
+    arguments = get_args(annotation)
+    match get_origin(annotation) or annotation:
+        case kind if kind in (Union, UnionType):
+            return _optional(_reader(arguments[0]))
+        case kind if kind is Literal:
+            return _simple(lambda value: isinstance(value, str) and value in arguments)
+        case kind if kind is tuple:
+            return partial(_items, _reader(arguments[0]))
+        case kind if kind in (int, float):
+            return partial(_number, kind, limits or _FINITE)
+        case kind if kind is str:
+            return _simple(lambda value: isinstance(value, str) and len(value) <= _LONGEST_TEXT)
+        case kind if kind is TrainConfig:
+            return _config
+        case kind if is_dataclass(kind):
+            return partial(record_of, kind)  # type: ignore[arg-type]
+        case kind:
+            return _simple(lambda value: isinstance(value, kind))
+
+
+def _optional(read: _Reader) -> _Reader:
+    return lambda value, name: None if value is None else read(value, name)
+
+
+def _simple(fits: Callable[[Any], bool]) -> _Reader:
+    def read(value: Any, name: str) -> Any:
+        if not fits(value):
+            raise ValueError(f"{name} cannot be {shown(value)}")
+        return value
+
+    return read
+
+
+def _config(values: Any, name: str) -> TrainConfig:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a mapping, but got {shown(values)}")
+    return TrainConfig.from_mapping(values)
+
+
+def _items(read: _Reader, values: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} must be a list, but got {shown(values)}")
+    return tuple(read(value, f"{name}[{position}]") for position, value in enumerate(values))
+
+
+def _number(kind: type[int] | type[float], limits: Limits, value: Any, name: str) -> float:
+    if type(value) is not kind and type(value) is not int:  # a bool is none
+        raise ValueError(f"{name} cannot be {shown(value)}")
+    try:
+        number = kind(value)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
+    if not limits.hold(number) or (number == math.inf != value):
+        raise ValueError(f"{name} must be {limits}, but got {shown(value)}")
+    return number

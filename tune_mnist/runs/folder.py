@@ -12,16 +12,18 @@ from typing import Any, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from tune_mnist.errors import RunFolderError, did_you_mean
-from tune_mnist.runs.files import remove_leftovers, replace_file
+from tune_mnist.errors import RunFolderError, did_you_mean, shown
+from tune_mnist.runs.files import (
+    in_use,
+    is_locked,
+    read_yaml,
+    remove_leftovers,
+    replace_file,
+)
 
 _STARTING = 10.0  # seconds; a search writes search.yaml sooner than this after making its folder
-# What PyYAML raises. The last line it does not wrap: a date such as 2024-99-99, `!!bool maybe`,
-# endless nesting.
-YAML_ERRORS = (
-    yaml.YAMLError,
-    *(ValueError, LookupError, AttributeError, TypeError, RecursionError),
-)
+_LONGEST_REASON = 1000  # characters
+_FOR_READERS = 1.0  # seconds; a reader that looks whether the lock is held has it for an instant
 
 
 class RunFolder:
@@ -39,6 +41,8 @@ class RunFolder:
         self.study = path / "study.db"  # the Optuna study, SQLite
         self.checkpoints = path / "checkpoints"  # the last states of unfinished trials
         self.tensorboard = path / "tensorboard"  # curves, a folder per trial
+        self.confirmation = path / "confirm"  # the run that confirmed.csv comes from
+        self._lock = path / ".lock"
 
     @property
     def name(self) -> str:
@@ -68,32 +72,53 @@ class RunFolder:
     def open(cls, path: Path) -> Self:
         """Open an existing run's folder, or raise RunFolderError with what the path is instead."""
         folder = cls(path)
+        if os.path.lexists(folder.search):
+            folder.check_plain()
+            return folder
         try:
-            if folder.search.is_file():
-                return folder
-        except OSError as error:  # a folder without permission
-            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
-        if path.is_dir():
+            next(path.iterdir(), None)
             what = "has no search.yaml"
-        else:
-            what = "is a file" if path.exists() else "does not exist"
+        except FileNotFoundError:
+            what = "does not exist"
+        except NotADirectoryError:
+            what = "is a file"
+        except OSError as error:  # a folder without permission, a name too long
+            raise RunFolderError(f"{path} cannot be read ({error.strerror})") from error
         siblings = [found.parent.name for found in path.parent.glob("*/search.yaml")]
         raise RunFolderError(
             f"{path} is no run's folder: it {what}{did_you_mean(path.name, siblings)}"
         )
 
+    def check_plain(self) -> None:
+        """Raise RunFolderError if the folder holds a link, a pipe or a device, at any depth.
+
+        A run may come from anywhere: what is written in its folder must not land elsewhere.
+        """
+        try:
+            found = next(_files_of_other_kinds(self.path), None)
+        except OSError as error:  # a folder without permission
+            raise RunFolderError(f"{self.path} cannot be read ({error.strerror})") from error
+        if found is not None:
+            raise RunFolderError(
+                f"{self.path} holds {shown(os.path.relpath(found, self.path))}, which is neither "
+                "a plain file nor a folder: remove it, or put the file itself there"
+            )
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a process holds the right to write to the run; False also if unknown."""
+        return is_locked(self._lock) or is_locked(self.events)
+
     def read_search(self) -> dict[str, Any]:
         """Read search.yaml, or raise RunFolderError if it is damaged."""
         try:
-            data = yaml.safe_load(self.search.read_text(encoding="utf-8"))
-        except (OSError, *YAML_ERRORS) as error:
-            raise RunFolderError(
-                f"{self.search} cannot be read: {' '.join(str(error).split())}"
-            ) from error
-        if not isinstance(data, dict):
-            raise RunFolderError(
-                f"{self.search} is damaged: a mapping was expected; put back a copy"
-            )
+            data = read_yaml(self.search)
+            if not isinstance(data, dict):
+                raise ValueError("a mapping was expected")
+        except OSError as error:
+            raise RunFolderError(f"{self.search} cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise damaged(self.search, error) from error
         return data
 
     def write_search(self, data: dict[str, Any]) -> None:
@@ -107,21 +132,48 @@ class RunFolder:
         The operating system's lock counts, not whether its file exists: a killed process holds
         none.
         """
-        lock = FileLock(self.path / ".lock")
+        self.check_plain()
+        lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_FOR_READERS)
         except Timeout:
-            raise RunFolderError(
-                f"{self.path} is in use: another search is writing to it; wait for it or stop it"
-            ) from None
+            raise in_use(self.path) from None
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         try:
-            remove_leftovers(self.path)
-            remove_leftovers(self.checkpoints)
+            self._make_ready()
             yield
         finally:
             lock.release()
+
+    def _make_ready(self) -> None:
+        """See that no writer is left whose lock was deleted, and clear up after a killed one."""
+        if is_locked(self.events):
+            raise in_use(self.path)
+        try:
+            self.checkpoints.mkdir(exist_ok=True)  # Git, zip and buckets drop it where empty
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        remove_leftovers(self.path)
+        remove_leftovers(self.checkpoints)
+
+
+def _files_of_other_kinds(folder: Path) -> Iterator[str]:
+    """Yield what is neither a plain file nor a folder, without following links."""
+    waiting = [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                    yield entry.path  # unless it was replaced just now
+
+
+def damaged(path: Path, error: Exception, where: str = "", way_out: str = "") -> RunFolderError:
+    """Return the error for a file of a run that does not hold what it must."""
+    what = " ".join(str(error).split())[:_LONGEST_REASON]
+    return RunFolderError(f"{path} is damaged{where} ({what}): put back a copy{way_out}")
 
 
 def check_new_run(path: Path) -> None:

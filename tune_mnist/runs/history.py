@@ -12,27 +12,27 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from tune_mnist.errors import RunFolderError
+from tune_mnist.errors import RunFolderError, shown
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Metric
-from tune_mnist.runs.files import AppendLog
-from tune_mnist.runs.folder import RunFolder
+from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Limits, Metric
+from tune_mnist.runs.files import AppendLog, Count, Seconds, record_of
+from tune_mnist.runs.folder import RunFolder, damaged
 
-State = Literal["running", "complete", "stopped", "diverged", "failed"]
+End = Literal["complete", "stopped", "diverged", "failed"]
+State = Literal["running", End]
 Origin = Literal["baseline", "start", "sampled"]
 COLUMNS = ("trial", *METRICS, "elapsed")
 _INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
-_DAMAGE = (ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRow(EpochMetrics):
     """An epoch of a trial: a line of epochs.csv."""
 
-    trial: int
-    elapsed: float  # at its end, on the search's clock, s
+    trial: Count
+    elapsed: Seconds  # at its end, on the search's clock
 
     def line(self) -> str:
         """Return the line of CSV: floats in full precision, missing values empty."""
@@ -44,7 +44,18 @@ class EpochRow(EpochMetrics):
         cells = line.split(",")
         if len(cells) != len(COLUMNS):
             raise ValueError(f"{len(COLUMNS)} cells were expected, but got {len(cells)}")
-        return cls(**{name: _value(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)})
+        given = zip(COLUMNS, cells, strict=True)
+        return cls.of(
+            {name: _number(name, cell) for name, cell in given if cell or name not in _INTEGERS}
+        )
+
+    @classmethod
+    def of(cls, values: Any) -> Self:
+        """Make a row of values from a file, or raise ValueError if they are none of an epoch's."""
+        row = record_of(cls, values)
+        if not row.diverged and math.isnan(row.test_accuracy):
+            raise ValueError("test_accuracy is missing")
+        return row
 
 
 def _cell(column: str, value: float | None) -> str:
@@ -54,12 +65,60 @@ def _cell(column: str, value: float | None) -> str:
     return int.__repr__(int(value)) if column in _INTEGERS else float.__repr__(float(value))
 
 
-def _value(column: str, cell: str) -> Any:
+def _number(column: str, cell: str) -> float:
     if column in _INTEGERS:
-        if not cell and column != "diverged_step":
-            raise ValueError(f"{column} is missing")
-        return int(cell) if cell else None
+        return int(cell)
     return float(cell) if cell else math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Event:
+    """A line of events.jsonl."""
+
+    time: Annotated[float, Limits(0, 1e11)]  # by the driver's clock, seconds since 1970
+    elapsed: Seconds = 0.0  # on the search's clock
+
+
+class _SessionBegun(_Event):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SessionClosed(_Event):
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Started(_Event):
+    trial: Count
+    ray_id: str
+    origin: Origin
+    seed: Annotated[int, Limits(0, 2**64)]
+    config: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rerun(_Event):
+    trial: Count
+    ray_id: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ended(_Event):
+    trial: Count
+    state: End
+    reason: str
+    epochs: Count | None = None  # older versions did not say
+
+
+_EVENTS: dict[str, type[_Event]] = {
+    "session": _SessionBegun,
+    "close": _SessionClosed,
+    "start": _Started,
+    "rerun": _Rerun,
+    "end": _Ended,
+}
 
 
 @dataclass
@@ -123,17 +182,17 @@ class History:
         for events, content in _numbered(history._events):
             try:
                 history._apply_event(json.loads(content.decode()))
-            except _DAMAGE as error:
-                raise _damaged(folder.events, events, error) from error
+            except (ValueError, RecursionError) as error:
+                raise _damaged_line(folder.events, events, error) from error
         for line, content in _numbered(history._epochs):
             try:
                 history._apply_line(line, content.decode())
             except _UnknownTrialError as error:
                 # No damage if the trial started after its events were read.
-                if len(history._events.read()) == events:
-                    raise _damaged(folder.epochs, line, error) from error
-            except _DAMAGE as error:
-                raise _damaged(folder.epochs, line, error) from error
+                if len(AppendLog(folder.events).read()) == events:
+                    raise _damaged_line(folder.epochs, line, error) from error
+            except ValueError as error:
+                raise _damaged_line(folder.epochs, line, error) from error
         history._check_ends()
         return history
 
@@ -148,8 +207,12 @@ class History:
         try:
             self._record("close", why=why, elapsed=elapsed)
         finally:
-            self._events.close()
-            self._epochs.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the files, as a kill does."""
+        self._events.close()
+        self._epochs.close()
 
     def start_trial(self, record: TrialRecord, elapsed: float) -> None:
         """Record a new trial, before any worker has it."""
@@ -193,54 +256,54 @@ class History:
         self._apply_event(entry)
 
     def _apply_event(self, entry: Any) -> None:
-        if not isinstance(entry, dict):
-            raise ValueError(f"an event was expected, but got {entry!r}")
-        match entry["event"]:
-            case "session":
+        kind = entry.get("event") if isinstance(entry, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError(f"an event was expected, but got {shown(entry)}")
+        if kind not in _EVENTS:
+            raise ValueError(
+                f"event {shown(kind)} is not known to this version of tune_mnist: "
+                "a newer one wrote it"
+            )
+        event = record_of(_EVENTS[kind], entry)
+        match event:
+            case _SessionBegun():
                 self.sessions += 1
                 self.closed_as = None
-            case "close":
-                self.closed_as = entry["why"]
-            case "start":
-                self._apply_start(entry)
-            case "rerun":
-                record = self._trial(entry["trial"])
-                record.ray_id = entry["ray_id"]
-                if entry["error"]:
+            case _SessionClosed():
+                self.closed_as = event.why
+            case _Started():
+                self._apply_start(event)
+            case _Rerun():
+                record = self._trial(event.trial)
+                record.ray_id = event.ray_id
+                if event.error:
                     record.retries += 1
-                    record.reason = entry["error"]
-            case "end":
-                self._apply_end(entry)
-            case unknown:
-                raise ValueError(
-                    f"event {unknown!r} is not known to this version of tune_mnist: "
-                    "a newer one wrote it"
-                )
-        self.elapsed = max(self.elapsed, entry.get("elapsed", 0.0))
+                    record.reason = event.error
+            case _Ended():
+                self._apply_end(event)
+        self.elapsed = max(self.elapsed, event.elapsed)
 
-    def _apply_start(self, entry: dict[str, Any]) -> None:
-        number = entry["trial"]
+    def _apply_start(self, event: _Started) -> None:
+        number = event.trial
         if number != len(self.trials):
             raise ValueError(f"trial {number} follows {len(self.trials)} trials")
         self.trials[number] = self._unfinished[number] = TrialRecord(
             number=number,
-            config=TrainConfig.from_mapping(entry["config"]),
-            seed=entry["seed"],
-            origin=entry["origin"],
-            ray_id=entry["ray_id"],
-            started=entry["elapsed"],
-            started_at=entry["time"],
+            config=event.config,
+            seed=event.seed,
+            origin=event.origin,
+            ray_id=event.ray_id,
+            started=event.elapsed,
+            started_at=event.time,
         )
 
-    def _apply_end(self, entry: dict[str, Any]) -> None:
-        record = self._trial(entry["trial"])
-        if entry["state"] not in get_args(State) or entry["state"] == "running":
-            raise ValueError(f"a trial cannot end as {entry['state']!r}")
-        record.state, record.reason = entry["state"], entry["reason"]
-        record.ended, record.ended_at = entry["elapsed"], entry["time"]
+    def _apply_end(self, event: _Ended) -> None:
+        record = self._trial(event.trial)
+        record.state, record.reason = event.state, event.reason
+        record.ended, record.ended_at = event.elapsed, event.time
         self._unfinished.pop(record.number, None)
-        if "epochs" in entry:  # the logs of older versions lack it
-            self._epochs_at_end[record.number] = entry["epochs"]
+        if event.epochs is not None:
+            self._epochs_at_end[record.number] = event.epochs
 
     def _apply_line(self, line: int, content: str) -> None:
         if line > 1:
@@ -259,9 +322,9 @@ class History:
             )
         record.rows.append(row)
         self.rows.append((record, row))
-        self.elapsed = max(self.elapsed, 0.0 if math.isnan(row.elapsed) else row.elapsed)
+        self.elapsed = max(self.elapsed, row.elapsed)
 
-    def _trial(self, number: Any) -> TrialRecord:
+    def _trial(self, number: int) -> TrialRecord:
         if number not in self.trials:
             raise _UnknownTrialError(f"no trial {number} has started")
         return self.trials[number]
@@ -288,12 +351,8 @@ def _numbered(log: AppendLog) -> Iterator[tuple[int, bytes]]:
         raise RunFolderError(f"{log.path} cannot be read ({error.strerror})") from error
 
 
-def _damaged(path: Path, line: int, error: Exception) -> RunFolderError:
-    what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return RunFolderError(
-        f"{path} is damaged in line {line} ({' '.join(what.split())}): "
-        "put back a copy, or cut the file before that line"
-    )
+def _damaged_line(path: Path, line: int, error: Exception) -> RunFolderError:
+    return damaged(path, error, f" in line {line}", ", or cut the file before that line")
 
 
 @dataclass(frozen=True)

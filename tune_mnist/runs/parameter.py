@@ -12,7 +12,7 @@ from typing import Any, cast
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import BaseTrial
 
-from tune_mnist.errors import ConfigError, SearchSpaceError, did_you_mean
+from tune_mnist.errors import ConfigError, SearchSpaceError, did_you_mean, shown
 from tune_mnist.mnist.config import (
     CONFIG_FIELDS,
     Value,
@@ -106,7 +106,7 @@ def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistr
     given = data["choices"]
     if not isinstance(given, list) or not given:
         raise SearchSpaceError(
-            f"{where}.choices: must be a list of at least one value, but got {given!r}"
+            f"{where}.choices: must be a list of at least one value, but got {shown(given)}"
         )
     values: list[Value] = []
     for value in (checked(f"{where}.choices", name, each) for each in given):
@@ -122,12 +122,12 @@ def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistr
 def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
     if possible := choices_of(name):
         raise SearchSpaceError(
-            f"{where}: is no number and needs choices, but got {data!r}; "
+            f"{where}: is no number and needs choices, but got {shown(data)}; "
             f"write {{choices: [{show(possible)}]}}"
         )
     if missing := [key for key in ("low", "high") if key not in data]:
         raise SearchSpaceError(
-            f"{where}: needs low and high, or choices, but got {data!r}; add {missing[0]}"
+            f"{where}: needs low and high, or choices, but got {shown(data)}; add {missing[0]}"
         )
     low: Any = checked(f"{where}.low", name, data["low"])
     high: Any = checked(f"{where}.high", name, data["high"])
@@ -137,7 +137,7 @@ def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution 
         )
     log = data.get("log", False)
     if not isinstance(log, bool):
-        raise SearchSpaceError(f"{where}.log: must be true or false, but got {log!r}")
+        raise SearchSpaceError(f"{where}.log: must be true or false, but got {shown(log)}")
     if log and low <= 0:
         raise SearchSpaceError(
             f"{where}.low: must be > 0 where log is true, but got {low}; raise it or drop log"
@@ -156,7 +156,7 @@ def _step(where: str, low: float, high: float, step: Any, whole: bool) -> float:
     of_type = isinstance(step, int if whole else int | float) and not isinstance(step, bool)
     if not of_type or not 0 < step < float("inf"):
         kind = "a whole number" if whole else "a number"
-        raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {step!r}")
+        raise SearchSpaceError(f"{where}.step: must be {kind} > 0, but got {shown(step)}")
     # In decimals, as written: in binary, 0.3 is no multiple of 0.1.
     if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) != 0:
         raise SearchSpaceError(
@@ -170,7 +170,7 @@ def _when(where: str, data: Any) -> Conditions:
     if not isinstance(data, Mapping):
         raise SearchSpaceError(
             f"{where}: must be a mapping of names to values such as {{optimizer: sgd}}, "
-            f"but got {data!r}"
+            f"but got {shown(data)}"
         )
     conditions: dict[str, tuple[Value, ...]] = {}
     for name, given in data.items():
@@ -189,7 +189,7 @@ def check_keys(where: str, data: Mapping[Any, Any], known: Sequence[str]) -> Non
     for key in data:
         if key not in known:
             raise SearchSpaceError(
-                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; "
+                f"{where}: unknown key {shown(key)}{did_you_mean(str(key), known)}; "
                 f"known are {', '.join(known)}"
             )
 

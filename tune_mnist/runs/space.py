@@ -8,19 +8,18 @@ A hyperparameter that is not in the space, or inactive in a trial, has `TrainCon
 The project's own spaces lie in search_spaces/.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from optuna.distributions import BaseDistribution
 from optuna.trial import BaseTrial
 
-from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean
+from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean, one_line, shown
 from tune_mnist.locations import user_path
 from tune_mnist.mnist.config import CONFIG_FIELDS, MAX_EPOCHS, TrainConfig, Value
-from tune_mnist.runs.folder import YAML_ERRORS
+from tune_mnist.runs.files import parse_yaml
 from tune_mnist.runs.parameter import (
     Conditions,
     Parameter,
@@ -34,6 +33,8 @@ from tune_mnist.runs.parameter import (
     show,
 )
 
+_LARGEST_FILE = 1 << 20  # bytes
+_DEFAULTS = TrainConfig().as_dict()
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -70,7 +71,9 @@ class SearchSpace:
 
         The configuration need not be one of this space.
         """
-        given = config.as_dict()
+        return self._active_of(config.as_dict())
+
+    def _active_of(self, given: Mapping[str, Value]) -> dict[str, Value]:
         known = {name: given[name] for name in self.constants}
         for name, parameter in self.parameters.items():
             if parameter.active(known):
@@ -88,11 +91,12 @@ class SearchSpace:
         A constant `ema_decay` may differ: averaging does not change how the weights are trained.
         That telling the sampler of such a baseline helps it has not been shown.
         """
+        given = config.as_dict()
         if "ema_decay" in self.constants:
-            config = self.config({**config.as_dict(), "ema_decay": self.constants["ema_decay"]})
-        params = self.active_values(config)
+            given["ema_decay"] = self.constants["ema_decay"]
+        params = self._active_of(given)
         broken = any(self.parameters[name].rule_broken_by(value) for name, value in params.items())
-        if broken or self.config(params) != config:
+        if broken or given != {**_DEFAULTS, **self.constants, **params}:
             return None
         return params, {name: self.parameters[name].distribution for name in params}
 
@@ -124,7 +128,7 @@ class SearchSpace:
     def _parse(cls, data: Any, name: str, source: str) -> Self:
         if not isinstance(data, Mapping):
             raise SearchSpaceError(
-                f"must be a mapping with the key parameters, but got {data!r}; "
+                f"must be a mapping with the key parameters, but got {shown(data)}; "
                 "see search_spaces/default.yaml"
             )
         check_keys("top level", data, ("epochs", "batch_size", "parameters", "start"))
@@ -134,7 +138,7 @@ class SearchSpace:
         epochs = data.get("epochs", 20)
         if type(epochs) is not int or not 1 <= epochs <= MAX_EPOCHS:
             raise SearchSpaceError(
-                f"epochs: must be a whole number from 1 to {MAX_EPOCHS}, but got {epochs!r}"
+                f"epochs: must be a whole number from 1 to {MAX_EPOCHS}, but got {shown(epochs)}"
             )
         start = _parse_start(data.get("start", []), parameters, constants, needs)
         return cls(name, source, epochs, parameters, constants, start)
@@ -145,7 +149,7 @@ def _parse_parameters(data: Mapping[str, Any]) -> tuple[dict[str, Parameter], di
     if not isinstance(given, Mapping) or not given:
         raise SearchSpaceError(
             "parameters: must be a mapping of hyperparameters, one or more of them searched such "
-            f"as 'dropout: {{low: 0.0, high: 0.3}}', but got {given!r}"
+            f"as 'dropout: {{low: 0.0, high: 0.3}}', but got {shown(given)}"
         )
     if "batch_size" in given and "batch_size" in data:
         raise SearchSpaceError(
@@ -176,8 +180,8 @@ def _parse_constant(name: str, entry: Any) -> Value:
     where = f"parameters.{name}"
     if entry is None or isinstance(entry, list):
         raise SearchSpaceError(
-            f"{where}: must be one value (a constant) or a mapping (searched), but got {entry!r}; "
-            "write {choices: [...]} or {low: ..., high: ...}"
+            f"{where}: must be one value (a constant) or a mapping (searched), but got "
+            f"{shown(entry)}; write {{choices: [...]}} or {{low: ..., high: ...}}"
         )
     return checked(where, name, entry)
 
@@ -190,14 +194,15 @@ def _parse_start(
 ) -> list[dict[str, Value]]:
     if not isinstance(start, list):
         raise SearchSpaceError(
-            f"start: must be a list of mappings such as '- {{lr: 0.01}}', or [], but got {start!r}"
+            "start: must be a list of mappings such as '- {lr: 0.01}', or [], but got "
+            f"{shown(start)}"
         )
     points = []
     for number, given in enumerate(start, 1):
         where = f"start[{number}]"
         if not isinstance(given, Mapping) or not given:
             raise SearchSpaceError(
-                f"{where}: must be a mapping such as {{lr: 0.01}}, but got {given!r}"
+                f"{where}: must be a mapping such as {{lr: 0.01}}, but got {shown(given)}"
             )
         point: dict[str, Value] = {}
         for name, value in given.items():
@@ -267,41 +272,16 @@ def _find_space(name_or_path: str) -> Path:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
+        with path.open("rb") as file:  # a user's own: it may be a link, or come from a pipe
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"has more than {_LARGEST_FILE:,} bytes")
+        return parse_yaml(content)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = error.problem or error.context
-        raise SearchSpaceError(f"{path}: {place}not usable YAML: {problem}; correct it") from error
-    except yaml.reader.ReaderError as error:
-        raise SearchSpaceError(
-            f"{path}: not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
-        ) from error
-    except YAML_ERRORS as error:
-        raise SearchSpaceError(
-            f"{path}: not usable YAML: {type(error).__name__}: {error}; correct it"
-        ) from error
+    except ValueError as error:
+        raise SearchSpaceError(f"{path}: {one_line(error)}; correct it") from error
 
 
 def _unreadable(path: Path | str, error: OSError) -> SearchSpaceError:
     return SearchSpaceError(f"{path}: cannot be read: {error.strerror}; give a readable YAML file")
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice; PyYAML's safe loader keeps the last silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, before merge keys (`<<`) are resolved: what they bring may be overridden.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return node

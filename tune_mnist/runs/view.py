@@ -1,17 +1,18 @@
 """A run as others see it: read without disturbing its writer, its state in a word."""
 
-import fcntl
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 from tune_mnist.errors import RunFolderError
-from tune_mnist.mnist.metrics import Metric
-from tune_mnist.runs.folder import RunFolder
+from tune_mnist.mnist.config import MAX_EPOCHS, Precision
+from tune_mnist.mnist.metrics import Limits, Metric
+from tune_mnist.runs.files import Count, Seconds, record_of
+from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.history import History
 from tune_mnist.runs.ranking import RankedTrial, baseline_of, rank_by_best, ranked_trials
 from tune_mnist.runs.space import SearchSpace
@@ -30,15 +31,33 @@ _STATES: Mapping[str | None, RunState] = {  # by how the last session was closed
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a search was asked for, as far as its readers need it."""
+    """What a search was asked, as `asked` in search.yaml says; older versions wrote less."""
 
     metric: Metric  # what the search selects by
-    epochs: int  # the budget of a trial
-    trials: int | None  # None: an older version did not say
-    images: int | None  # None: all of them
-    seed: int
+    trials: Count | None = None
+    epochs: Annotated[int, Limits(1, MAX_EPOCHS)]  # the budget of a trial
+    time_budget: Seconds | None = None
+    images: Count | None = None  # None: all of them
+    grace_epochs: Count | None = None
+    reduction_factor: float | None = None
+    startup_trials: Count | None = None
+    seed: Annotated[int, Limits(0, 2**128)] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFile:
+    """The content of a search's search.yaml."""
+
+    asked: Asked
+    space: object = None  # see `RunView.space`
+    space_name: str = ""
+    space_source: str = ""  # the file's path when the search was started
+    storage: str | None = None  # the URI of the folder that holds a copy of the run
+    confirm: bool = False  # whether the winners are confirmed at the end
+    precision: Precision = "float32"
+    versions: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,22 +66,23 @@ class RunView:
 
     folder: RunFolder
     history: History
-    search: Mapping[str, Any]  # the contents of search.yaml
-    asked: Asked
+    search: SearchFile
     state: RunState
 
     @classmethod
     def read(cls, path: Path) -> "RunView":
         """Read a run, which may be at work, or raise RunFolderError."""
         folder = RunFolder.open(path)
-        search = folder.read_search()
-        refuse_confirmation(folder, search)
-        asked = read_asked(folder, search)
+        search = read_search(folder)
         # The lock is looked at first: a run that ends meanwhile was at work when it was found.
-        at_work = is_at_work(folder)
+        at_work = folder.is_at_work
         history = _read_history(folder, at_work)
         state = "running" if at_work else _STATES.get(history.closed_as, "failed")
-        return cls(folder, history, search, asked, state)
+        return cls(folder, history, search, state)
+
+    @property
+    def asked(self) -> Asked:
+        return self.search.asked
 
     @property
     def metric(self) -> Metric:
@@ -71,8 +91,8 @@ class RunView:
     @property
     def space(self) -> SearchSpace:
         """The space that was searched; raises SearchSpaceError if it is damaged."""
-        name = str(self.search.get("space_name", ""))
-        return SearchSpace.from_dict(self.search.get("space"), name, str(self.folder.search))
+        source = str(self.folder.search)
+        return SearchSpace.from_dict(self.search.space, self.search.space_name, source)
 
     @cached_property
     def trials(self) -> list[RankedTrial]:
@@ -102,47 +122,19 @@ class RunView:
             return math.nan
 
 
-def read_asked(folder: RunFolder, search: Mapping[str, Any]) -> Asked:
-    """Return what search.yaml says was asked, or raise RunFolderError."""
-    asked = search.get("asked")
-    asked = asked if isinstance(asked, Mapping) else {}
-    metric: Any = asked.get("metric")
-    epochs = _whole(asked, "epochs")
-    if metric not in get_args(Metric) or not epochs or epochs < 1:
-        raise RunFolderError(
-            f"{folder.search} is damaged (asked.metric is {metric!r}, asked.epochs "
-            f"{asked.get('epochs')!r}): put back a copy"
-        )
-    trials, images = _whole(asked, "trials"), _whole(asked, "images")
-    return Asked(metric, epochs, trials, images, _whole(asked, "seed") or 0)
-
-
-def _whole(asked: Mapping[str, Any], name: str) -> int | None:
-    value = asked.get(name)
-    return value if type(value) is int else None  # not a bool
-
-
-def refuse_confirmation(folder: RunFolder, search: Mapping[str, Any]) -> None:
-    """Raise RunFolderError if the folder holds a confirmation instead of a search."""
-    if "confirmation" in search:
+def read_search(folder: RunFolder) -> SearchFile:
+    """Return what search.yaml says, or raise RunFolderError; the space is not looked at."""
+    content = folder.read_search()
+    if "confirmation" in content:
         run = folder.path.absolute().parent
         raise RunFolderError(
             f"{folder.path} is the confirmation of the search {run}: "
             f"python -m tune_mnist.confirm {run} resumes it"
         )
-
-
-def is_at_work(folder: RunFolder) -> bool:
-    """Return True if a process holds the right to write to the run; False also if unknown."""
     try:
-        with (folder.path / ".lock").open("rb") as lock:
-            # A shared lock, so that two readers at once do not take each other for a search.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        return record_of(SearchFile, content)
+    except ValueError as error:
+        raise damaged(folder.search, error) from error
 
 
 def find_runs(results: Path) -> tuple[list[RunView], list[RunFolderError]]:

@@ -8,8 +8,8 @@ search, the tests and the benchmarks replay it.
 """
 
 import math
-
-import numpy as np
+from bisect import insort
+from collections.abc import Sequence
 
 
 class Rungs:
@@ -23,13 +23,14 @@ class Rungs:
         if grace_epochs < 1 or not reduction_factor > 1:
             raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
         self._factor = reduction_factor
-        self._seen: dict[int, dict[int, float]] = {}  # by epoch and trial
+        self._seen: dict[int, set[int]] = {}  # by epoch: trials
+        self._values: dict[int, list[float]] = {}  # by epoch: theirs, ascending
         self._stops: set[tuple[int, int]] = set()
         for epoch in range(grace_epochs, epochs):
             # The margin: the logarithm of a power of the factor may be just below a whole number.
             power = math.floor(math.log(epoch / grace_epochs) / math.log(reduction_factor) + 1e-9)
             if grace_epochs * reduction_factor**power > epoch - 1:
-                self._seen[epoch] = {}
+                self._seen[epoch], self._values[epoch] = set(), []
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -43,13 +44,23 @@ class Rungs:
         """
         if epoch not in self._seen or not math.isfinite(value):
             return False
-        recorded = self._seen[epoch]
-        if trial not in recorded:
+        values = self._values[epoch]
+        if trial not in self._seen[epoch]:
             # With one value or two to compare with, "among the best third" means nothing: a good
             # trial that starts slowly would be stopped for being the second to arrive.
-            enough = len(recorded) + 1 >= self._factor
-            percentile = (1 - 1 / self._factor) * 100
-            if enough and value < np.percentile(list(recorded.values()), percentile):
+            enough = len(values) + 1 >= self._factor
+            if enough and value < quantile(values, 1 - 1 / self._factor):
                 self._stops.add((trial, epoch))
-            recorded[trial] = value
+            self._seen[epoch].add(trial)
+            insort(values, value)
         return (trial, epoch) in self._stops
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return what NumPy's percentile does, to the last digit, of values that are sorted."""
+    place = (len(values) - 1) * share
+    low, high = values[math.floor(place)], values[math.ceil(place)]
+    part = place % 1
+    if part < 0.5:
+        return low + (high - low) * part
+    return high - (high - low) * (1 - part)

@@ -4,17 +4,16 @@ A confirmation is a search whose trials are fixed beforehand and that stops none
 In a folder of its own, `confirm` within the run's, it runs, resumes and retries as a search does.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count as count_up
 from itertools import islice, product
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
 from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.runs.confirmed import Candidate, confirmed_table
+from tune_mnist.runs.confirmed import AskedConfirmation, Candidate, confirmed_table, read_asked
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, short_path
 from tune_mnist.runs.history import History, TrialRecord
@@ -82,30 +81,27 @@ class Confirmation:
             fixed_trials=trials,
         )
 
-    def save(self, folder: RunFolder, run: str) -> None:
-        around = {"of": run, "versions": versions(), "machine": machine()}
-        folder.write_search({"confirmation": self._as_dict(), **around})
+    @property
+    def asked(self) -> AskedConfirmation:
+        return AskedConfirmation(self.epochs, self.images, self.seeds, self.candidates)
 
-    def _as_dict(self) -> dict[str, Any]:
-        return {
-            "epochs": self.epochs,
-            "images": self.images,
-            "seeds": list(self.seeds),
-            "configurations": [
-                {**vars(candidate), "config": candidate.config.as_dict()}
-                for candidate in self.candidates
-            ],
-        }
+    def save(self, folder: RunFolder, run: str) -> None:
+        asked = {**vars(self.asked), "seeds": list(self.seeds)}
+        asked["configurations"] = [
+            {**vars(each), "config": each.config.as_dict()} for each in self.candidates
+        ]
+        around = {"of": run, "versions": versions(), "machine": machine()}
+        folder.write_search({"confirmation": asked, **around})
 
     def check_extends(self, folder: RunFolder) -> None:
         """Raise RunFolderError if the folder holds a confirmation that is not a part of this."""
         if not folder.search.exists():
             return
-        before: Mapping[str, Any] = folder.read_search().get("confirmation", {})
-        asked = self._as_dict()
-        seeds = before.get("seeds")
-        names = [name for name in asked if name != "seeds" and asked[name] != before.get(name)]
-        if not isinstance(seeds, list) or seeds != asked["seeds"][: len(seeds)]:
+        before, asked = read_asked(folder), vars(self.asked)
+        names = [
+            name for name in asked if name != "seeds" and asked[name] != getattr(before, name)
+        ]
+        if before.seeds != self.seeds[: len(before.seeds)]:
             names.append("seeds")
         if names:
             raise RunFolderError(
@@ -141,6 +137,6 @@ def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:
     """Return seeds that depend on the search's seed alone, and that none of its trials had."""
     used = {record.seed for record in run.history.trials.values()}
     # Trials draw theirs with a 1 at the end.
-    streams = (np.random.SeedSequence([run.asked.seed, stream, 2]) for stream in count_up())
+    streams = (np.random.SeedSequence([run.asked.seed or 0, stream, 2]) for stream in count_up())
     drawn = (int(stream.generate_state(1)[0]) for stream in streams)
     return tuple(islice((seed for seed in drawn if seed not in used), wanted))

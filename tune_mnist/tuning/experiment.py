@@ -17,7 +17,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.metrics import EpochMetrics
+from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.history import Assignment, EpochRow, History, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar
@@ -170,7 +170,7 @@ class Experiment:
     def _end(self, number: int, state: State, reason: str) -> None:
         self.history.end_trial(number, self.elapsed, state, reason)
         record = self.history.trials[number]
-        self._study.tell(number, _optuna_state(record), _attributes(record))
+        self._study.tell(number, _optuna_state(record, self.rules.metric), _attributes(record))
         self._checkpoints.remove(number)
 
     def _should_stop(self, record: TrialRecord, row: EpochRow) -> bool:
@@ -220,10 +220,11 @@ class Experiment:
         self._checkpoints.remove_others({record.number for record in self._waiting})
 
 
-def _optuna_state(record: TrialRecord) -> TrialState:
-    if record.state == "diverged" and not record.finite_rows:
-        return TrialState.FAIL  # a pruned trial needs a value
-    return _OPTUNA_STATES[record.state]
+def _optuna_state(record: TrialRecord, metric: Metric) -> TrialState:
+    state = _OPTUNA_STATES[record.state]
+    if state in (TrialState.COMPLETE, TrialState.PRUNED) and not record.rows_that_count(metric):
+        return TrialState.FAIL  # the others need a value
+    return state
 
 
 def _attributes(record: TrialRecord) -> dict[str, str]:
@@ -238,9 +239,9 @@ def _recorded_trial(record: TrialRecord, rules: Rules) -> FrozenTrial:
     """Return a trial of an earlier session as Optuna's."""
     trial = _frozen_trial(record, rules.space)
     trial.intermediate_values = {
-        row.epoch: row.accuracy(rules.metric) for row in record.finite_rows
+        row.epoch: row.accuracy(rules.metric) for row in record.rows_that_count(rules.metric)
     }
-    trial.state = _optuna_state(record)
+    trial.state = _optuna_state(record, rules.metric)
     if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
         trial.value = trial.intermediate_values[max(trial.intermediate_values)]
     trial.datetime_start = datetime.fromtimestamp(record.started_at)

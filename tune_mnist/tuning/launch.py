@@ -19,7 +19,7 @@ from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.locations import check_run_name, is_remembered, storage_uri, tracking_uri
 from tune_mnist.mnist.data import load_mnist, split
-from tune_mnist.reporting.summary import listing, summary
+from tune_mnist.reporting.summary import summary
 from tune_mnist.runs.confirmed import conclusion, write_confirmed
 from tune_mnist.runs.folder import RunFolder, check_new_run
 from tune_mnist.runs.formatting import duration, short_path
@@ -42,14 +42,11 @@ from tune_mnist.tuning.worker import EpochSource, train_assignment
 
 
 def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> int:
-    """Run or resume a search, or list searches, and return the exit code.
+    """Run or resume a search and return the exit code.
 
     Tests and benchmarks pass in `epochs_of` what a trial does instead of training. A search that
     cannot start or continue raises a TuneMnistError.
     """
-    if settings.list_runs:
-        Console().print(listing(settings.results_dir))
-        return 0
     # A copy of the run is kept in line until nothing more is written.
     with ExitStack() as copies:
         if settings.resume is None:
@@ -190,7 +187,7 @@ def _confirm(
     confirmation = Confirmation.of(run, options)
     rules, name = confirmation.rules, f"{run.folder.name} confirmed"
     with _runtime(rules, settings, name, epochs_of) as runtime:
-        inner = path / "confirm"
+        inner = run.folder.confirmation
         folder = RunFolder(inner) if inner.is_dir() else RunFolder.create(inner)
         images = len(runtime.split.train_labels)
         ending = None
@@ -258,10 +255,9 @@ def draw_report(path: Path, data_dir: Path | None) -> None:
     """Draw a run's report; a search that went well does not fail because of it."""
     try:
         # Imported here, where it is needed: the charts' libraries take a second.
-        from tune_mnist.reporting.page import report_path, write_report
+        from tune_mnist.reporting.page import write_report
 
-        run = RunView.read(path)
-        written = write_report([run], report_path([run]), data_dir=data_dir)
+        written = write_report([RunView.read(path)], data_dir=data_dir)
         tell(f"report: {short_path(written[0])}")
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())

@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 import tune_mnist
-from tune_mnist.errors import RunFolderError, TuneMnistError
+from tune_mnist.errors import TuneMnistError
 from tune_mnist.locations import storage_uri
 from tune_mnist.mnist.config import Precision
-from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.space import SearchSpace, load_space
-from tune_mnist.runs.view import refuse_confirmation
+from tune_mnist.runs.view import read_search
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.settings import SearchOptions, SearchSettings
 
 DEFAULT_TRIALS = 50
 CONFIRMING = 0.5  # of a time budget: what --confirm may use of it
 _OPTIONS = tuple(entry.name for entry in fields(SearchOptions))
+_MAY_BE_NONE = ("time_budget", "images")  # no limit, all of them
 _BESIDE_RULES = ("storage", "confirm", "precision")  # a plan's other fields
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
@@ -56,23 +56,22 @@ class Plan:
     @classmethod
     def load(cls, folder: RunFolder) -> Self:
         """Read the plan of a run, or raise RunFolderError if its search.yaml is damaged."""
-        data = folder.read_search()
-        refuse_confirmation(folder, data)
+        file = read_search(folder)
         try:
-            space = SearchSpace.from_dict(
-                data["space"], str(data["space_name"]), str(data["space_source"])
-            )
+            if unknown := folder.read_search()["asked"].keys() - set(_OPTIONS):
+                raise ValueError(f"asked.{min(unknown, key=str)} is not known to this version")
+            asked: dict[str, Any] = {name: getattr(file.asked, name) for name in _OPTIONS}
+            for name, value in asked.items():
+                if value is None and name not in _MAY_BE_NONE:
+                    raise ValueError(f"asked.{name} is missing")
+            if file.storage is not None:
+                storage_uri(file.storage)
+            space = SearchSpace.from_dict(file.space, file.space_name, file.space_source)
             # Older versions did not write all of these.
-            others = {name: data[name] for name in _BESIDE_RULES if name in data}
-            plan = cls(Rules(space=space, **_asked(data["asked"])), **_checked(others, cls))
-            if plan.storage is not None:
-                storage_uri(plan.storage)
-            return plan
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise RunFolderError(
-                f"{folder.search} is damaged ({' '.join(what.split())}): put back a copy"
-            ) from error
+            around = {name: getattr(file, name) for name in _BESIDE_RULES}
+            return cls(Rules(space=space, **asked), **around)
+        except ValueError as error:
+            raise damaged(folder.search, error) from error
 
     def changed_by(self, settings: SearchSettings) -> Self:
         """Return the plan with what a resume may change: trials, time, storage, ..."""
@@ -107,45 +106,15 @@ class Plan:
 
     def differences(self, folder: RunFolder) -> list[str]:
         """Return what changed since the run's last session: versions, code, the space's file."""
-        then = folder.read_search().get("versions")
-        found = compare(then if isinstance(then, Mapping) else {}, versions())
+        found = compare(read_search(folder).versions, versions())
         source = Path(self.rules.space.source)
-        if source.is_file():
-            try:
-                now = load_space(str(source)).as_dict()
-                asked = self.rules.space.as_dict()
+        try:
+            if source.is_file():
+                now, asked = load_space(str(source)).as_dict(), self.rules.space.as_dict()
                 found += [f"{source}: {change}" for change in compare(asked, now)]
-            except TuneMnistError as error:
-                found.append(f"{source} can no longer be used: {error}")
+        except (TuneMnistError, OSError) as error:
+            found.append(f"{source} can no longer be used: {error}")
         return found
-
-
-def _asked(values: Any) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"asked must be a mapping, but got {values!r}")
-    if unknown := values.keys() - set(_OPTIONS):
-        raise TypeError(f"asked.{min(unknown, key=str)} is not known to this version")
-    return _checked({name: values[name] for name in _OPTIONS}, Rules, prefix="asked.")
-
-
-def _checked(values: dict[str, Any], record: type, prefix: str = "") -> dict[str, Any]:
-    """Return values read from YAML; TypeError if one does not fit its field in a dataclass."""
-    types = get_type_hints(record)
-    for name, value in values.items():
-        if not _fits(value, types[name]):
-            raise TypeError(f"{prefix}{name} cannot be {value!r}")
-    return values
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Return True if a value is of a type, which may be a class, a Literal or a union."""
-    if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
-    if isinstance(annotation, UnionType):
-        return any(_fits(value, each) for each in get_args(annotation))
-    if isinstance(value, bool):  # in Python, a whole number as well
-        return annotation is bool
-    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -156,8 +125,12 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += compare(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old}, is now {new}")
+            found.append(f"{prefix}{key} was {_cut(old)}, is now {_cut(new)}")
     return found
+
+
+def _cut(value: Any) -> str:
+    return str(value)[:100]
 
 
 def versions() -> dict[str, str]:

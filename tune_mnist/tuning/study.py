@@ -58,11 +58,10 @@ class Study:
 
     def add(self, trial: FrozenTrial) -> None:
         """Add a trial that Optuna did not propose here, finished or running."""
-        number = len(self.trials())
-        if number != trial.number:
-            raise RuntimeError(f"Optuna numbers trial {trial.number} as {number}")
+        if trial.number != self._storage.trials:
+            raise RuntimeError(f"Optuna numbers trial {trial.number} as {self._storage.trials}")
         self._study.add_trial(trial)
-        self._copy(number)
+        self._copy(trial.number)
 
     def report(self, number: int, epoch: int, value: float) -> None:
         self._storage.set_trial_intermediate_value(self._id(number), epoch, value)
@@ -128,6 +127,7 @@ class _Storage(InMemoryStorage):
 
     def __init__(self) -> None:
         super().__init__()
+        self.trials = 0  # in all
         self._for_sampler = False
         self._model_trials = ModelTrials()
 
@@ -157,6 +157,7 @@ class _Storage(InMemoryStorage):
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         trial_id: int = super().create_new_trial(study_id, template_trial)
+        self.trials += 1
         self._model_trials.update(self.get_trial(trial_id))
         return trial_id
 
