@@ -204,7 +204,7 @@ def search_alone(folder: RunFolder) -> None:
         for number in range(3):
             row = EpochRow(**epoch_metrics(epoch, 0.5).as_dict(), trial=number, elapsed=0.5)
             checkpoints.save_best(f"{len(history.rows) + 1}".encode())
-            checkpoints.save(number, row, bytes(100_000))
+            checkpoints.save(history.trials[number], row, bytes(100_000))
             history.add_epoch(row)
             time.sleep(0.02)
     for number in range(3):
@@ -244,7 +244,7 @@ def test_a_copy_can_be_resumed_at_every_instant(
         best = int(fetched.best_model.read_bytes()) if fetched.best_model.exists() else 0
         assert best >= min(len(history.rows), 30)
         for record in history.unfinished():
-            state = Checkpoints(fetched).load(record.number)
+            state = Checkpoints(fetched).load(record)
             # One ahead: lost between checkpoint and row, which the checkpoint holds.
             assert state is None or state.row.epoch <= record.epochs + 1
     assert len(seen) > 3, seen

@@ -16,6 +16,7 @@ from datetime import datetime
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tune_mnist.cli import tell
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.metrics import EpochMetrics
 from tune_mnist.runs.checkpoints import Checkpoints
@@ -110,7 +111,8 @@ class Experiment:
         else:
             record = self._propose(len(self.history.trials), ray_id)
             self.history.start_trial(record, self.elapsed)
-        saved = self._checkpoints.load(record.number, up_to=record.epochs)
+        saved = self._checkpoints.load(record, up_to=record.epochs)
+        _tell_of_a_lost_state(record, saved.row.epoch if saved else 0)
         return Assignment(
             number=record.number,
             config=record.config,
@@ -126,18 +128,19 @@ class Experiment:
         """Record an epoch and return True if the trial must stop there.
 
         The best model is written first and the row last. After a kill in between, the epoch is
-        either trained again or its row is taken from the checkpoint.
+        either trained again or its row is taken from the checkpoint. Of an epoch that is trained
+        again from an earlier state the first row stands: on a CPU the second would equal it.
         """
         record = self.history.trials[number]
         row = EpochRow(**metrics.as_dict(), trial=number, elapsed=self.elapsed)
-        if row.epoch > record.epochs:
-            if self.best.take(record, row) and model is not None:
-                self._checkpoints.save_best(model)
-            self._checkpoints.save(number, row, state)
-            self.history.add_epoch(row)
-            if not row.diverged:
-                self._study.report(number, row.epoch, row.accuracy(self.rules.metric))
-        return self._should_stop(record, record.rows[row.epoch - 1])
+        if row.epoch <= record.epochs:
+            row = record.rows[row.epoch - 1]
+        elif self.best.take(record, row) and model is not None:
+            self._checkpoints.save_best(model)
+        self._checkpoints.save(record, row, state)
+        if self.history.add_epoch(row) and not row.diverged:
+            self._study.report(number, row.epoch, row.accuracy(self.rules.metric))
+        return self._should_stop(record, row)
 
     def finish(self, number: int) -> None:
         """Record the end of a trial that was told to stop."""
@@ -200,7 +203,7 @@ class Experiment:
     def _add_rows_of_checkpoints(self) -> None:
         """Record the epochs that a kill left with a checkpoint but without a row."""
         for record in self.history.unfinished():
-            saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
+            saved = self._checkpoints.load(record, up_to=record.epochs + 1)
             if saved and saved.row.epoch == record.epochs + 1:
                 self.history.add_epoch(saved.row)
 
@@ -218,6 +221,15 @@ class Experiment:
                 else:
                     self._waiting.append(record)
         self._checkpoints.remove_others({record.number for record in self._waiting})
+
+
+def _tell_of_a_lost_state(record: TrialRecord, resumed_after: int) -> None:
+    if resumed_after < record.epochs:
+        where = f"after epoch {resumed_after}" if resumed_after else "from its beginning"
+        tell(
+            f"trial {record.number} continues {where}: its state after epoch {record.epochs} is "
+            "missing or damaged; the epochs that it had recorded stay as they are"
+        )
 
 
 def _optuna_state(record: TrialRecord) -> TrialState:
