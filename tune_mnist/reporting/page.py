@@ -18,7 +18,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from tune_mnist.errors import RunFolderError, SearchSpaceError, TuneMnistError
+from tune_mnist.errors import SearchSpaceError, TuneMnistError
 from tune_mnist.locations import masked
 from tune_mnist.reporting import charts
 from tune_mnist.reporting.findings import find_mistakes
@@ -31,7 +31,7 @@ from tune_mnist.reporting.parameter_charts import (
 )
 from tune_mnist.reporting.png import write_pictures
 from tune_mnist.reporting.summary import BestTable, cost, failures, headline, no_best
-from tune_mnist.runs.confirmed import conclusion, read_confirmed
+from tune_mnist.runs.confirmed import conclusion, confirmation_of, read_confirmed
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, short_path
@@ -149,7 +149,7 @@ def _confirmed(run: RunView) -> dict[str, Any] | None:
     if table is None:
         return None
     return {
-        "conclusion": conclusion(table),
+        "conclusion": conclusion(table, run.metric),
         "chart": charts.confirmed_winners(table),
         "rows": table.to_dict("records"),
         "asked": confirmation_of(run.folder),
@@ -224,14 +224,3 @@ def repeat_command(search: Mapping[str, Any]) -> str:
     if search.get("confirm"):
         words.append("--confirm")
     return shlex.join(words)
-
-
-def confirmation_of(folder: RunFolder) -> Mapping[str, Any] | None:
-    """Return what was asked of a run's confirmation, or None if it cannot be read."""
-    try:
-        found = RunFolder(folder.path / "confirm").read_search()["confirmation"]
-        known = {"epochs": int, "images": int | None, "seeds": list, "configurations": list}
-        is_whole = all(isinstance(found[name], kind) for name, kind in known.items())
-    except (RunFolderError, KeyError, TypeError):
-        return None
-    return found if is_whole else None

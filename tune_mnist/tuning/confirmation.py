@@ -4,16 +4,21 @@ A confirmation is a search whose trials are fixed beforehand and that stops none
 In a folder of its own, `confirm` within the run's, it runs, resumes and retries as a search does.
 """
 
+import contextlib
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count as count_up
 from itertools import islice, product
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 
-from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.confirmed import Candidate, confirmed_table
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, short_path
@@ -25,6 +30,10 @@ from tune_mnist.tuning.plan import machine, versions
 from tune_mnist.tuning.settings import ConfirmOptions
 
 
+class NothingToConfirmError(ConfigError):
+    """No trial of a search but the baseline has finished an epoch."""
+
+
 @dataclass(frozen=True)
 class Confirmation:
     """The configurations and seeds that a confirmation trains."""
@@ -32,17 +41,18 @@ class Confirmation:
     candidates: tuple[Candidate, ...]  # the baseline first
     seeds: tuple[int, ...]
     space: SearchSpace  # the search's
+    picked_by: Metric  # the search
     epochs: int
     images: int | None  # training images; None: all there are
     time_budget: float | None  # s, over all sessions
 
     @classmethod
     def of(cls, run: RunView, options: ConfirmOptions) -> Self:
-        """Choose what to train again of a search, or raise ConfigError if there is nothing yet."""
+        """Choose what to train again of a search, or raise NothingToConfirmError."""
         ranks = {each.record.number: rank for rank, each in enumerate(run.ranked, start=1)}
         winners = [each.record for each in run.ranked if not each.is_baseline][: options.top]
         if not winners:
-            raise ConfigError(
+            raise NothingToConfirmError(
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
                 "finished an epoch"
             )
@@ -57,6 +67,7 @@ class Confirmation:
             candidates=tuple(candidates),
             seeds=_fresh_seeds(run, options.seeds),
             space=run.space,
+            picked_by=run.metric,
             epochs=options.epochs or run.asked.epochs,
             images=options.images,
             time_budget=options.time_budget,
@@ -82,9 +93,11 @@ class Confirmation:
             fixed_trials=trials,
         )
 
-    def save(self, folder: RunFolder, run: str) -> None:
+    def save(self, folder: RunFolder, run: str, before: Mapping[str, Any] | None) -> None:
+        """Write the confirmation's search.yaml, with all seeds that were ever asked for."""
+        seeds = max(list(self.seeds), before["seeds"] if before else [], key=len)
         around = {"of": run, "versions": versions(), "machine": machine()}
-        folder.write_search({"confirmation": self._as_dict(), **around})
+        folder.write_search({"confirmation": {**self._as_dict(), "seeds": seeds}, **around})
 
     def _as_dict(self) -> dict[str, Any]:
         return {
@@ -97,21 +110,30 @@ class Confirmation:
             ],
         }
 
-    def check_extends(self, folder: RunFolder) -> None:
-        """Raise RunFolderError if the folder holds a confirmation that is not a part of this."""
-        if not folder.search.exists():
-            return
-        before: Mapping[str, Any] = folder.read_search().get("confirmation", {})
-        asked = self._as_dict()
-        seeds = before.get("seeds")
-        names = [name for name in asked if name != "seeds" and asked[name] != before.get(name)]
-        if not isinstance(seeds, list) or seeds != asked["seeds"][: len(seeds)]:
-            names.append("seeds")
-        if names:
-            raise RunFolderError(
-                f"{folder.path} holds a confirmation with other {' and '.join(names)}: ask for "
-                "the same and at least as many seeds to resume it, or move it away"
-            )
+    def continuing(self, before: Mapping[str, Any]) -> Self:
+        """Return this one with the winners in an earlier one's order, where they are the same.
+
+        A training's number says which winner it is of; as a search goes on, their ranks change.
+        """
+        mine = {each.trial: each for each in self.candidates}
+        order = [each.get("trial") for each in before["configurations"]]
+        if len(order) != len(mine) or not all(trial in order for trial in mine):
+            return self
+        return replace(self, candidates=tuple(mine[trial] for trial in order))
+
+    def differences(self, before: Mapping[str, Any] | None) -> list[str]:
+        """Return in what an earlier confirmation is neither a part of this one nor contains it."""
+        if before is None:
+            return ["settings"]
+        found = [name for name in ("epochs", "images") if getattr(self, name) != before[name]]
+        seeds, configurations = before["seeds"], before["configurations"]
+        if seeds[: len(self.seeds)] != list(self.seeds)[: len(seeds)]:
+            found.append("seeds")
+        if len(configurations) != len(self.candidates):
+            return [*found, "configurations"]
+        trained = [(each.get("trial"), each.get("config")) for each in configurations]
+        same = trained == [(each.trial, each.config.as_dict()) for each in self.candidates]
+        return found if same else [*found, "winners"]
 
     def start_line(self, folder: RunFolder, history: History, images: int, at_once: int) -> str:
         done = len(history.trials) - len(history.unfinished())
@@ -121,7 +143,8 @@ class Confirmation:
             f"{count(len(self.candidates) - 1, 'winner')} on "
             f"{count(len(self.seeds), 'fresh seed')}, {self.rules.trials:,} trainings of "
             f"{count(self.epochs, 'epoch')}{so_far}, {at_once} at a time, "
-            f"{count(images, 'training image')}, none held out, nothing picked"
+            f"{count(images, 'training image')}, none held out, "
+            + ("nothing picked" if self.picked_by == "val_accuracy" else "winners picked by them")
         )
 
     def table(self, history: History, images: int) -> pd.DataFrame | None:
@@ -134,7 +157,18 @@ class Confirmation:
             [record for record in ended if record.number % width == position]
             for position in range(width)
         ]
-        return confirmed_table(self.candidates, by_candidate, epochs=self.epochs, images=images)
+        baseline, *others = zip(self.candidates, by_candidate, strict=True)
+        others.sort(key=lambda each: each[0].rank or math.inf)
+        candidates, records = zip(baseline, *others, strict=True)
+        return confirmed_table(candidates, records, epochs=self.epochs, images=images)
+
+
+def keep_aside(run: RunFolder) -> Path:
+    """Move a run's confirmation and its table to a folder beside it, and return that folder."""
+    inner = run.path / "confirm"
+    with contextlib.suppress(FileNotFoundError):
+        run.confirmed.replace(inner / run.confirmed.name)
+    return inner.rename(run.path / time.strftime("confirm-replaced-%Y%m%d-%H%M%S"))
 
 
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:
