@@ -106,6 +106,7 @@ class History:
         self.elapsed = 0.0  # last known time on the search's clock, over all sessions, s
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
         self.sessions = 0
+        self.asked: Mapping[str, Any] = {}  # of the last session; older versions did not say
         self._folder = folder
         self._unfinished: dict[int, TrialRecord] = {}  # few, where `trials` may be thousands
         self._epochs_at_end: dict[int, int] = {}
@@ -183,6 +184,11 @@ class History:
         self._apply_row(row)
         return True
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether trials have failed and none has finished an epoch; a resume tries them again."""
+        return not self.rows and any(each.state == "failed" for each in self.trials.values())
+
     def unfinished(self) -> list[TrialRecord]:
         """Return the trials without a final state, oldest first."""
         return list(self._unfinished.values())
@@ -199,6 +205,7 @@ class History:
             case "session":
                 self.sessions += 1
                 self.closed_as = None
+                self.asked = entry.get("asked", {})
             case "close":
                 self.closed_as = entry["why"]
             case "start":
@@ -206,6 +213,7 @@ class History:
             case "rerun":
                 record = self._trial(entry["trial"])
                 record.ray_id = entry["ray_id"]
+                self._reopen(record)
                 if entry["error"]:
                     record.retries += 1
                     record.reason = entry["error"]
@@ -231,6 +239,11 @@ class History:
             started=entry["elapsed"],
             started_at=entry["time"],
         )
+
+    def _reopen(self, record: TrialRecord) -> None:
+        record.state, record.ended, record.ended_at = "running", math.nan, math.nan
+        self._unfinished[record.number] = record
+        self._epochs_at_end.pop(record.number, None)
 
     def _apply_end(self, entry: dict[str, Any]) -> None:
         record = self._trial(entry["trial"])

@@ -10,8 +10,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -46,6 +47,13 @@ class Rules(SearchOptions):
     fixed_trials: Sequence[TrialRecord] = ()  # all of them; without, space and sampler propose
 
     @property
+    def lasting(self) -> dict[str, Any]:
+        """What a resume goes on with, in JSON's types: all but trials and time."""
+        names = (entry.name for entry in fields(SearchOptions))
+        options = {n: getattr(self, n) for n in names if n not in ("trials", "time_budget")}
+        return {**options, "space": self.space.as_dict()}
+
+    @property
     def time_limit(self) -> float:
         """Seconds over all sessions; infinite without a time budget."""
         return math.inf if self.time_budget is None else self.time_budget
@@ -68,6 +76,7 @@ class Experiment:
         self._study, self._checkpoints = study, checkpoints
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()  # unfinished, and with no worker
+        self._retry_hopeless()
         self._add_rows_of_checkpoints()
         self._clock, self._began = clock, clock() - history.elapsed
         self._replay_history()
@@ -199,6 +208,15 @@ class Experiment:
         sampled = self._study.ask(number, space.sample, start, {"ray_trial_id": ray_id})
         config = TrainConfig.from_mapping(sampled)
         return TrialRecord(number, config, seed, "start" if start else "sampled", ray_id)
+
+    def _retry_hopeless(self) -> None:
+        """Take up again what failed before any epoch was finished: no trial caused that."""
+        if self.history.is_hopeless:
+            for record in self.history.trials.values():
+                if record.state == "failed":
+                    self.history.rerun_trial(
+                        record.number, self.history.elapsed, ray_id=record.ray_id, error=""
+                    )
 
     def _add_rows_of_checkpoints(self) -> None:
         """Record the epochs that a kill left with a checkpoint but without a row."""

@@ -127,7 +127,8 @@ def _resume(
             begin_copying()
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
-        for difference in before.differences(folder):
+        before.check_comparable(folder, history)
+        for difference in before.differences(folder, history):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         on = replace(settings, precision=plan.precision)
         with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
@@ -163,7 +164,8 @@ def _no_copying() -> None:
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
-    if history.closed_as is None:  # killed: at least its tables need to be brought up to date
+    # Killed: at least its tables need to be brought up to date.
+    if history.closed_as is None or history.is_hopeless:
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
@@ -212,7 +214,7 @@ def _confirm(
             Checkpoints(folder).check(history.unfinished())
             with writing(folder):
                 confirmation.save(folder, run.folder.name, confirmation_of(run.folder))
-            if len(history.trials) < rules.trials or history.unfinished():
+            if len(history.trials) < rules.trials or history.unfinished() or history.is_hopeless:
                 line = confirmation.start_line(folder, history, images, runtime.at_once)
                 ending = run_session(folder, history, rules, runtime, line)
             _conclude(run.folder, confirmation, history, images)

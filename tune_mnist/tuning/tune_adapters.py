@@ -183,9 +183,11 @@ class Supervisor(Callback, Stopper):
             return
         self._experiment.fail(number, error)
         records = self._experiment.history.trials.values()
-        if len(records) >= HOPELESS and all(r.state == "failed" and not r.rows for r in records):
+        enough = min(HOPELESS, self._experiment.rules.trials)
+        if len(records) >= enough and all(r.state == "failed" and not r.rows for r in records):
             raise SearchFailedError(
-                f"the first {len(records)} trials all failed before their first epoch: {error}"
+                f"every trial failed before its first epoch, {len(records)} so far: {error}; a "
+                "resume tries them again"
             )
 
     def _error_of(self, trial: Trial) -> str:
