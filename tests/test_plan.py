@@ -199,7 +199,8 @@ def test_settings_changed_by_hand_are_told_or_refused(folder: RunFolder) -> None
     assert [line.partition(": ")[2] for line in plan.differences(folder, history)] == [
         "seed was 0, is now 7",
     ]
-    for name, now in (("images", 600), ("epochs", 3), ("metric", "test_accuracy")):
+    changes: dict[str, Any] = {"images": 600, "epochs": 3, "metric": "test_accuracy"}
+    for name, now in changes.items():
         changed = replace(plan, rules=replace(plan.rules, **{name: now}))
         with pytest.raises(RunFolderError, match=f"{name} was .*, is now {now}: they could not"):
             changed.check_comparable(folder, history)
