@@ -144,7 +144,8 @@ class Confirmation:
             f"{count(len(self.seeds), 'fresh seed')}, {self.rules.trials:,} trainings of "
             f"{count(self.epochs, 'epoch')}{so_far}, {at_once} at a time, "
             f"{count(images, 'training image')}, none held out, "
-            + ("nothing picked" if self.picked_by == "val_accuracy" else "winners picked by them")
+            + ("nothing" if self.picked_by == "val_accuracy" else "winners")
+            + " picked by test images"
         )
 
     def table(self, history: History, images: int) -> pd.DataFrame | None:
