@@ -186,8 +186,8 @@ class Supervisor(Callback, Stopper):
         enough = min(HOPELESS, self._experiment.rules.trials)
         if len(records) >= enough and all(r.state == "failed" and not r.rows for r in records):
             raise SearchFailedError(
-                f"every trial failed before its first epoch, {len(records)} so far: {error}; a "
-                "resume tries them again"
+                f"every trial failed before its first epoch, {len(records)} so far; a resume "
+                f"tries them again: {error}"
             )
 
     def _error_of(self, trial: Trial) -> str:
