@@ -39,6 +39,7 @@ class Course:
         """Resume from the files, as after a kill."""
         self.folder = RunFolder(self.path)
         self.history = History.load(self.folder)
+        self.history.reopen_hopeless()
         self.history.open_session({})
         file = StudyFile(self.folder.study, self.rules.metric) if self._has_file else None
         self.study = Study(self.rules, file)

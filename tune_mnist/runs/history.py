@@ -109,6 +109,7 @@ class History:
         self.asked: Mapping[str, Any] = {}  # of the last session; older versions did not say
         self._folder = folder
         self._unfinished: dict[int, TrialRecord] = {}  # few, where `trials` may be thousands
+        self._reopened: list[TrialRecord] = []
         self._epochs_at_end: dict[int, int] = {}
         self._events = AppendLog(folder.events)
         self._epochs = AppendLog(folder.epochs)
@@ -143,6 +144,8 @@ class History:
         if not self._epochs.read():
             self._epochs.append(",".join(COLUMNS))
         self._record("session", **facts)
+        for record in self._reopened:
+            self.rerun_trial(record.number, self.elapsed, ray_id=record.ray_id, error="")
 
     def close_session(self, why: str, elapsed: float) -> None:
         """Record how the driver's work ended, and close the files."""
@@ -184,10 +187,12 @@ class History:
         self._apply_row(row)
         return True
 
-    @property
-    def is_hopeless(self) -> bool:
-        """Whether trials have failed and none has finished an epoch; a resume tries them again."""
-        return not self.rows and any(each.state == "failed" for each in self.trials.values())
+    def reopen_hopeless(self) -> None:
+        """Take up again what failed before any epoch was finished: no trial caused that."""
+        if not self.rows:
+            self._reopened = [each for each in self.trials.values() if each.state == "failed"]
+            for record in self._reopened:
+                self._reopen(record)
 
     def unfinished(self) -> list[TrialRecord]:
         """Return the trials without a final state, oldest first."""

@@ -76,7 +76,6 @@ class Experiment:
         self._study, self._checkpoints = study, checkpoints
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()  # unfinished, and with no worker
-        self._retry_hopeless()
         self._add_rows_of_checkpoints()
         self._clock, self._began = clock, clock() - history.elapsed
         self._replay_history()
@@ -208,15 +207,6 @@ class Experiment:
         sampled = self._study.ask(number, space.sample, start, {"ray_trial_id": ray_id})
         config = TrainConfig.from_mapping(sampled)
         return TrialRecord(number, config, seed, "start" if start else "sampled", ray_id)
-
-    def _retry_hopeless(self) -> None:
-        """Take up again what failed before any epoch was finished: no trial caused that."""
-        if self.history.is_hopeless:
-            for record in self.history.trials.values():
-                if record.state == "failed":
-                    self.history.rerun_trial(
-                        record.number, self.history.elapsed, ray_id=record.ray_id, error=""
-                    )
 
     def _add_rows_of_checkpoints(self) -> None:
         """Record the epochs that a kill left with a checkpoint but without a row."""

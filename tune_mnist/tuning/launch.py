@@ -122,6 +122,7 @@ def _resume(
         # All is read and checked before anything is written, here or there.
         before, history = Plan.load(folder), History.load(folder)
         plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
+        history.reopen_hopeless()
         Checkpoints(folder).check(history.unfinished())
         if over := _why_nothing_is_left(plan, history):
             begin_copying()
@@ -164,8 +165,7 @@ def _no_copying() -> None:
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
-    # Killed: at least its tables need to be brought up to date.
-    if history.closed_as is None or history.is_hopeless:
+    if history.closed_as is None:  # killed: at least its tables need to be brought up to date
         return None
     if len(history.trials) >= plan.rules.trials and not history.unfinished():
         return f"all {plan.rules.trials} trials are finished; --trials N with a larger N adds more"
@@ -211,10 +211,11 @@ def _confirm(
         with folder.only_writer():
             works_on(path)
             history = History.load(folder)
+            history.reopen_hopeless()
             Checkpoints(folder).check(history.unfinished())
             with writing(folder):
                 confirmation.save(folder, run.folder.name, confirmation_of(run.folder))
-            if len(history.trials) < rules.trials or history.unfinished() or history.is_hopeless:
+            if len(history.trials) < rules.trials or history.unfinished():
                 line = confirmation.start_line(folder, history, images, runtime.at_once)
                 ending = run_session(folder, history, rules, runtime, line)
             _conclude(run.folder, confirmation, history, images)
