@@ -33,7 +33,6 @@ from tune_mnist.reporting.png import write_pictures
 from tune_mnist.reporting.summary import BestTable, cost, failures, headline, no_best
 from tune_mnist.runs.confirmed import conclusion, confirmation_of, read_confirmed
 from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, short_path
 from tune_mnist.runs.ranking import gain
 from tune_mnist.runs.view import RunView
