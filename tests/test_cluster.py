@@ -104,3 +104,11 @@ def test_whatever_keeps_ray_from_starting_is_one_line(monkeypatch: pytest.Monkey
     with pytest.raises(ClusterError) as told, connected(None):
         pass
     assert str(told.value).startswith("Ray does not start on this machine: no room; --address")
+
+
+@pytest.mark.slow
+def test_a_process_can_start_one_ray_of_its_own_after_another() -> None:
+    """As a search does that confirms its winners at its end."""
+    code = "from tune_mnist.tuning.cluster import connected\n"
+    code += "for _ in range(2):\n    with connected(None): pass\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

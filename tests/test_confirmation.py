@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,12 +15,14 @@ from support.scripted_search import send_scripts_to_workers
 
 from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.reporting.page import write_report
+from tune_mnist.runs.confirmed import AskedConfirmation, read_asked
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import RunView
+from tune_mnist.tuning.confirmation import Confirmation
 from tune_mnist.tuning.launch import confirm
 from tune_mnist.tuning.plan import Plan
-from tune_mnist.tuning.settings import ConfirmSettings
+from tune_mnist.tuning.settings import ConfirmOptions, ConfirmSettings
 
 pytest_plugins = ["support.ray_fixtures"]
 
@@ -100,10 +103,64 @@ def test_an_interrupted_one_is_resumed_and_more_seeds_add_to_it(
     sessions = third.sessions
     assert confirm(replace(settings, seeds=4), SCRIPT) == 0  # and nothing is left to do
     assert _history(settings).sessions == sessions
+    table = RunFolder(settings.run or Path()).confirmed
+    assert confirm(replace(settings, seeds=2), SCRIPT) == 0  # what is there counts
+    assert list(pd.read_csv(table)["n"]) == [4] * 3
     with pytest.raises(RunFolderError, match="with other epochs"):
         confirm(replace(settings, seeds=4, epochs=3), SCRIPT)
     with pytest.raises(RunFolderError, match="with other configurations"):
         confirm(replace(settings, seeds=4, top=1), SCRIPT)
+
+
+def _asked(run: RunView, **options: Any) -> Confirmation:
+    return Confirmation.of(run, ConfirmOptions(**{"top": 2, "seeds": 3, **options}))
+
+
+def _before(confirmation: Confirmation, path: Path) -> AskedConfirmation:
+    """Return a confirmation as a later session reads it."""
+    inner = RunFolder(path / "confirm")
+    inner.path.mkdir(exist_ok=True)
+    confirmation.save(inner, "run", None)
+    return read_asked(inner)
+
+
+@pytest.mark.parametrize(
+    ("options", "differences"),
+    [
+        ({}, []),
+        ({"seeds": 5}, []),
+        ({"seeds": 1}, []),
+        ({"epochs": 3, "images": 600}, ["epochs", "images"]),
+        ({"top": 1}, ["configurations"]),
+    ],
+)
+def test_a_confirmation_is_resumed_by_what_asks_for_the_same(
+    tmp_path: Path, options: dict[str, Any], differences: list[str]
+) -> None:
+    run = RunView.read(rich(tmp_path).folder.path)
+    before = _before(_asked(run), tmp_path)
+    assert _asked(run, **options).differences(before) == differences
+
+
+def test_a_search_that_goes_on_changes_ranks_or_winners(tmp_path: Path) -> None:
+    search = rich(tmp_path)
+    run = RunView.read(search.folder.path)
+    before = _before(_asked(run), tmp_path)
+    first, second = (each.record for each in run.ranked[:2])
+    top = max(row.val_accuracy for row in first.rows)
+    search.trial([0.5])  # ranks below these all, the baseline too
+    asked = _asked(RunView.read(run.folder.path)).continuing(before)
+    assert asked.differences(before) == []
+    # The second takes the lead: its trainings keep their numbers, and lead the table.
+    order = tuple(before.configurations[i] for i in (0, 2, 1))
+    swapped = replace(before, configurations=order)
+    asked = asked.continuing(swapped)
+    assert [each.trial for each in asked.candidates] == [0, second.number, first.number]
+    assert asked.differences(swapped) == []
+    search.trial([top + 0.001])
+    asked = _asked(RunView.read(run.folder.path)).continuing(before)
+    assert asked.differences(before) == ["winners"]
+    assert asked.differences(None) == ["settings"]
 
 
 def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:

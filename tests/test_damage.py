@@ -51,7 +51,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     search.history.rerun_trial(search.start(lr=0.05), 30.0, ray_id="next", error="it died")
     search.epoch(4, 0.9)
     search.history.close_session("SIGTERM", search.clock)
-    Checkpoints(search.folder).save(4, search.history.trials[4].rows[-1], b"state")
+    record = search.history.trials[4]
+    Checkpoints(search.folder).save(record, record.rows[-1], b"state")
     write_tables(search.folder, search.history, "val_accuracy")
     for name in ("best.pt", "study.db", "report.html", ".lock", "tensorboard/0/events.out"):
         path = search.folder.path / name
@@ -64,7 +65,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _confirm(folder: RunFolder) -> None:
     confirmation = Confirmation.of(RunView.read(folder.path), ConfirmOptions(top=1, seeds=2))
     inner = RecordedSearch(folder.path, "confirm")
-    confirmation.save(inner.folder, "run")
+    confirmation.save(inner.folder, "run", None)
     for record in confirmation.rules.fixed_trials:
         number = inner.start(None, **record.config.as_dict())
         for _ in range(confirmation.epochs):

@@ -14,7 +14,8 @@ ERRORS = [
     if inspect.isclass(value) and issubclass(value, BaseException)
 ]
 CORRECTABLE = {
-    *("InvalidInputError", "ConfigError", "SearchSpaceError", "RunFolderError", "ClusterError")
+    *("InvalidInputError", "ConfigError", "SearchSpaceError", "RunFolderError", "ClusterError"),
+    "StateError",
 }
 
 

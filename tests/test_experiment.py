@@ -9,8 +9,10 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 from support.course import Course
 from support.drivers import replace
+from support.epochs import epoch_metrics
 
 from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.history import History
 
 EPOCHS = 9
 
@@ -65,7 +67,7 @@ def test_a_trial_ends_with_every_finite_report_and_the_last_as_its_value(
     assert trial.value == (finite[max(finite)] if finite and state != "failed" else None)
     assert trial.user_attrs == {"ray_trial_id": "ray", "state": state, "reason": record.reason}
     assert course.folder.best_model.read_bytes() == best
-    assert course.checkpoints.load(number) is None
+    assert course.checkpoints.load(course.history.trials[number]) is None
 
 
 def test_what_is_broken_off_waits_in_the_file_and_runs_again(tmp_path: Path) -> None:
@@ -149,6 +151,45 @@ def test_an_epoch_whose_row_a_kill_prevented_is_taken_from_its_checkpoint(course
     course.again()
     assert [row.val_accuracy for row in course.history.trials[number].rows] == [0.9, 0.91]
     assert course.experiment.next_trial("ray").state == b"after 2"
+
+
+def work(course: Course, values: list[float], epochs: int) -> str:
+    """Train as a worker does, for some epochs from the state that it is handed; return that."""
+    assignment = course.experiment.next_trial("ray")
+    state = (assignment.state or b"").decode()
+    first = int(state.removeprefix("after ") or 0) + 1
+    for epoch in range(first, min(first + epochs, EPOCHS + 1)):
+        course.now += 1
+        metrics, state_now = epoch_metrics(epoch, values[epoch - 1]), f"after {epoch}".encode()
+        course.experiment.report(assignment.number, metrics, state_now, None)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("damaged", "states"),
+    [
+        (["00000.state"], ["after 2", "after 3", "after 4"]),
+        (["00000.state", "00000.before.state"], ["", "after 1", "after 2"]),
+    ],
+)
+def test_epochs_trained_again_from_an_earlier_state_are_recorded_once(
+    course: Course, damaged: list[str], states: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work(course, good(), 3)
+    before = course.folder.epochs.read_text()
+    for name in damaged:
+        (course.folder.checkpoints / name).write_bytes(b"damaged")
+    for state in states:  # killed after one more epoch, each time
+        course.again()
+        assert work(course, good(), 1) == state
+    first = capsys.readouterr().out.splitlines()[0]
+    where = f"after epoch {states[0][-1]}" if states[0] else "from its beginning"
+    assert first.startswith(f"trial 0 continues {where}: its state after epoch 3 is missing or d")
+    course.again()
+    work(course, good(), EPOCHS)
+    course.experiment.finish(0)
+    assert course.folder.epochs.read_text().startswith(before)
+    assert [row.val_accuracy for row in History.load(course.folder).trials[0].rows] == good()
 
 
 def test_an_epoch_that_is_reported_twice_counts_once(course: Course) -> None:

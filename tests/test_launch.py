@@ -230,6 +230,13 @@ def test_a_search_confirms_its_winners_in_half_of_its_time_and_draws_its_report(
     said = " ".join(again.output.split())
     assert "all 4 trials are finished" in said
     assert confirmed in said
+    more = searches.resume("ended", "--trials", 12, "--report")
+    assert more.wait() == 0, more.output
+    (kept,) = folder.glob("confirm-replaced-*")
+    assert f"the earlier confirmation, with other winners, is kept in {kept}" in more.output
+    pd.testing.assert_frame_equal(pd.read_csv(kept / "confirmed.csv"), table)
+    assert list(pd.read_csv(folder / "confirmed.csv")["n"]) == [5] * 4
+    assert more.output.endswith(f"report: {page}\n")
 
 
 def finished_run(path: Path) -> RunFolder:
@@ -345,3 +352,11 @@ def test_a_space_whose_name_makes_none_for_a_run_is_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="--run must be a name of at most 255 bytes"):
         search(SearchSettings(space=str(space), results_dir=tmp_path / "results"))
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+def test_a_search_that_found_nothing_to_confirm_ends_in_order(searches: Searches) -> None:
+    driver = searches.start("alone", "--trials", 1, "--epochs", 2, "--confirm", "--report")
+    assert driver.wait() == 0, driver.output
+    assert driver.output.count("has nothing to confirm: no trial but the baseline") == 1
+    assert "\nreport: " in driver.output

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from support.disks import as_nobody
+from support.epochs import epoch_row
 
 import tune_mnist
 from tune_mnist.errors import RunFolderError
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.history import History, TrialRecord
 from tune_mnist.runs.space import available_spaces
 from tune_mnist.tuning.plan import DEFAULT_TRIALS, Plan, compare, machine, versions
 from tune_mnist.tuning.settings import SearchSettings
@@ -50,7 +53,7 @@ def test_a_plan_is_read_as_it_was_written(folder: RunFolder, settings: SearchSet
     plan = Plan.of(settings)
     plan.save(folder)
     assert Plan.load(folder) == plan
-    assert Plan.load(folder).differences(folder) == []
+    assert Plan.load(folder).differences(folder, History(folder)) == []
 
 
 def test_what_was_not_asked_comes_from_the_space_and_the_defaults() -> None:
@@ -152,7 +155,7 @@ def test_another_version_of_code_or_libraries_is_named(folder: RunFolder) -> Non
     then |= {"torch": "2.0.0", "code": "0123456789ab", "jax": "0.4"}
     del then["ray"]
     folder.write_search(data)
-    assert plan.differences(folder) == [
+    assert plan.differences(folder, History(folder)) == [
         f"code was 0123456789ab, is now {now['code']}",
         "jax was 0.4, is now None",
         f"ray was None, is now {now['ray']}",
@@ -170,21 +173,44 @@ def test_a_changed_space_file_is_noticed_from_any_folder(
     Plan.of(SearchSettings(space=str(space))).save(folder)
     space.write_text("parameters:\n  lr: {low: 0.001, high: 0.2}\n  dropout: 0.1\n")
     monkeypatch.chdir(tmp_path)
-    assert Plan.load(folder).differences(folder) == [
+    assert Plan.load(folder).differences(folder, History(folder)) == [
         f"{tmp_path}/here/my space.yaml: parameters.dropout was None, is now 0.1",
         f"{tmp_path}/here/my space.yaml: parameters.lr.high was 0.1, is now 0.2",
     ]
     (tmp_path / "here" / space).write_text("parameters: 7")
-    (difference,) = Plan.load(folder).differences(folder)
+    (difference,) = Plan.load(folder).differences(folder, History(folder))
     assert "can no longer be used" in difference
     (tmp_path / "here").chmod(0)
     with as_nobody(folder.search):
-        (difference,) = Plan.load(folder).differences(folder)
+        (difference,) = Plan.load(folder).differences(folder, History(folder))
     assert "can no longer be used: " in difference
     assert "Permission denied" in difference
     (tmp_path / "here").chmod(0o755)
     (tmp_path / "here" / space).unlink()  # what is gone has not changed
-    assert Plan.load(folder).differences(folder) == []
+    assert Plan.load(folder).differences(folder, History(folder)) == []
+
+
+def test_settings_changed_by_hand_are_told_or_refused(folder: RunFolder) -> None:
+    plan = Plan.of(SearchSettings())
+    history = History(folder)
+    history.open_session({"asked": plan.rules.lasting})
+    plan.save(folder)
+    assert Plan.load(folder).differences(folder, History.load(folder)) == []
+    history.start_trial(TrialRecord(0, TrainConfig(), 0, "baseline"), 0.0)
+    history.add_epoch(epoch_row(0, 1, 0.5))
+    sound = folder.search.read_text()
+    folder.search.write_text(sound.replace("seed: 0", "seed: 7"))
+    plan, history = Plan.load(folder), History.load(folder)
+    plan.check_comparable(folder, history)
+    assert [line.partition(": ")[2] for line in plan.differences(folder, history)] == [
+        "seed was 0, is now 7",
+    ]
+    changes: dict[str, Any] = {"images": 600, "epochs": 3, "metric": "test_accuracy"}
+    for name, now in changes.items():
+        changed = replace(plan, rules=replace(plan.rules, **{name: now}))
+        with pytest.raises(RunFolderError, match=f"{name} was .*, is now {now}: they could not"):
+            changed.check_comparable(folder, history)
+        changed.check_comparable(folder, History(folder))  # nothing is trained yet
 
 
 def test_every_difference_of_nested_mappings_is_named() -> None:

@@ -204,7 +204,7 @@ def search_alone(folder: RunFolder) -> None:
         for number in range(3):
             row = EpochRow(**epoch_metrics(epoch, 0.5).as_dict(), trial=number, elapsed=0.5)
             checkpoints.save_best(f"{len(history.rows) + 1}".encode())
-            checkpoints.save(number, row, bytes(100_000))
+            checkpoints.save(history.trials[number], row, bytes(100_000))
             history.add_epoch(row)
             time.sleep(0.02)
     for number in range(3):
@@ -244,7 +244,7 @@ def test_a_copy_can_be_resumed_at_every_instant(
         best = int(fetched.best_model.read_bytes()) if fetched.best_model.exists() else 0
         assert best >= min(len(history.rows), 30)
         for record in history.unfinished():
-            state = Checkpoints(fetched).load(record.number)
+            state = Checkpoints(fetched).load(record)
             # One ahead: lost between checkpoint and row, which the checkpoint holds.
             assert state is None or state.row.epoch <= record.epochs + 1
     assert len(seen) > 3, seen
@@ -400,6 +400,11 @@ def rewritten(name: str, content: bytes) -> Callable[[Path], None]:
     return rewrite
 
 
+def save_state(folder: RunFolder, number: int, state: bytes) -> None:
+    record = TrialRecord(number, TrainConfig(), 0, "sampled")
+    Checkpoints(folder).save(record, EpochRow.parse(row(number, 1).decode()), state)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -435,7 +440,7 @@ def test_whatever_happens_to_the_folder_the_copy_keeps_what_it_has(
     there = tmp_path / "there" / "run"
     folder = make_run(tmp_path / "run", start(0) + start(1), b"".join(ROWS))
     make_run(folder.path / "confirm", start(0), b"".join(ROWS[:2]))
-    Checkpoints(folder).save(1, EpochRow.parse(row(1, 1).decode()), bytes(1000))
+    save_state(folder, 1, bytes(1000))
     for path in (folder.best_model, folder.trials):
         path.write_bytes(b"whole")
     sync.check_new_copy(RemoteRun(there.as_uri()))
@@ -456,7 +461,7 @@ def test_states_of_trials_that_have_ended_are_deleted_in_the_copy(tmp_path: Path
     there = tmp_path / "there" / "run"
     folder = make_run(tmp_path / "run", start(0) + start(1), b"".join(ROWS))
     for number in (0, 1):
-        Checkpoints(folder).save(number, EpochRow.parse(row(number, 1).decode()), b"state")
+        save_state(folder, number, b"state")
     sync.check_new_copy(RemoteRun(there.as_uri()))
     with kept_in_line(folder, there):
         wait_for_copy(folder, there)

@@ -229,6 +229,13 @@ def test_a_trial_is_an_mlflow_run_with_parameters_metrics_by_epoch_and_its_state
     states = [(each.info.status, each.data.tags["state"]) for each in (stopped, diverged, failed)]
     assert states == [("FINISHED", "stopped"), ("FINISHED", "diverged"), ("FAILED", "failed")]
     assert failed.data.tags["reason"] == "the worker died"
+    search.history.rerun_trial(2, 0.0, ray_id="again", error="")
+    search.epoch(2, 0.9)
+    search.end(2, "complete")
+    show(search.history, lambda: MlflowRuns(uri, "states"))
+    again = runs_in(uri, "states")["trial 2"]
+    assert (again.info.status, again.data.tags["state"]) == ("FINISHED", "complete")
+    assert logged(uri, again) == {1: 0.9}
 
 
 def test_a_resumed_search_continues_in_the_same_mlflow_runs(

@@ -1,5 +1,6 @@
 import math
 import random
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tune_mnist.mnist.training import (
     draw_seeds,
     train,
 )
+from tune_mnist.runs.checkpoints import FORM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,6 +259,22 @@ def test_a_state_that_is_damaged_or_of_another_run_is_refused(
     asked[name] = state[:value] if name == "state" else value
     with pytest.raises(ConfigError, match=why):
         next(train(split=data, epochs=2, **asked))
+
+
+def form_of(value: Any, name: str = "") -> list[str]:
+    """Name everything in a state, with the types and shapes."""
+    if isinstance(value, dict):
+        return [line for key, each in value.items() for line in form_of(each, f"{name}.{key}")]
+    shape = f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return [f"{name} {shape or type(value).__name__}"]
+
+
+def test_a_states_form_has_its_number(data: Split, state: bytes) -> None:
+    """If this fails, states from before can no longer be read: raise FORM."""
+    config = replace(PLAIN, optimizer="adamw", ema_decay=0.9)
+    other = next(train(config, data, epochs=1, seed=1)).state
+    lines = "\n".join([*form_of(unpack(state)), *form_of(unpack(other))])
+    assert (FORM, zlib.crc32(lines.encode())) == (2, 915747938)
 
 
 def test_a_state_is_left_alone_by_later_steps_and_one_of_another_form_is_refused(

@@ -1,6 +1,7 @@
 """What happens to trials that fail or hang, as Tune's callbacks report it."""
 
 import math
+import pickle
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from support.course import Course
 from support.epochs import epoch_metrics
 
-from tune_mnist.errors import SearchFailedError
+from tune_mnist.errors import SearchFailedError, StateError
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY
 from tune_mnist.tuning.tune_adapters import (
     MAX_LOSSES,
@@ -131,15 +132,46 @@ def test_a_trial_that_hangs_is_given_up_at_once(tmp_path: Path) -> None:
     assert "taken to hang" in record.reason
 
 
-def test_a_search_whose_every_trial_fails_at_once_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trials", [2, 20])
+def test_a_search_whose_every_trial_fails_at_once_is_given_up_and_resumed(
+    tmp_path: Path, trials: int
+) -> None:
     watched = Watched(tmp_path, retries=0)
-    for _ in range(3):
+    watched.experiment.rules = replace(watched.course.rules, trials=trials)
+    tried = list(range(min(trials, 3)))
+    for _ in tried:
         watched.fail(watched.start(), "no module named nothing")
     assert isinstance(watched.experiment.broken, SearchFailedError)
     assert "no module named nothing" in str(watched.experiment.broken)
     with pytest.raises(SearchOverError):
         watched.supervisor.on_step_end(0, [])
     assert watched.searcher.suggest("x") == "FINISHED"
+    course = watched.course
+    for _ in range(2):  # killed once, with all but the first still to be tried again
+        course.again()
+        assert course.start() == 0
+        course.epoch(0, 0.9)
+    assert [course.start() for _ in tried[1:]] == tried[1:]
+    course.experiment.fail(1, "its own fault")
+    course.again()
+    assert course.history.trials[1].state == "failed"
+
+
+def test_a_state_that_its_worker_refuses_ends_the_search_and_is_kept(watched: Watched) -> None:
+    trial = watched.start()
+    watched.report(trial)
+    cause = StateError("the saved state is damaged")
+    error = RayTaskError("run_trial", "traceback", cause)  # type: ignore[no-untyped-call]
+    trial.pickled_error_file = str(watched.error_file.with_suffix(".pkl"))
+    Path(trial.pickled_error_file).write_bytes(pickle.dumps(error))
+    watched.supervisor.on_trial_error(0, [], trial)
+    assert isinstance(watched.experiment.broken, SearchFailedError)
+    assert "trial 0 cannot be resumed: the saved state is damaged" in str(
+        watched.experiment.broken
+    )
+    record = watched.course.history.trials[0]
+    assert record.state == "running"
+    assert watched.course.checkpoints.load(record) is not None
 
 
 FULL = OSError(28, "No space left on device")

@@ -6,6 +6,7 @@
     ├── SearchFailedError       the search cannot continue (disk full, every trial failed, ...)
     └── InvalidInputError       exit code 2: what the user asked for cannot be done
         ├── ConfigError         a training configuration or argument
+        │   └── StateError      a saved state: damaged, or of another run or version
         ├── SearchSpaceError    a search-space file
         ├── RunFolderError      a run's folder: exists, is missing, damaged or in use
         └── ClusterError        a Ray cluster: unreachable, or without the asked resources
@@ -65,6 +66,10 @@ class InvalidInputError(TuneMnistError, ValueError):
 
 class ConfigError(InvalidInputError):
     """A training configuration or a command's argument is not usable."""
+
+
+class StateError(ConfigError):
+    """A saved state is damaged, or belongs to another run or version."""
 
 
 class SearchSpaceError(InvalidInputError):

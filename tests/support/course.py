@@ -42,6 +42,7 @@ class Course:
         self.folder = RunFolder(self.path)
         self.history = History.load(self.folder)
         try:
+            self.history.reopen_hopeless()
             self.history.open_session({})
         except BaseException:
             self.history.close()  # as the end of a process does

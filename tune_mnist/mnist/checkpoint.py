@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import ConfigError, StateError
 from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.step import Step, flat
@@ -29,10 +28,10 @@ def initial_state(net: Net, config: TrainConfig) -> State:
 
 
 def put_state(state: State, step: Step) -> None:
-    """Copy a state into a step, or raise ConfigError if an earlier version wrote the state."""
+    """Copy a state into a step, or raise StateError if an earlier version wrote the state."""
     memory, buffers = state["optimizer"], step.optimizer.buffers
     if memory and memory.keys() != buffers.keys():  # it is empty before the first step
-        raise ConfigError(
+        raise StateError(
             "the saved state was written by another version of tune_mnist: resume with that "
             "version, or start the run anew"
         )
@@ -73,11 +72,11 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(packed: bytes) -> Any:
-    """Read what `pack` made, executing nothing, or raise ConfigError if it is damaged."""
+    """Read what `pack` made, executing nothing, or raise StateError if it is damaged."""
     try:
         return torch.load(BytesIO(packed), map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
-        raise ConfigError("the saved state is damaged") from error
+    except Exception as error:  # torch has a dozen ways to say that bytes are not its own
+        raise StateError("the saved state is damaged") from error
 
 
 def load_weights(weights: bytes) -> Net:
@@ -120,7 +119,7 @@ def load_model(path: Path) -> SavedModel:
         config = TrainConfig.from_mapping(content.pop("config"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: no model was kept there") from None
-    except Exception as error:  # torch has a dozen ways to say that a file is not its own
+    except Exception as error:  # as in `unpack`
         what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(f"{path} holds no model of this net ({what})") from error
     return SavedModel(net.eval(), config, content)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import StateError
 from tune_mnist.mnist import checkpoint
 from tune_mnist.mnist.config import Precision, TrainConfig, check_precision
 from tune_mnist.mnist.cpu import backend, keep_freed_memory
@@ -57,7 +57,7 @@ def train(
     run that was broken off reports what the unbroken one would have, to the last digit on a CPU
     (for a number of threads). `epochs` is the run's full length, which also stretches the
     schedule. `state` is that of an earlier EpochResult of the same run, on whatever device; one
-    that is damaged, or of another run or version, raises ConfigError.
+    that is damaged, or of another run or version, raises StateError.
     """
     check_precision(precision, device)
     run = Run(config, split, epochs=epochs, seed=seed, device=device, precision=precision)
@@ -67,7 +67,7 @@ def train(
     if state is not None:
         saved = checkpoint.unpack(state)
         if not isinstance(saved, dict) or saved.get("run") != identity:
-            raise ConfigError(
+            raise StateError(
                 "the saved state belongs to another configuration, seed or number of images"
             )
         done, run.state = saved["epoch"], saved

@@ -31,9 +31,8 @@ from tune_mnist.reporting.parameter_charts import (
 )
 from tune_mnist.reporting.png import write_pictures
 from tune_mnist.reporting.summary import BestTable, cost, failures, headline, no_best
-from tune_mnist.runs.confirmed import AskedConfirmation, conclusion, read_asked, read_confirmed
+from tune_mnist.runs.confirmed import conclusion, confirmation_of, read_confirmed
 from tune_mnist.runs.files import replace_file, write_output
-from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, short_path
 from tune_mnist.runs.ranking import gain
 from tune_mnist.runs.view import RunView, SearchFile
@@ -161,7 +160,7 @@ def _confirmed(run: RunView) -> dict[str, Any] | None:
         return None
     return {
         "problem": None,
-        "conclusion": conclusion(table),
+        "conclusion": conclusion(table, run.metric),
         "chart": charts.confirmed_winners(table),
         "rows": table.to_dict("records"),
         "asked": confirmation_of(run.folder),
@@ -236,11 +235,3 @@ def repeat_command(search: SearchFile) -> str:
     if search.confirm:
         words.append("--confirm")
     return shlex.join(words)
-
-
-def confirmation_of(folder: RunFolder) -> AskedConfirmation | None:
-    """Return what was asked of a run's confirmation, or None if it cannot be read."""
-    try:
-        return read_asked(RunFolder(folder.confirmation))
-    except RunFolderError:
-        return None

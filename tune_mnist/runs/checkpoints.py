@@ -1,22 +1,27 @@
 """The saved states of unfinished trials, and the best trial's model.
 
-A checkpoint is a line of JSON (the epoch's row, the state's length and checksum), then the state.
-The previous one is kept beside it: neither write waits for the disk, so a power cut may leave the
-newest empty or cut short. Nothing here is unpickled; the worker reads the state with torch's
-weights-only loader.
+A checkpoint is a line of JSON, then the state. The line says what the state is of: form, epoch,
+configuration and seed, its length and checksum, and a checksum of all this. The previous one is
+kept beside it: neither write waits for the disk, so a power cut may leave the newest empty or cut
+short. Nothing here is unpickled; the worker reads the state with torch's weights-only loader.
 """
 
-import contextlib
 import json
 import math
 import zlib
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tune_mnist.runs.files import read_plain, replace_file
+from tune_mnist.errors import RunFolderError
+from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder
-from tune_mnist.runs.history import EpochRow
+from tune_mnist.runs.history import EpochRow, TrialRecord
+
+FORM = 2  # of a state and of its configuration: a change to either needs the next number
+_UNNUMBERED = {"row", "size", "crc32"}  # the header before forms had numbers
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -33,26 +38,34 @@ class Checkpoints:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
-    def save(self, number: int, row: EpochRow, state: bytes) -> None:
+    def check(self, records: Iterable[TrialRecord]) -> None:
+        """Raise RunFolderError if another version wrote the state of one of these trials."""
+        for record in records:
+            self.load(record)
+
+    def save(self, record: TrialRecord, row: EpochRow, state: bytes) -> None:
         """Save a trial's newest state and keep the previous one; an OSError changes neither."""
-        newest, before = self._paths(number)
-        header = {"row": vars(row), "size": len(state), "crc32": zlib.crc32(state)}
+        newest, before = self._paths(record.number)
+        header = {
+            "form": FORM,
+            "row": vars(row),
+            **_identity(record),
+            "size": len(state),
+            "crc32": zlib.crc32(state),
+        }
+        header["header_crc32"] = _checksum(header)
         content = json.dumps(header).encode() + b"\n" + state
         replace_file(newest, content, keep_as=before, sync=False)
 
-    def load(self, number: int, *, up_to: float = math.inf) -> Checkpoint | None:
-        """Return a trial's newest readable state up to an epoch, or None.
+    def load(self, record: TrialRecord, *, up_to: float = math.inf) -> Checkpoint | None:
+        """Return a trial's newest sound state up to an epoch; None: it starts from its beginning.
 
         After a power cut a checkpoint can be ahead of `epochs.csv`; resuming from it would leave a
-        gap there.
+        gap there. Raises RunFolderError if another version wrote the state.
         """
-        for path in self._paths(number):
-            # Missing or damaged: try the previous one, then start over.
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-                checkpoint = _parse(read_plain(path))
-                if checkpoint.row.trial == number and checkpoint.row.epoch <= up_to:
-                    return checkpoint
-        return None
+        found = [self._read(path, record) for path in self._paths(record.number)]
+        sound = [each for each in found if each is not None and each.row.epoch <= up_to]
+        return max(sound, key=lambda each: each.row.epoch, default=None)
 
     def remove(self, number: int) -> None:
         for path in self._paths(number):
@@ -73,20 +86,58 @@ class Checkpoints:
         stem = self._folder.checkpoints / f"{number:05d}"
         return stem.with_suffix(".state"), stem.with_suffix(".before.state")
 
+    def _read(self, path: Path, record: TrialRecord) -> Checkpoint | None:
+        """Return what a file holds of a trial; None if it is missing, damaged or another's."""
+        try:
+            header, state = _opened(path.read_bytes())
+            if header["form"] == FORM:
+                return _checkpoint(header, record, state)
+        except _DAMAGE:
+            return None
+        raise RunFolderError(
+            f"{path} was written by another version of tune_mnist (its form is {header['form']}, "
+            f"here it is {FORM}): resume with that version, or empty {path.parent} to train the "
+            "unfinished trials from their beginning"
+        )
+
 
 def is_whole(content: bytes) -> bool:
     """Return True if a checkpoint's file holds the state that was written."""
-    header, _, state = content.partition(b"\n")
     try:
-        facts = json.loads(header)
-        return (len(state), zlib.crc32(state)) == (facts["size"], facts["crc32"])
-    except (ValueError, LookupError, TypeError, RecursionError):
+        _opened(content)
+    except _DAMAGE:
         return False
+    return True
 
 
-def _parse(content: bytes) -> Checkpoint:
-    """Read a checkpoint; a damaged one raises one of the errors that `load` suppresses."""
-    if not is_whole(content):
+def _identity(record: TrialRecord) -> dict[str, Any]:
+    return {"config": record.config.as_dict(), "seed": record.seed}
+
+
+def _checksum(header: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(header).encode())
+
+
+def _opened(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return a checkpoint's header and state; a damaged one raises one of `_DAMAGE`."""
+    line, _, state = content.partition(b"\n")
+    header = json.loads(line)
+    if header.keys() == _UNNUMBERED:
+        # At first the optimizer's memory had the form that torch gives it.
+        header["form"] = 1 if b"param_groups" in state else 2
+    elif header.pop("header_crc32") != _checksum(header):
+        raise ValueError("the header is not the one that was written")
+    if (len(state), zlib.crc32(state)) != (header["size"], header["crc32"]):
         raise ValueError("the state is not the one that was written")
-    header, _, state = content.partition(b"\n")
-    return Checkpoint(EpochRow.of(json.loads(header)["row"]), state)
+    return header, state
+
+
+def _checkpoint(header: Mapping[str, Any], record: TrialRecord, state: bytes) -> Checkpoint:
+    """Return a trial's checkpoint; one of another trial or run raises one of `_DAMAGE`."""
+    row = EpochRow.of(header["row"])
+    identity = _identity(record)  # earlier headers do not have it
+    if row.trial != record.number or any(
+        header.get(n, identity[n]) != identity[n] for n in identity
+    ):
+        raise ValueError("the state is of another trial, configuration or seed")
+    return Checkpoint(row, state)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from tune_mnist.errors import RunFolderError, one_line
 from tune_mnist.mnist.config import MAX_EPOCHS, TrainConfig
-from tune_mnist.mnist.metrics import Limits
+from tune_mnist.mnist.metrics import Limits, Metric
 from tune_mnist.runs.files import Count, read_plain, record_of, replace_file
 from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.formatting import count, percent, points
@@ -92,8 +92,8 @@ def confirmed_table(
         for trainings in records
     ]
     lasts = [{each.seed: each.rows[-1].test_accuracy for each in trainings} for trainings in done]
-    ranked = [(each.rank or math.inf, i) for i, each in enumerate(candidates) if i]
-    winner = lasts[min(ranked)[1] if ranked else 0]
+    ranked = [(each.rank or math.inf, i) for i, each in enumerate(candidates) if i and lasts[i]]
+    winner = lasts[min(ranked)[1] if ranked else 0]  # the first that has come to an end at all
     rows = []
     for candidate, trainings, finished, last in zip(candidates, records, done, lasts, strict=True):
         bests = [max(row.test_accuracy for row in each.rows) for each in finished]
@@ -154,27 +154,49 @@ def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
     return table.astype(dict.fromkeys(_COUNTS, int))
 
 
-def conclusion(table: pd.DataFrame) -> str:
-    """Return in sentences what the winner gains over the baseline, and how sure that is."""
+def confirmation_of(folder: RunFolder) -> AskedConfirmation | None:
+    """Return what was asked of a run's confirmation, or None if it cannot be read."""
+    try:
+        return read_asked(RunFolder(folder.confirmation))
+    except RunFolderError:
+        return None
+
+
+def conclusion(table: pd.DataFrame, metric: Metric) -> str:
+    """Return in sentences what the winner gains over the baseline, and how sure that is.
+
+    `metric` is what the search picked its winners by.
+    """
     rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-    baseline = rows[0]
-    others = sorted(rows[1:], key=lambda row: row["rank"] or math.inf)
+    baseline, *others = rows
+    others.sort(key=lambda row: row["rank"] or math.inf)
+    finished = [row for row in others if row["n"]]
+    sentences = _of_winner(finished, baseline) if finished else [_reached(baseline)]
     if not others:
-        return f"{_reached(baseline)}. The search found nothing better to confirm."
-    winner, rest = others[0], [row for row in others[1:] if row["n"]]
-    text = f"{_reached(winner)}{_against_baseline(winner, baseline)}."
+        sentences.append("The search found nothing better to confirm")
+    sentences += [_reached(row) for row in others if not row["n"]]
+    if finished and metric == "test_accuracy":
+        sentences.append(
+            "The search picked by accuracy on these same test images, so the gain is optimistic"
+        )
+    return "".join(f"{sentence}. " for sentence in sentences).rstrip()
+
+
+def _of_winner(finished: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[str]:
+    winner, *rest = finished
+    sentences = [_reached(winner) + _against_baseline(winner, baseline)]
     if winner["n"] < winner["seeds"]:
-        text += f" It diverged or failed on {winner['seeds'] - winner['n']} of its seeds."
-    if rest and winner["n"]:
-        text += _against_others(winner, rest)
-    return text
+        lost = winner["seeds"] - winner["n"]
+        sentences.append(f"It diverged or failed on {lost} of its seeds")
+    return sentences + _against_others(rest)
 
 
 def _reached(row: Mapping[str, Any]) -> str:
     name = str(row["configuration"])
     name = f"the {name}" if name == "baseline" else name
     if not row["n"]:
-        return f"{name[0].upper()}{name[1:]} finished on none of its {row['seeds']} fresh seeds"
+        of_seeds = f"none of its {row['seeds']} fresh seeds" if row["seeds"] else "no seed yet"
+        return f"{name[0].upper()}{name[1:]} has finished on {of_seeds}"
     shortened = "" if row["images"] >= ALL_IMAGES else f" on {row['images']:,} training images"
     of_mean = "a test accuracy" if row["n"] == 1 else "a mean test accuracy"
     return (
@@ -185,33 +207,41 @@ def _reached(row: Mapping[str, Any]) -> str:
 
 
 def _against_baseline(winner: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    if not math.isfinite(winner["gain"]):
+    gain = winner["gain"]
+    if not math.isfinite(gain):
         return ", with no baseline to compare with"
-    difference = f"{points(winner['gain'])} points"
     interval = _in_brackets(points(winner["gain_low"]), points(winner["gain_high"]), "paired, ")
     reference = f"the baseline's {percent(baseline['test_accuracy_mean'])}"
+    of_means = winner["test_accuracy_mean"] - baseline["test_accuracy_mean"]
+    if not math.isclose(of_means, gain, abs_tol=3 * 10**-_PLACES):  # one lacks a seed
+        reference = "the baseline on the seeds that both finished"
     if not interval:
-        return f", {difference} from {reference}; one seed cannot say how sure that is"
+        said = f"{points(gain)} points from {reference}"
+        return f", {said}; one seed cannot say how sure that is"
     if winner["gain_low"] <= 0 <= winner["gain_high"]:
-        return f", which cannot be told from {reference}: {difference}{interval}"
-    side = "above" if winner["gain"] > 0 else "below"
-    return f", {abs(100 * winner['gain']):.2f} points {side} {reference}{interval}"
+        return f", which cannot be told from {reference}: {points(gain)} points{interval}"
+    return f", {_distance(gain)} {'above' if gain > 0 else 'below'} {reference}{interval}"
 
 
-def _against_others(winner: Mapping[str, Any], rest: Sequence[Mapping[str, Any]]) -> str:
+def _against_others(rest: Sequence[Mapping[str, Any]]) -> list[str]:
     names = [
         str(row["configuration"])
         for row in rest
         if not row["behind_low"] > 0 and not row["behind_high"] < 0  # true also of one seed's NaN
     ]
-    text = f" It cannot be told from {' or '.join(names)}." if names else ""
-    return text + "".join(
-        f" {row['configuration'].capitalize()}, which the search ranked lower, is above it by "
-        f"{-100 * row['behind']:.2f} points"
-        f"{_in_brackets(points(-row['behind_high']), points(-row['behind_low']))}."
+    sentences = [f"It cannot be told from {' or '.join(names)}"] if names else []
+    return sentences + [
+        f"{row['configuration'].capitalize()}, which the search ranked lower, is above it by "
+        f"{_distance(row['behind'])}"
+        f"{_in_brackets(points(-row['behind_high']), points(-row['behind_low']))}"
         for row in rest
         if row["behind_high"] < 0
-    )
+    ]
+
+
+def _distance(difference: float) -> str:
+    shown = f"{abs(100 * difference):.2f} points"
+    return "less than 0.01 points" if shown.startswith("0.00") else shown
 
 
 def _in_brackets(low: str, high: str, prefix: str = "") -> str:

@@ -79,8 +79,9 @@ class _Event:
     elapsed: Seconds = 0.0  # on the search's clock
 
 
+@dataclass(frozen=True, kw_only=True)
 class _SessionBegun(_Event):
-    pass
+    asked: dict[str, Any] = field(default_factory=dict)  # of the search; earlier versions: nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +166,10 @@ class History:
         self.elapsed = 0.0  # last known time on the search's clock, over all sessions, s
         self.closed_as: str | None = None  # how the last session ended; None: it was killed
         self.sessions = 0
+        self.asked: Mapping[str, Any] = {}  # of the last session; older versions did not say
         self._folder = folder
         self._unfinished: dict[int, TrialRecord] = {}  # few, where `trials` may be thousands
+        self._reopened: list[TrialRecord] = []
         self._epochs_at_end: dict[int, int] = {}
         self._events = AppendLog(folder.events)
         self._epochs = AppendLog(folder.epochs)
@@ -201,6 +204,8 @@ class History:
         if not self._epochs.read():
             self._epochs.append(",".join(COLUMNS))
         self._record("session", **facts)
+        for record in self._reopened:
+            self.rerun_trial(record.number, self.elapsed, ray_id=record.ray_id, error="")
 
     def close_session(self, why: str, elapsed: float) -> None:
         """Record how the driver's work ended, and close the files."""
@@ -246,6 +251,13 @@ class History:
         self._apply_row(row)
         return True
 
+    def reopen_hopeless(self) -> None:
+        """Take up again what failed before any epoch was finished: no trial caused that."""
+        if not self.rows:
+            self._reopened = [each for each in self.trials.values() if each.state == "failed"]
+            for record in self._reopened:
+                self._reopen(record)
+
     def unfinished(self) -> list[TrialRecord]:
         """Return the trials without a final state, oldest first."""
         return list(self._unfinished.values())
@@ -269,6 +281,7 @@ class History:
             case _SessionBegun():
                 self.sessions += 1
                 self.closed_as = None
+                self.asked = event.asked
             case _SessionClosed():
                 self.closed_as = event.why
             case _Started():
@@ -276,6 +289,7 @@ class History:
             case _Rerun():
                 record = self._trial(event.trial)
                 record.ray_id = event.ray_id
+                self._reopen(record)
                 if event.error:
                     record.retries += 1
                     record.reason = event.error
@@ -296,6 +310,11 @@ class History:
             started=event.elapsed,
             started_at=event.time,
         )
+
+    def _reopen(self, record: TrialRecord) -> None:
+        record.state, record.ended, record.ended_at = "running", math.nan, math.nan
+        self._unfinished[record.number] = record
+        self._epochs_at_end.pop(record.number, None)
 
     def _apply_end(self, event: _Ended) -> None:
         record = self._trial(event.trial)

@@ -4,16 +4,21 @@ A confirmation is a search whose trials are fixed beforehand and that stops none
 In a folder of its own, `confirm` within the run's, it runs, resumes and retries as a search does.
 """
 
-from dataclasses import dataclass
+import contextlib
+import math
+import time
+from dataclasses import dataclass, replace
 from itertools import count as count_up
 from itertools import islice, product
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pandas as pd
 
-from tune_mnist.errors import ConfigError, RunFolderError
-from tune_mnist.runs.confirmed import AskedConfirmation, Candidate, confirmed_table, read_asked
+from tune_mnist.errors import ConfigError
+from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.confirmed import AskedConfirmation, Candidate, confirmed_table
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, short_path
 from tune_mnist.runs.history import History, TrialRecord
@@ -24,6 +29,10 @@ from tune_mnist.tuning.plan import machine, versions
 from tune_mnist.tuning.settings import ConfirmOptions
 
 
+class NothingToConfirmError(ConfigError):
+    """No trial of a search but the baseline has finished an epoch."""
+
+
 @dataclass(frozen=True)
 class Confirmation:
     """The configurations and seeds that a confirmation trains."""
@@ -31,17 +40,18 @@ class Confirmation:
     candidates: tuple[Candidate, ...]  # the baseline first
     seeds: tuple[int, ...]
     space: SearchSpace  # the search's
+    picked_by: Metric  # the search
     epochs: int
     images: int | None  # training images; None: all there are
     time_budget: float | None  # s, over all sessions
 
     @classmethod
     def of(cls, run: RunView, options: ConfirmOptions) -> Self:
-        """Choose what to train again of a search, or raise ConfigError if there is nothing yet."""
+        """Choose what to train again of a search, or raise NothingToConfirmError."""
         ranks = {each.record.number: rank for rank, each in enumerate(run.ranked, start=1)}
         winners = [each.record for each in run.ranked if not each.is_baseline][: options.top]
         if not winners:
-            raise ConfigError(
+            raise NothingToConfirmError(
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
                 "finished an epoch"
             )
@@ -56,6 +66,7 @@ class Confirmation:
             candidates=tuple(candidates),
             seeds=_fresh_seeds(run, options.seeds),
             space=run.space,
+            picked_by=run.metric,
             epochs=options.epochs or run.asked.epochs,
             images=options.images,
             time_budget=options.time_budget,
@@ -85,29 +96,41 @@ class Confirmation:
     def asked(self) -> AskedConfirmation:
         return AskedConfirmation(self.epochs, self.images, self.seeds, self.candidates)
 
-    def save(self, folder: RunFolder, run: str) -> None:
-        asked = {**vars(self.asked), "seeds": list(self.seeds)}
+    def save(self, folder: RunFolder, run: str, before: AskedConfirmation | None) -> None:
+        """Write the confirmation's search.yaml, with all seeds that were ever asked for."""
+        seeds = max(self.seeds, before.seeds if before else (), key=len)
+        asked = {**vars(self.asked), "seeds": list(seeds)}
         asked["configurations"] = [
             {**vars(each), "config": each.config.as_dict()} for each in self.candidates
         ]
         around = {"of": run, "versions": versions(), "machine": machine()}
         folder.write_search({"confirmation": asked, **around})
 
-    def check_extends(self, folder: RunFolder) -> None:
-        """Raise RunFolderError if the folder holds a confirmation that is not a part of this."""
-        if not folder.search.exists():
-            return
-        before, asked = read_asked(folder), vars(self.asked)
-        names = [
-            name for name in asked if name != "seeds" and asked[name] != getattr(before, name)
+    def continuing(self, before: AskedConfirmation) -> Self:
+        """Return this one with the winners in an earlier one's order, where they are the same.
+
+        A training's number says which winner it is of; as a search goes on, their ranks change.
+        """
+        mine = {each.trial: each for each in self.candidates}
+        order = [each.trial for each in before.configurations]
+        if len(order) != len(mine) or not all(trial in order for trial in mine):
+            return self
+        return replace(self, candidates=tuple(mine[trial] for trial in order))
+
+    def differences(self, before: AskedConfirmation | None) -> list[str]:
+        """Return in what an earlier confirmation is neither a part of this one nor contains it."""
+        if before is None:
+            return ["settings"]
+        found = [
+            name for name in ("epochs", "images") if getattr(self, name) != getattr(before, name)
         ]
-        if before.seeds != self.seeds[: len(before.seeds)]:
-            names.append("seeds")
-        if names:
-            raise RunFolderError(
-                f"{folder.path} holds a confirmation with other {' and '.join(names)}: ask for "
-                "the same and at least as many seeds to resume it, or move it away"
-            )
+        if before.seeds[: len(self.seeds)] != self.seeds[: len(before.seeds)]:
+            found.append("seeds")
+        if len(before.configurations) != len(self.candidates):
+            return [*found, "configurations"]
+        trained = [(each.trial, each.config) for each in before.configurations]
+        same = trained == [(each.trial, each.config) for each in self.candidates]
+        return found if same else [*found, "winners"]
 
     def start_line(self, folder: RunFolder, history: History, images: int, at_once: int) -> str:
         done = len(history.trials) - len(history.unfinished())
@@ -117,7 +140,9 @@ class Confirmation:
             f"{count(len(self.candidates) - 1, 'winner')} on "
             f"{count(len(self.seeds), 'fresh seed')}, {self.rules.trials:,} trainings of "
             f"{count(self.epochs, 'epoch')}{so_far}, {at_once} at a time, "
-            f"{count(images, 'training image')}, none held out, nothing picked"
+            f"{count(images, 'training image')}, none held out, "
+            + ("nothing" if self.picked_by == "val_accuracy" else "winners")
+            + " picked by test images"
         )
 
     def table(self, history: History, images: int) -> pd.DataFrame | None:
@@ -130,7 +155,17 @@ class Confirmation:
             [record for record in ended if record.number % width == position]
             for position in range(width)
         ]
-        return confirmed_table(self.candidates, by_candidate, epochs=self.epochs, images=images)
+        baseline, *others = zip(self.candidates, by_candidate, strict=True)
+        others.sort(key=lambda each: each[0].rank or math.inf)
+        candidates, records = zip(baseline, *others, strict=True)
+        return confirmed_table(candidates, records, epochs=self.epochs, images=images)
+
+
+def keep_aside(run: RunFolder) -> Path:
+    """Move a run's confirmation and its table to a folder beside it, and return that folder."""
+    with contextlib.suppress(FileNotFoundError):
+        run.confirmed.replace(run.confirmation / run.confirmed.name)
+    return run.confirmation.rename(run.path / time.strftime("confirm-replaced-%Y%m%d-%H%M%S"))
 
 
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tune_mnist.cli import tell
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.checkpoints import Checkpoints
@@ -43,6 +45,13 @@ class Rules(SearchOptions):
     trials: int = field()  # to start in all
     epochs: int = field()  # the budget of a trial
     fixed_trials: Sequence[TrialRecord] = ()  # all of them; without, space and sampler propose
+
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What a resume goes on with, in JSON's types: all but trials and time."""
+        names = (entry.name for entry in fields(SearchOptions))
+        options = {n: getattr(self, n) for n in names if n not in ("trials", "time_budget")}
+        return {**options, "space": self.space.as_dict()}
 
     @property
     def time_limit(self) -> float:
@@ -110,7 +119,8 @@ class Experiment:
         else:
             record = self._propose(len(self.history.trials), ray_id)
             self.history.start_trial(record, self.elapsed)
-        saved = self._checkpoints.load(record.number, up_to=record.epochs)
+        saved = self._checkpoints.load(record, up_to=record.epochs)
+        _tell_of_a_lost_state(record, saved.row.epoch if saved else 0)
         return Assignment(
             number=record.number,
             config=record.config,
@@ -126,18 +136,19 @@ class Experiment:
         """Record an epoch and return True if the trial must stop there.
 
         The best model is written first and the row last. After a kill in between, the epoch is
-        either trained again or its row is taken from the checkpoint.
+        either trained again or its row is taken from the checkpoint. Of an epoch that is trained
+        again from an earlier state the first row stands: on a CPU the second would equal it.
         """
         record = self.history.trials[number]
         row = EpochRow(**metrics.as_dict(), trial=number, elapsed=self.elapsed)
-        if row.epoch > record.epochs:
-            if self.best.take(record, row) and model is not None:
-                self._checkpoints.save_best(model)
-            self._checkpoints.save(number, row, state)
-            self.history.add_epoch(row)
-            if not row.diverged:
-                self._study.report(number, row.epoch, row.accuracy(self.rules.metric))
-        return self._should_stop(record, record.rows[row.epoch - 1])
+        if row.epoch <= record.epochs:
+            row = record.rows[row.epoch - 1]
+        elif self.best.take(record, row) and model is not None:
+            self._checkpoints.save_best(model)
+        self._checkpoints.save(record, row, state)
+        if self.history.add_epoch(row) and not row.diverged:
+            self._study.report(number, row.epoch, row.accuracy(self.rules.metric))
+        return self._should_stop(record, row)
 
     def finish(self, number: int) -> None:
         """Record the end of a trial that was told to stop."""
@@ -200,7 +211,7 @@ class Experiment:
     def _add_rows_of_checkpoints(self) -> None:
         """Record the epochs that a kill left with a checkpoint but without a row."""
         for record in self.history.unfinished():
-            saved = self._checkpoints.load(record.number, up_to=record.epochs + 1)
+            saved = self._checkpoints.load(record, up_to=record.epochs + 1)
             if saved and saved.row.epoch == record.epochs + 1:
                 self.history.add_epoch(saved.row)
 
@@ -225,6 +236,15 @@ def _optuna_state(record: TrialRecord, metric: Metric) -> TrialState:
     if state in (TrialState.COMPLETE, TrialState.PRUNED) and not record.rows_that_count(metric):
         return TrialState.FAIL  # the others need a value
     return state
+
+
+def _tell_of_a_lost_state(record: TrialRecord, resumed_after: int) -> None:
+    if resumed_after < record.epochs:
+        where = f"after epoch {resumed_after}" if resumed_after else "from its beginning"
+        tell(
+            f"trial {record.number} continues {where}: its state after epoch {record.epochs} is "
+            "missing or damaged; the epochs that it had recorded stay as they are"
+        )
 
 
 def _attributes(record: TrialRecord) -> dict[str, str]:

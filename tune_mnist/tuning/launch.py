@@ -20,14 +20,15 @@ from tune_mnist.errors import ConfigError, RunFolderError
 from tune_mnist.locations import check_run_name, is_remembered, storage_uri, tracking_uri
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import summary
-from tune_mnist.runs.confirmed import conclusion, write_confirmed
+from tune_mnist.runs.checkpoints import Checkpoints
+from tune_mnist.runs.confirmed import conclusion, confirmation_of, write_confirmed
 from tune_mnist.runs.folder import RunFolder, check_new_run
 from tune_mnist.runs.formatting import duration, short_path
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import RunView
 from tune_mnist.supervise import works_on
 from tune_mnist.tuning.cluster import connected
-from tune_mnist.tuning.confirmation import Confirmation
+from tune_mnist.tuning.confirmation import Confirmation, NothingToConfirmError, keep_aside
 from tune_mnist.tuning.experiment import Rules
 from tune_mnist.tuning.live_view import start_line
 from tune_mnist.tuning.packing import settle_resources
@@ -58,7 +59,10 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
             left = max(plan.rules.time_limit - ended.history.elapsed, 1.0)
             options = ConfirmOptions(images=plan.rules.images, time_budget=left)
             on = replace(settings, precision=plan.precision)
-            code = _confirm(path, options, on, epochs_of)
+            try:
+                code = _confirm(path, options, on, epochs_of, at_end=True)
+            except NothingToConfirmError as error:
+                tell(str(error))
         if code == 0 and settings.report:
             draw_report(path, settings.data_dir)
         return code
@@ -115,11 +119,14 @@ def _resume(
         # All is read and checked before anything is written, here or there.
         before, history = Plan.load(folder), History.load(folder)
         plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
+        history.reopen_hopeless()
+        Checkpoints(folder).check(history.unfinished())
         if over := _why_nothing_is_left(plan, history):
             begin_copying()
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
-        for difference in before.differences(folder):
+        before.check_comparable(folder, history)
+        for difference in before.differences(folder, history):
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         on = replace(settings, precision=plan.precision)
         with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
@@ -181,27 +188,61 @@ def _run(folder: RunFolder, plan: Plan, history: History, runtime: Runtime) -> _
 
 
 def _confirm(
-    path: Path, options: ConfirmOptions, settings: RunOn, epochs_of: EpochSource | None
+    path: Path,
+    options: ConfirmOptions,
+    settings: RunOn,
+    epochs_of: EpochSource | None,
+    *,
+    at_end: bool = False,
 ) -> int:
+    """Run or resume a confirmation; `at_end` of a search, an earlier one never refuses it."""
     run = RunView.read(path)
     confirmation = Confirmation.of(run, options)
-    rules, name = confirmation.rules, f"{run.folder.name} confirmed"
-    with _runtime(rules, settings, name, epochs_of) as runtime:
-        inner = run.folder.confirmation
+    name = f"{run.folder.name} confirmed"
+    with _runtime(confirmation.rules, settings, name, epochs_of) as runtime:
+        confirmation = _continuing(run.folder, confirmation, at_end)
+        rules, inner = confirmation.rules, run.folder.confirmation
         folder = RunFolder(inner) if inner.is_dir() else RunFolder.create(inner)
         images = len(runtime.split.train_labels)
         ending = None
         with folder.only_writer():
             works_on(path)
             history = History.load(folder)
-            confirmation.check_extends(folder)
+            history.reopen_hopeless()
+            Checkpoints(folder).check(history.unfinished())
             with writing(folder):
-                confirmation.save(folder, run.folder.name)
+                confirmation.save(folder, run.folder.name, confirmation_of(run.folder))
             if len(history.trials) < rules.trials or history.unfinished():
                 line = confirmation.start_line(folder, history, images, runtime.at_once)
                 ending = run_session(folder, history, rules, runtime, line)
             _conclude(run.folder, confirmation, history, images)
     return _exit_code(ending, "the same command") if ending else 0
+
+
+def _continuing(run: RunFolder, confirmation: Confirmation, at_end: bool) -> Confirmation:
+    """Return what to train of a confirmation that may have an earlier part.
+
+    An earlier one of other winners is kept aside: the search has gone on. One that was asked for
+    otherwise raises RunFolderError, or is kept aside, too, at the end of a search.
+    """
+    folder = RunFolder(run.confirmation)
+    if not folder.search.exists():
+        return confirmation
+    with folder.only_writer():
+        before = confirmation_of(run)
+        if before is not None:
+            confirmation = confirmation.continuing(before)
+        others = confirmation.differences(before)
+        if others and not at_end and others != ["winners"]:
+            raise RunFolderError(
+                f"{folder.path} holds a confirmation with other {' and '.join(others)}: ask for "
+                "the same, with any number of seeds, to resume it, or move it away"
+            )
+        if others:
+            with writing(run):
+                kept = keep_aside(run)
+            tell(f"the earlier confirmation, with other {' and '.join(others)}, is kept in {kept}")
+    return confirmation
 
 
 def _conclude(
@@ -214,7 +255,7 @@ def _conclude(
         return
     with writing(folder):
         write_confirmed(folder, table)
-    console.print(Text(f"\n{conclusion(table)}\n", style="bold"))
+    console.print(Text(f"\n{conclusion(table, confirmation.picked_by)}\n", style="bold"))
     console.print(Text(f"In {short_path(folder.path)}: confirmed.csv"))
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import tune_mnist
-from tune_mnist.errors import TuneMnistError
+from tune_mnist.errors import RunFolderError, TuneMnistError
 from tune_mnist.locations import storage_uri
 from tune_mnist.mnist.config import Precision
 from tune_mnist.runs.folder import RunFolder, damaged
+from tune_mnist.runs.history import History
 from tune_mnist.runs.space import SearchSpace, load_space
 from tune_mnist.runs.view import read_search
 from tune_mnist.tuning.experiment import Rules
@@ -25,6 +26,7 @@ CONFIRMING = 0.5  # of a time budget: what --confirm may use of it
 _OPTIONS = tuple(entry.name for entry in fields(SearchOptions))
 _MAY_BE_NONE = ("time_budget", "images")  # no limit, all of them
 _BESIDE_RULES = ("storage", "confirm", "precision")  # a plan's other fields
+_COMPARED_BY = ("metric", "epochs", "images")
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "pandas", "numpy")
 
 
@@ -104,9 +106,22 @@ class Plan:
             }
         )
 
-    def differences(self, folder: RunFolder) -> list[str]:
-        """Return what changed since the run's last session: versions, code, the space's file."""
+    def check_comparable(self, folder: RunFolder, history: History) -> None:
+        """Raise RunFolderError if its search.yaml was changed in what epochs are compared by."""
+        then, now = history.asked, self.rules.lasting
+        changed = [name for name in _COMPARED_BY if then and then.get(name) != now[name]]
+        if history.rows and changed:
+            name = changed[0]
+            raise RunFolderError(
+                f"{folder.search}: {name} was {then.get(name)} when its trials were trained, is "
+                f"now {now[name]}: they could not be compared; put it back, or start a new search"
+            )
+
+    def differences(self, folder: RunFolder, history: History) -> list[str]:
+        """Return what changed since the last session: versions, code, search.yaml, space file."""
         found = compare(read_search(folder).versions, versions())
+        now = self.rules.lasting
+        found += [f"{folder.search}: {change}" for change in compare(history.asked or now, now)]
         source = Path(self.rules.space.source)
         try:
             if source.is_file():

@@ -66,6 +66,10 @@ def without_dashboard() -> contextlib.AbstractContextManager[Any]:
     return mock.patch(name, return_value=ImportError())
 
 
+# One for all Rays that this process starts: its C++ part reads a token once.
+_TOKEN = secrets.token_hex(32)
+
+
 @contextlib.contextmanager
 def for_this_user_only(scratch: Path) -> Iterator[dict[str, Any]]:
     """Keep a Ray that is started meanwhile on this machine, to this user and in this folder.
@@ -76,7 +80,7 @@ def for_this_user_only(scratch: Path) -> Iterator[dict[str, Any]]:
     """
     variables = _LOOPBACK_ENVIRONMENT | {"TMPDIR": str(scratch)}
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        variables["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        variables["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN", _TOKEN)
     with (
         mock.patch.dict(os.environ, variables),
         mock.patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),

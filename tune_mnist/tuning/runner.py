@@ -78,7 +78,9 @@ def run_session(
     If it cannot continue, it raises SearchFailedError; what it had finished is in the folder.
     """
     with writing(folder):
-        history.open_session({"trials": rules.trials, "elapsed": history.elapsed})
+        history.open_session(
+            {"trials": rules.trials, "elapsed": history.elapsed, "asked": rules.lasting}
+        )
     console = Console()
     announce(console, start_line, runtime.nodes, runtime.resources)
     study = Study(rules, StudyFile(folder.study, rules.metric))

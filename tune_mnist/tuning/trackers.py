@@ -184,7 +184,7 @@ class MlflowRuns:
         if run is None:
             tags = {"trial_name": name, "started_at": started_at, "origin": record.origin}
             run = self._client.create_run(self._experiment, run_name=name, tags=tags)
-        elif "state" in run.data.tags:
+        elif run.data.tags.get("state") == record.state:  # its end is there
             return record.epochs
         else:
             self._client.update_run(run.info.run_id, "RUNNING")

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tune_mnist.errors import SearchFailedError
+from tune_mnist.errors import SearchFailedError, StateError
 from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY, actor_of
 
@@ -183,9 +183,11 @@ class Supervisor(Callback, Stopper):
             return
         self._experiment.fail(number, error)
         records = self._experiment.history.trials.values()
-        if len(records) >= HOPELESS and all(r.state == "failed" and not r.rows for r in records):
+        enough = min(HOPELESS, self._experiment.rules.trials)
+        if len(records) >= enough and all(r.state == "failed" and not r.rows for r in records):
             raise SearchFailedError(
-                f"the first {len(records)} trials all failed before their first epoch: {error}"
+                f"every trial failed before its first epoch, {len(records)} so far; a resume "
+                f"tries them again: {error}"
             )
 
     def _error_of(self, trial: Trial) -> str:
@@ -194,8 +196,22 @@ class Supervisor(Callback, Stopper):
         # Not trial.get_pickled_error: that looks where the file is moved to later.
         path = Path(trial.pickled_error_file or trial.error_file)
         if path.suffix == ".pkl":
-            return describe(ray.cloudpickle.loads(path.read_bytes()))  # this process wrote it
+            error = ray.cloudpickle.loads(path.read_bytes())  # this process wrote it
+            _refuse_unusable_state(number_of(trial), error)
+            return describe(error)
         return " ".join(path.read_text(encoding="utf-8").split())[-500:]
+
+
+def _refuse_unusable_state(number: int, error: BaseException) -> None:
+    """Raise SearchFailedError if a trial's worker could not resume from its state.
+
+    To try again would fail again, and the end of the trial would remove the state.
+    """
+    if isinstance(error, RayTaskError) and isinstance(error.cause, StateError):
+        raise SearchFailedError(
+            f"trial {number} cannot be resumed: {error.cause}; put back what the run's folder "
+            f"was, or remove its files {number:05d}.* in checkpoints/ to train the trial anew"
+        )
 
 
 def describe(error: BaseException) -> str:
