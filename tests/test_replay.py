@@ -22,11 +22,12 @@ from tune_mnist.benchmarks.replay import (
     replay,
 )
 from tune_mnist.benchmarks.replay_systems import Ours, Random, line_up
-from tune_mnist.benchmarks.settings import CurvesSettings, ReplaySettings
+from tune_mnist.benchmarks.settings import CURVES, CurvesSettings, ReplaySettings
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs.space import SearchSpace, load_space
 
+KEPT = Path(__file__).parents[1] / CURVES
 EPOCHS = 9
 DIVERGING = 5  # the configuration that does, after its second epoch
 Rising = Callable[[float, int], float]  # how good a configuration is, epoch -> accuracy
@@ -156,6 +157,7 @@ def test_a_replay_compares_with_ours_pair_by_pair(
 ) -> None:
     file, save = tmp_path / "curves.csv", tmp_path / "all.csv"
     table(late).to_csv(file, index=False)
+    file.with_suffix(".yaml").write_text(yaml.safe_dump(space().as_dict(), sort_keys=False))
     asked = {"compare": "sampling", "repetitions": 3, "budgets": (40, 60), "save": save}
     replay(ReplaySettings(curves=file, **asked))  # type: ignore[arg-type]
     out = capsys.readouterr().out
@@ -181,8 +183,15 @@ def test_a_file_that_holds_no_curves_is_refused_and_one_with_curves_is_left_alon
         read_curves(file)
     table(configs=3).to_csv(file, index=False)
     before = file.read_bytes()
-    curves(CurvesSettings(save=file, configs=3))
+    curves(CurvesSettings(save=file, configs=3, space="sgd"))
     assert (file.read_bytes(), capsys.readouterr().out) == (before, "")
+    assert "momentum" in file.with_suffix(".yaml").read_text()
+
+
+def test_the_curves_kept_here_lie_in_the_space_beside_them() -> None:
+    drawn_from = load_space(ReplaySettings(curves=KEPT).drawn_from)
+    known = RecordedCurves.of(read_curves(KEPT), drawn_from, "averaged")
+    assert [config for config in known.configs if not drawn_from.frozen_params(config)] == []
 
 
 def test_a_recorded_curve_scores_raw_and_averaged_weights_and_tests_at_the_end() -> None:

@@ -12,8 +12,11 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from tune_mnist.errors import SearchSpaceError
 from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.runs import space as space_file
+from tune_mnist.runs.confirmed import read_asked
+from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.space import SearchSpace, available_spaces, load_space
 
+RESULTS = Path(__file__).parents[1] / "results"
 NAMES = ["default", "quick", "refined", "sgd"]
 
 # Every kind of parameter at once: grids, whole numbers, conditions on text, booleans, numbers and
@@ -61,6 +64,10 @@ step_every: {low: 1.5, high: 4} => parameters.step_every.low|whole number|1.5
 step_every: {low: 1, high: 4, step: 0.5} => parameters.step_every.step|whole number|0.5
 step_every: {choices: [2, 2.5]} => parameters.step_every.choices|whole number|2.5
 lr: {choices: [0.1], low: 0.1, high: 0.2} => parameters.lr|got choices and low, high|remove
+dropout: {choices: [0.1], zero: true} => parameters.dropout|got choices and zero|remove
+dropout: {low: 0.1, high: 0.2, zero: 1} => parameters.dropout.zero|true or false|1
+dropout: {low: 0.0, high: 0.2, zero: true} => parameters.dropout.low|> 0 where zero is true|drop
+lr: {low: 0.1, high: 0.2, zero: true} => parameters.lr.zero: must be > 0
 lr: {choices: []} => parameters.lr.choices|at least one value|[]
 lr: {choices: 0.1} => parameters.lr.choices|list|0.1
 lr: {choices: [0.1, 0.10]} => parameters.lr.choices|once|0.1|remove
@@ -274,12 +281,21 @@ def test_sgd_searches_three_and_default_everything_but_the_fixed_and_the_betas()
     assert set(load_space("sgd").parameters) == {"lr", "momentum", "dropout"}
     space = load_space("default")
     left_out = set(TrainConfig().as_dict()) - set(space.parameters)
-    assert left_out == {"batch_size", "beta1", "beta2", "elastic", "augmented_part", "ema_decay"}
+    assert left_out == {"batch_size", "beta1", "beta2", "elastic", "ema_decay"}
     conditional = {name for name, parameter in space.parameters.items() if parameter.when}
     assert conditional == {"momentum", "nesterov", "step_every", "step_factor", "peak_position"}
     for point in space.start:  # complete: nothing of a known good point is left to chance
         params, _ = space.frozen_params(space.config(point)) or ({}, {})
-        assert params == {name: point[name] for name in space.parameters if name in point}
+        assert params == space.params(point)
+
+
+def test_default_can_reach_what_was_confirmed() -> None:
+    space = load_space("default")
+    baseline, winner = read_asked(RunFolder(RESULTS / "confirmed/confirm")).configurations
+    for candidate, is_zero in ((baseline, True), (winner, False)):
+        params, _ = space.frozen_params(candidate.config) or ({}, {})
+        assert params["weight_decay_is_zero"] == is_zero
+        assert ("weight_decay" in params) != is_zero
 
 
 def test_an_installed_package_holds_the_spaces_itself(
@@ -310,12 +326,13 @@ def sample_trials(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler)
     for point in space.start:
-        study.enqueue_trial(dict(point))
+        study.enqueue_trial(space.params(point))
     for number in range(count):
         trial = study.ask()
         values = space.sample(trial)
         assert TrainConfig.from_mapping(values) == space.config(trial.params)
-        assert values == {**space.constants, **trial.params}
+        searched = {name: value for name, value in values.items() if name in space.parameters}
+        assert space.params(searched) == trial.params
         study.tell(trial, number % 7)
     return study.trials
 
@@ -328,13 +345,14 @@ def test_samples_respect_conditions_and_can_be_turned_back_into_trials(space: Se
         values = {**space.constants, **trial.params}
         for parameter in space.parameters.values():
             holds = all(values.get(parent) in ok for parent, ok in parameter.when.items())
-            assert (parameter.name in trial.params) == holds
+            first = parameter.switch if parameter.or_zero else parameter.name
+            assert (first in trial.params) == holds
         assert space.frozen_params(space.config(trial.params)) == (
             trial.params,
             trial.distributions,
         )
     for trial, point in zip(trials, space.start, strict=False):
-        named = {key: value for key, value in point.items() if key in trial.params}
+        named = {key: value for key, value in space.params(point).items() if key in trial.params}
         assert {key: trial.params[key] for key in named} == named
 
 

@@ -112,7 +112,9 @@ def test_a_start_point_is_taken_as_it_is_and_what_it_leaves_out_is_sampled() -> 
     point = {"optimizer": "sgd", "lr": 0.05, "dropout": 0.02}
     sampled = ask(study, 0, **point)
     assert sampled.items() >= point.items()
-    assert sampled.items() >= study.trials()[0].params.items() > point.items()
+    params = study.trials()[0].params
+    assert params.items() > point.items()
+    assert SPACE.config(params) == SPACE.config(sampled)
     assert ask(study, 1) != sampled
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor
 
 from tune_mnist.benchmarks.measurements import usable_cores, write_file
@@ -35,7 +36,10 @@ def curves(settings: CurvesSettings) -> None:
     load_mnist(settings.data_dir)  # fetched once and not by each of the processes
     recorded = pd.read_csv(settings.save) if settings.save.exists() else pd.DataFrame()
     known = set() if recorded.empty else set(recorded["config"])
-    space = load_space(settings.space)
+    pinned = settings.save.with_suffix(".yaml")  # for replays: a space changes, its curves stay
+    space = load_space(str(pinned) if pinned.exists() else settings.space)
+    if not pinned.exists():
+        write_file(pinned, yaml.safe_dump(space.as_dict(), sort_keys=False))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     configs = [space.config(space.sample(study.ask())) for _ in range(settings.configs)]

@@ -77,7 +77,8 @@ class Task:
     def load_space(self) -> SearchSpace:
         """Return the search space, or raise ConfigError if it has conditions."""
         space = load_space(self.space)
-        if conditional := [name for name, each in space.parameters.items() if each.when]:
+        searched = space.parameters.items()
+        if conditional := [name for name, each in searched if each.when or each.or_zero]:
             raise ConfigError(
                 f"--space: {self.space} has conditions (on {', '.join(conditional)}), which not "
                 "all systems can express; sgd and quick have none"

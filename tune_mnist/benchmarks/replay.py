@@ -26,7 +26,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 
 from tune_mnist.benchmarks.measurements import Measurements, usable_cores
 from tune_mnist.benchmarks.replay_systems import OURS, Search, Weights, line_up
@@ -35,6 +35,7 @@ from tune_mnist.cli import tell
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.config import CONFIG_FIELDS, TrainConfig
 from tune_mnist.runs.confirmed import interval
+from tune_mnist.runs.parameter import Parameter
 from tune_mnist.runs.space import SearchSpace, load_space
 
 CHUNK = 25  # searches that a process is given at a time
@@ -42,6 +43,7 @@ PREFIX: dict[Weights, str] = {"raw": "", "averaged": "averaged_"}
 SCORES = ("val_accuracy", "val_loss", "test_accuracy")
 YOUNG = (1, 3, 9)  # epochs: the rungs of ASHA with a factor of 3
 CHANCE = 0.1  # accuracy of a guess among ten digits
+BELOW_RANGE = -0.2  # where 0 lies on the scale of a range that lacks it
 OTHER_KIND = 1000.0  # more than any distance between two configurations of one kind
 
 Floats = npt.NDArray[np.float64]
@@ -49,6 +51,7 @@ Floats = npt.NDArray[np.float64]
 
 def replay(settings: ReplaySettings) -> None:
     tell(rank_correlations(read_curves(settings.curves)))
+    load_space(settings.drawn_from)  # refused here, not by each of the processes
     names = list(line_up(settings.compare))
     searches = [(name, seed) for name in names for seed in range(settings.repetitions)]
     measured = Measurements("replay")
@@ -68,7 +71,7 @@ def regrets(settings: ReplaySettings, search: tuple[str, int]) -> list[float]:
     warnings.filterwarnings("ignore", "All-NaN slice encountered")
     name, seed = search
     entry = line_up(settings.compare)[name]
-    space, known = _load(settings.space, settings.curves)
+    space, known = _load(settings.drawn_from, settings.curves)
     curves = known[entry.weights]
     best = max(each.test_accuracy.max() for each in known.values())
     running = entry.build(space, curves.epochs, seed)
@@ -203,18 +206,21 @@ def _place(space: SearchSpace, config: TrainConfig) -> Floats:
     """Return where a configuration lies, each searched parameter on a scale from 0 to 1, [D]."""
     values = config.as_dict()
     place = [
-        _scaled(parameter.distribution, values[name]) if parameter.active(values) else np.nan
+        _scaled(parameter, values[name]) if parameter.active(values) else np.nan
         for name, parameter in space.parameters.items()
     ]
     return np.array(place)
 
 
-def _scaled(distribution: BaseDistribution, value: object) -> float:
-    internal = distribution.to_internal_repr(value)
+def _scaled(parameter: Parameter, value: object) -> float:
+    distribution: Any = parameter.distribution
+    if parameter.or_zero and value == 0:
+        return BELOW_RANGE
+    internal: float = distribution.to_internal_repr(value)
     if isinstance(distribution, CategoricalDistribution):
         return internal  # equal or a whole step apart
-    low, high = distribution.low, distribution.high  # type: ignore[attr-defined]
-    if distribution.log:  # type: ignore[attr-defined]
+    low, high = distribution.low, distribution.high
+    if distribution.log:
         internal, low, high = np.log(internal), np.log(low), np.log(high)
     return float((internal - low) / (high - low)) if high > low else 0.0
 

@@ -150,7 +150,7 @@ class Optuna:
 
 @dataclass
 class Ours:
-    """This package's study and rungs, with the baseline first, which stands in no rung."""
+    """This package's study and rungs. Without start points the baseline is first, in no rung."""
 
     space: SearchSpace
     epochs: int

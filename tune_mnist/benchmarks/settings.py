@@ -139,7 +139,8 @@ class CurvesSettings(Options):
     save: OutputPath = CURVES
     """The CSV file; configurations that it holds are not trained again."""
     space: str = "default"
-    """Search space that they are drawn from."""
+    """Search space that they are drawn from; its copy beside FILE.csv is FILE.yaml, which a
+    recording goes on with."""
     configs: AtLeast1 = 64
     """Configurations in all."""
     epochs: MaybeAtLeast1 = None
@@ -165,6 +166,10 @@ class ReplaySettings(Options):
     """Epochs spent, in all trials together, at which a search is asked for its pick."""
     at_once: AtLeast1 = 4
     """Trials at once."""
-    space: str = "default"
-    """The space that the curves were drawn from."""
+    space: str | None = None
+    """The space that the curves were drawn from; FILE.yaml beside FILE.csv unless given."""
     save: Save = None
+
+    @property
+    def drawn_from(self) -> str:
+        return self.space or str(self.curves.with_suffix(".yaml"))

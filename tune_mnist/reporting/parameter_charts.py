@@ -121,7 +121,7 @@ def _dimension(parameter: Parameter, configs: Sequence[Mapping[str, Any]]) -> di
         ticks = {at: f"{10**at if domain.log else at:.3g}" for at in inner}
     inactive = low - (high - low) * 0.15
     if None in numbers:
-        ticks = {inactive: "-", **ticks}
+        ticks = {inactive: "0" if parameter.or_zero and not parameter.when else "-", **ticks}
     placed = [inactive if number is None else number for number in numbers]
     return {
         "label": parameter.name,
@@ -158,7 +158,7 @@ def _slice(
         if points:
             traces.append(
                 go.Scatter(
-                    x=[_shown(value) if parameter.choices else value for value, _, _ in points],
+                    x=[_drawn(parameter, value) for value, _, _ in points],
                     y=[error(accuracy) for _, accuracy, _ in points],
                     customdata=[accuracy for _, accuracy, _ in points],
                     text=[f"trial {trial}" for _, _, trial in points],
@@ -185,7 +185,21 @@ def _value_axis(parameter: Parameter) -> dict[str, Any]:
         order = [_shown(choice) for choice in parameter.choices]
         return {"type": "category", "categoryorder": "array", "categoryarray": order}
     domain: Any = parameter.distribution
-    return {"type": "log"} if domain.log else {"tickformat": "~g"}
+    if not domain.log:
+        return {"tickformat": "~g"}
+    if not parameter.or_zero:
+        return {"type": "log"}
+    shown = (domain.low, math.sqrt(domain.low * domain.high), domain.high)
+    places = [_drawn(parameter, value) for value in (0.0, *shown)]
+    return {"type": "log", "tickvals": places, "ticktext": ["0", *(f"{v:.2g}" for v in shown)]}
+
+
+def _drawn(parameter: Parameter, value: Any) -> Any:
+    """Return where a value stands on its axis; a 0 beside a log scale stands below it."""
+    if parameter.choices is not None:
+        return _shown(value)
+    domain: Any = parameter.distribution
+    return domain.low / 3 if domain.log and parameter.or_zero and value == 0 else value
 
 
 def _error_range(accuracies: Sequence[float]) -> list[float]:

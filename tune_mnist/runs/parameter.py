@@ -25,8 +25,9 @@ from tune_mnist.mnist.config import (
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 Conditions = Mapping[str, tuple[Value, ...]]  # by name, the values with which they hold
 
-_RANGE_KEYS = ("low", "high", "log", "step")
+_RANGE_KEYS = ("low", "high", "log", "step", "zero")
 _KEYS = ("choices", *_RANGE_KEYS, "when")
+_SWITCH = CategoricalDistribution((False, True))
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Parameter:
     name: str
     distribution: Distribution
     when: Conditions  # one on a parameter that is itself inactive does not hold
+    or_zero: bool = False  # beside a range that lacks it, as one on a log scale must
+
+    @property
+    def switch(self) -> str:
+        """What Optuna calls the choice between 0 and the range; the range is active without 0."""
+        return f"{self.name}_is_zero"
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
@@ -46,6 +53,8 @@ class Parameter:
         return all(name in values and values[name] in ok for name, ok in self.when.items())
 
     def suggest(self, trial: BaseTrial) -> Value:
+        if self.or_zero and trial.suggest_categorical(self.switch, _SWITCH.choices):
+            return 0.0
         match self.distribution:
             case CategoricalDistribution(choices=choices):
                 return cast(Value, trial.suggest_categorical(self.name, choices))
@@ -54,13 +63,24 @@ class Parameter:
             case FloatDistribution(low=low, high=high, log=log, step=step):
                 return trial.suggest_float(self.name, low, high, step=step, log=log)
 
+    def frozen(self, value: Value) -> dict[str, tuple[Value, Distribution]]:
+        """Return Optuna's parameters of a trial with this value, with their distributions."""
+        frozen: dict[str, tuple[Value, Distribution]] = {}
+        if self.or_zero:
+            frozen[self.switch] = value == 0, _SWITCH
+        if not self.or_zero or value != 0:
+            frozen[self.name] = value, self.distribution
+        return frozen
+
     def rule_broken_by(self, value: Any) -> str:
         """Return the rule that a value of the right type breaks, or an empty string."""
         domain = self.distribution
         if isinstance(domain, CategoricalDistribution):
             return "" if value in domain.choices else f"must be one of {show(domain.choices)}"
+        if self.or_zero and value == 0:
+            return ""
         if not domain.low <= value <= domain.high:
-            return f"must be from low {domain.low} to high {domain.high}"
+            return f"must be {'0 or ' * self.or_zero}from low {domain.low} to high {domain.high}"
         steps = 0 if domain.step is None else (value - domain.low) / domain.step
         if abs(steps - round(steps)) > 1e-8:  # Optuna's own tolerance
             return f"must be low {domain.low} plus a multiple of step {domain.step}"
@@ -78,6 +98,8 @@ class Parameter:
                 data["log"] = True
             elif domain.step is not None:
                 data["step"] = domain.step
+            if self.or_zero:
+                data["zero"] = True
         if self.when:
             data["when"] = {
                 name: values[0] if len(values) == 1 else list(values)
@@ -87,14 +109,15 @@ class Parameter:
 
 
 def parse_parameter(name: str, data: Mapping[Any, Any]) -> Parameter:
-    """Parse `{choices | low, high [, log] [, step]} [, when]`, or raise SearchSpaceError.
+    """Parse `{choices | low, high [, log] [, step] [, zero]} [, when]`, or raise SearchSpaceError.
 
     Other parameters are not looked at. The message begins with the key that is not usable.
     """
     where = f"parameters.{name}"
     check_keys(where, data, _KEYS)
     domain = _choices(where, name, data) if "choices" in data else _range(where, name, data)
-    return Parameter(name, domain, _when(f"{where}.when", data.get("when", {})))
+    conditions = _when(f"{where}.when", data.get("when", {}))
+    return Parameter(name, domain, conditions, _or_zero(where, name, data))
 
 
 def _choices(where: str, name: str, data: Mapping[str, Any]) -> CategoricalDistribution:
@@ -135,9 +158,7 @@ def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution 
         raise SearchSpaceError(
             f"{where}: low must not exceed high, but got low {low} and high {high}; swap them"
         )
-    log = data.get("log", False)
-    if not isinstance(log, bool):
-        raise SearchSpaceError(f"{where}.log: must be true or false, but got {shown(log)}")
+    log = _flag(where, data, "log")
     if log and low <= 0:
         raise SearchSpaceError(
             f"{where}.low: must be > 0 where log is true, but got {low}; raise it or drop log"
@@ -150,6 +171,26 @@ def _range(where: str, name: str, data: Mapping[str, Any]) -> FloatDistribution 
     if is_integer(name):
         return IntDistribution(low, high, log=log, step=1 if step is None else int(step))
     return FloatDistribution(low, high, log=log, step=step)
+
+
+def _flag(where: str, data: Mapping[str, Any], key: str) -> bool:
+    flag = data.get(key, False)
+    if not isinstance(flag, bool):
+        raise SearchSpaceError(f"{where}.{key}: must be true or false, but got {shown(flag)}")
+    return flag
+
+
+def _or_zero(where: str, name: str, data: Mapping[str, Any]) -> bool:
+    """Return True if 0 is a choice beside the range, or raise SearchSpaceError."""
+    if not _flag(where, data, "zero"):
+        return False
+    checked(f"{where}.zero", name, 0)
+    if data["low"] <= 0:
+        raise SearchSpaceError(
+            f"{where}.low: must be > 0 where zero is true, but got {data['low']}; "
+            "raise it or drop zero"
+        )
+    return True
 
 
 def _step(where: str, low: float, high: float, step: Any, whole: bool) -> float:

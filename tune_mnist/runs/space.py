@@ -59,7 +59,11 @@ class SearchSpace:
 
     def config(self, sampled: Mapping[str, Value]) -> TrainConfig:
         """Return the configuration of sampled values, such as a trial's `params`."""
-        return TrainConfig.from_mapping({**self.constants, **sampled})
+        values = {**self.constants, **sampled}
+        for name, parameter in self.parameters.items():
+            if values.pop(parameter.switch, False):
+                values[name] = 0.0
+        return TrainConfig.from_mapping(values)
 
     def baseline(self) -> TrainConfig:
         """Return the reference baseline: all defaults, except the batch size if it is fixed."""
@@ -98,7 +102,19 @@ class SearchSpace:
         broken = any(self.parameters[name].rule_broken_by(value) for name, value in params.items())
         if broken or given != {**_DEFAULTS, **self.constants, **params}:
             return None
-        return params, {name: self.parameters[name].distribution for name in params}
+        frozen = self._frozen(params)
+        return self.params(params), {name: domain for name, (_, domain) in frozen.items()}
+
+    def params(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Return the Optuna params of searched values, such as a start point's."""
+        return {name: value for name, (value, _) in self._frozen(values).items()}
+
+    def _frozen(self, values: Mapping[str, Value]) -> dict[str, tuple[Value, BaseDistribution]]:
+        return {
+            name: pair
+            for searched, value in values.items()
+            for name, pair in self.parameters[searched].frozen(value).items()
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return the space as a file holds it; `from_dict` makes an equal space of it."""
