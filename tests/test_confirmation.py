@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 from ray.cluster_utils import Cluster
 from support.drivers import act_at
-from support.reported import all_failed, rich
+from support.reported import all_failed, empty, rich
 from support.scripted import Script
 from support.scripted_search import send_scripts_to_workers
 
 from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.reporting.page import write_report
-from tune_mnist.runs.confirmed import AskedConfirmation, read_asked
+from tune_mnist.runs.confirmed import AskedConfirmation, Candidate, read_asked
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
 from tune_mnist.runs.view import RunView
@@ -161,6 +162,20 @@ def test_a_search_that_goes_on_changes_ranks_or_winners(tmp_path: Path) -> None:
     asked = _asked(RunView.read(run.folder.path)).continuing(before)
     assert asked.differences(before) == ["winners"]
     assert asked.differences(None) == ["settings"]
+
+
+def test_a_baseline_that_the_search_has_not_begun_is_confirmed_with_the_rest(
+    tmp_path: Path,
+) -> None:
+    search = empty(tmp_path, "run")
+    search.trial([0.98], origin="start", lr=0.05)
+    asked = _asked(RunView.read(search.folder.path))
+    assert asked.candidates[0] == Candidate("baseline", 1, 0, TrainConfig())
+    assert asked.rules.fixed_trials[0].origin == "baseline"
+    line = asked.start_line(search.folder, History(search.folder), images=1000, at_once=2)
+    assert "the baseline, which the search has not begun, and 1 winner on" in line
+    (page, *_) = write_report([RunView.read(search.folder.path)], pictures=False)
+    assert "The baseline has not begun" in page.read_text()
 
 
 def test_what_cannot_be_confirmed_is_refused(tmp_path: Path) -> None:

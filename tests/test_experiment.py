@@ -110,7 +110,9 @@ def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) ->
     assert course.folder.best_model.read_bytes() == f"1 {EPOCHS}".encode()
 
 
-def test_the_baseline_comes_first_and_is_never_stopped(course: Course) -> None:
+def test_without_start_points_the_baseline_is_first_and_never_stopped(
+    course: Course,
+) -> None:
     assert course.start() == 0
     assert course.history.trials[0].config == course.rules.space.baseline()
     for _ in range(3):
@@ -120,26 +122,47 @@ def test_the_baseline_comes_first_and_is_never_stopped(course: Course) -> None:
     assert course.history.trials[0].state == "complete"
 
 
+START = ["start"] * 3  # those of `default`
+
+
+def origins(course: Course) -> list[str]:
+    return [record.origin for record in course.history.trials.values()]
+
+
 def test_a_baseline_that_learns_fast_at_first_stops_nobody(tmp_path: Path) -> None:
     """The first epochs of `default` at full size, with search seed 1: all three were stopped."""
     course = Course(tmp_path / "run", space="default")
-    course.start()
-    assert not course.epoch(0, 0.9816)
-    told_to_stop = [course.epoch(course.start(), value) for value in (0.9784, 0.9750, 0.9764)]
-    assert told_to_stop == [False, True, True]  # as among themselves
+    first_epochs = (0.9784, 0.9750, 0.9764, 0.9816, 0.9780)
+    told_to_stop = [course.epoch(course.start(), value) for value in first_epochs]
+    assert origins(course) == [*START, "baseline", "sampled"]
+    assert told_to_stop == [False, True, True, False, False]  # the fourth counts for nobody
 
 
-def test_start_points_come_next_in_their_order(tmp_path: Path) -> None:
-    course = Course(tmp_path / "run", space="default")
-    points = course.rules.space.start
-    assert points
-    for number in range(len(points) + 2):
-        assert course.start() == number
-    origins = [record.origin for record in course.history.trials.values()]
-    assert origins == ["baseline", *["start"] * len(points), "sampled"]
-    for number, point in enumerate(points, start=1):
-        config = course.history.trials[number].config
-        assert {name: getattr(config, name) for name in point} == dict(point)
+@pytest.mark.parametrize(
+    ("sessions", "order"),
+    [
+        ([{"trials": 6}], [*START, "baseline", "sampled", "sampled"]),
+        ([{"trials": 4}], [*START, "baseline"]),
+        ([{"trials": 3}], ["start", "start", "baseline"]),
+        ([{"trials": 1}], ["baseline"]),
+        ([{"trials": 3, "no_start": True}], ["baseline", "sampled", "sampled"]),
+        ([{"trials": 3}, {"trials": 5}], ["start", "start", "baseline", "start", "sampled"]),
+        # A run of an earlier version, which began with its baseline.
+        ([{"trials": 1}, {"trials": 5}], ["baseline", *START, "sampled"]),
+    ],
+)
+def test_start_points_come_first_and_the_baseline_next_or_last(
+    tmp_path: Path, sessions: list[dict[str, Any]], order: list[str]
+) -> None:
+    for rules in sessions:
+        course = Course(tmp_path / "run", space="default", **rules)
+        while len(course.history.trials) < rules["trials"]:
+            course.start()
+        course.history.close()
+    assert origins(course) == order
+    started = [each for each in course.history.trials.values() if each.origin == "start"]
+    for record, point in zip(started, course.rules.space.start, strict=False):
+        assert {name: getattr(record.config, name) for name in point} == dict(point)
 
 
 def test_an_epoch_whose_row_a_kill_prevented_is_taken_from_its_checkpoint(course: Course) -> None:

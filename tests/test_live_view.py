@@ -126,6 +126,13 @@ def test_only_what_was_measured_and_steers_is_shown(recorded: RecordedSearch) ->
     assert view[-1].split()[:4] == ["1", "1/20", "-", "2"]
 
 
+def test_a_baseline_that_is_still_to_come_is_said_to_have_no_epoch(
+    recorded: RecordedSearch,
+) -> None:
+    recorded.trial([0.96], origin="start")
+    assert "baseline  no epoch yet" in _view(recorded)
+
+
 @pytest.mark.parametrize("height", [5, 8, 9, 10, 12, 30])
 def test_the_view_is_no_higher_than_the_terminal(recorded: RecordedSearch, height: int) -> None:
     for _ in range(20):

@@ -21,7 +21,7 @@ from tune_mnist.mnist.config import TrainConfig
 from tune_mnist.mnist.net import Net
 from tune_mnist.report import ReportSettings, report
 from tune_mnist.reporting.findings import most_at_once
-from tune_mnist.reporting.page import report_path, write_report
+from tune_mnist.reporting.page import repeat_command, report_path, write_report
 from tune_mnist.runs.confirmed import Candidate, confirmed_table, write_confirmed
 from tune_mnist.runs.space import available_spaces, load_space
 from tune_mnist.runs.view import RunView
@@ -160,6 +160,11 @@ def test_a_damaged_space_leaves_out_its_charts_and_says_so(
     said = _said(_page(search))
     assert re.search(rf"Hyperparameters Not drawn: .*search\.yaml: .*{words}", said)
     assert "What the best model gets wrong" in said
+
+
+def test_the_command_that_repeats_a_search_has_its_flags(tmp_path: Path) -> None:
+    search = RunView.read(empty(tmp_path, "run", no_start=True).folder.path).search
+    assert repeat_command(search).endswith(" --no-start --seed 0")
 
 
 def test_a_page_shows_no_secret_of_an_older_run(tmp_path: Path) -> None:

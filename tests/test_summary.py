@@ -41,7 +41,10 @@ def test_the_winner_the_baseline_the_gain_and_the_files_are_named(
     search.trial([0.97, 0.96], [0.9712, 0.96])
     search.trial([0.98, 0.99], [0.98, 0.9853])
     said = _said(search)
-    assert "Best of 2 trials: trial 1, val accuracy 99.00%, test 98.53% at epoch 2." in said
+    found = (
+        "Best of 2 trials: trial 1, found by the search, val accuracy 99.00%, test 98.53% at ep"
+    )
+    assert found in said
     assert "The baseline: val accuracy 97.00%, test 97.12% at epoch 1." in said
     assert "Gain on the test set: +1.41 points." in said
     assert "the test set steered nothing" in said
@@ -49,6 +52,24 @@ def test_the_winner_the_baseline_the_gain_and_the_files_are_named(
     monkeypatch.chdir(search.folder.path.parent)
     search.folder.best.touch()
     assert "In search: best.csv, epochs.csv" in _said(search)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (0.97, "Best of 2 trials: trial 0, a known good point of the space's start list, val"),
+        (0.99, "Over trial 0, the best known good point: +1.00 points."),
+    ],
+)
+def test_what_was_given_is_not_called_found_and_a_baseline_may_be_missing(
+    search: RecordedSearch, found: float, words: str
+) -> None:
+    search.trial([0.98], origin="start")
+    search.trial([found])
+    said = _said(search)
+    assert words in said
+    assert "0 (given)" in said
+    assert "The baseline has not begun, so there is nothing to compare with." in said
 
 
 def test_a_winner_that_chance_may_have_made_is_called_so(search: RecordedSearch) -> None:
@@ -64,7 +85,7 @@ def test_a_winner_picked_on_the_test_set_is_called_so(search: RecordedSearch) ->
     search.trial([0.97], [0.97])
     search.trial([0.96], [0.98])
     said = _said(search, "test_accuracy")
-    assert "trial 1, test accuracy 98.00% at epoch 1." in said
+    assert "trial 1, found by the search, test accuracy 98.00% at epoch 1." in said
     assert "Picked on the test set" in said
     assert "val accuracy" not in said
 

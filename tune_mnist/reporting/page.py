@@ -229,9 +229,11 @@ def repeat_command(search: SearchFile) -> str:
     space = source.stem if source.parent.name == "search_spaces" else str(source)
     words = ["python", "-m", "tune_mnist.search", "--space", space]
     for name, value in vars(search.asked).items():
-        if value is not None and _DEFAULTS.get(name, _DEFAULTS) != value:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            words += ["--" + name.replace("_", "-"), shown]
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [option] * value
+        elif value is not None and _DEFAULTS.get(name, _DEFAULTS) != value:
+            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
     if search.confirm:
         words.append("--confirm")
     return shlex.join(words)

@@ -22,12 +22,18 @@ from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.confirmed import CONFIDENCE
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, setting, short_path
-from tune_mnist.runs.history import History, State
+from tune_mnist.runs.history import History, Origin, State
 from tune_mnist.runs.ranking import RankedTrial, baseline_of, gain, rank_by_best, ranked_trials
 from tune_mnist.runs.view import RunState, RunView, find_runs
 
 ROWS = 5
 ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
+_ORIGINS: dict[Origin, str] = {
+    "baseline": "the baseline",
+    "start": "a known good point of the space's start list",
+    "sampled": "found by the search",
+}
+_MARKS: dict[Origin, str] = {"baseline": " (baseline)", "start": " (given)", "sampled": ""}
 _TEST_IMAGES = 10_000
 # Standard deviations that chance stays within, 95 times of 100.
 _SURE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -89,11 +95,10 @@ class BestTable:
         held_out = ("val accuracy",) if self.metric == "val_accuracy" else ()
         lines = [("rank", "trial", *held_out, "test accuracy", "gain", "at epoch", *names)]
         for rank, trial in shown:
-            number = f"{trial.record.number}"
             lines.append(
                 (
                     str(rank),
-                    f"{number} (baseline)" if trial.is_baseline else number,
+                    f"{trial.record.number}{_MARKS[trial.record.origin]}",
                     *(percent(trial.accuracy("val_accuracy")) for _ in held_out),
                     percent(trial.accuracy("test_accuracy")),
                     points(gain(trial.best, self.baseline.best if self.baseline else None)),
@@ -119,12 +124,13 @@ def headline(
 ) -> Text:
     """Return which trial is best, what it gains and how much of that may be chance."""
     winner = ranked[0]
-    first = f"Best of {count(trials, 'trial')}: trial {winner.record.number}"
+    origin = _ORIGINS[winner.record.origin]
+    first = f"Best of {count(trials, 'trial')}: trial {winner.record.number}, {origin}"
     if winner.is_baseline and trials > 1:
         first = f"Of {trials:,} trials none was better than the baseline"
     text = Text.assemble((first, "bold"), f", {_accuracies(winner, metric)}.\n")
     if not winner.is_baseline:
-        text.append(f"{_against(winner, baseline, metric)}\n")
+        text.append(f"{_against(winner, baseline, metric)}{_against_start(ranked)}\n")
     if metric == "test_accuracy":
         text.append("Picked on the test set, so the winner's accuracy there flatters it. ")
     else:
@@ -150,12 +156,27 @@ def _alike(ranked: list[RankedTrial], baseline: RankedTrial | None, chance: floa
 
 
 def _against(winner: RankedTrial, baseline: RankedTrial | None, metric: Metric) -> str:
-    if baseline is None or baseline.best is None:
+    if baseline is None:
+        return "The baseline has not begun, so there is nothing to compare with."
+    if baseline.best is None:
         return "The baseline has no epoch to compare with."
     so_far = " so far" if baseline.record.state == "running" else ""
     return (
         f"The baseline{so_far}: {_accuracies(baseline, metric)}. "
         f"Gain on the test set: {points(gain(winner.best, baseline.best))} points."
+    )
+
+
+def _against_start(ranked: list[RankedTrial]) -> str:
+    """Return what a winner that the search found gains over the best start point."""
+    winner = ranked[0]
+    points_tried = [trial for trial in ranked if trial.record.origin == "start"]
+    if not points_tried or points_tried[0] is winner:
+        return ""
+    best = points_tried[0]
+    return (
+        f" Over trial {best.record.number}, the best known good point: "
+        f"{points(gain(winner.best, best.best))} points."
     )
 
 

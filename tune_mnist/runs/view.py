@@ -43,6 +43,7 @@ class Asked:
     grace_epochs: Count | None = None
     reduction_factor: float | None = None
     startup_trials: Count | None = None
+    no_start: bool = False
     seed: Annotated[int, Limits(0, 2**128)] | None = None
 
 

@@ -41,6 +41,7 @@ class Confirmation:
     seeds: tuple[int, ...]
     space: SearchSpace  # the search's
     picked_by: Metric  # the search
+    baseline_has_begun: bool  # in the search
     epochs: int
     images: int | None  # training images; None: all there are
     time_budget: float | None  # s, over all sessions
@@ -55,18 +56,21 @@ class Confirmation:
                 f"{run.folder.path} has nothing to confirm: no trial but the baseline has "
                 "finished an epoch"
             )
-        candidates = [
-            Candidate(name, trial.number, ranks.get(trial.number, 0), trial.config)
-            for name, trial in [
-                ("baseline", run.trials[0].record),
-                *((f"trial {winner.number}", winner) for winner in winners),
-            ]
+        # One that has not begun is trained all the same, as the trial that it is to be.
+        number, config = max(len(run.space.start), len(run.trials)), run.space.baseline()
+        if run.baseline:
+            number, config = run.baseline.record.number, run.baseline.record.config
+        candidates = [Candidate("baseline", number, ranks.get(number, 0), config)]
+        candidates += [
+            Candidate(f"trial {each.number}", each.number, ranks[each.number], each.config)
+            for each in winners
         ]
         return cls(
             candidates=tuple(candidates),
             seeds=_fresh_seeds(run, options.seeds),
             space=run.space,
             picked_by=run.metric,
+            baseline_has_begun=run.baseline is not None,
             epochs=options.epochs or run.asked.epochs,
             images=options.images,
             time_budget=options.time_budget,
@@ -136,7 +140,8 @@ class Confirmation:
         done = len(history.trials) - len(history.unfinished())
         so_far = f", {done:,} of them done in {duration(history.elapsed)}" if done else ""
         return (
-            f"{short_path(folder.path)}: the baseline and "
+            f"{short_path(folder.path)}: the baseline"
+            f"{'' if self.baseline_has_begun else ', which the search has not begun,'} and "
             f"{count(len(self.candidates) - 1, 'winner')} on "
             f"{count(len(self.seeds), 'fresh seed')}, {self.rules.trials:,} trainings of "
             f"{count(self.epochs, 'epoch')}{so_far}, {at_once} at a time, "

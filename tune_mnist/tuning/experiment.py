@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tune_mnist.cli import tell
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.metrics import EpochMetrics, Metric
 from tune_mnist.runs.checkpoints import Checkpoints
 from tune_mnist.runs.history import Assignment, EpochRow, History, State, TrialRecord
@@ -45,6 +45,11 @@ class Rules(SearchOptions):
     trials: int = field()  # to start in all
     epochs: int = field()  # the budget of a trial
     fixed_trials: Sequence[TrialRecord] = ()  # all of them; without, space and sampler propose
+
+    @property
+    def points(self) -> Sequence[Mapping[str, Value]]:
+        """The space's start points, unless they are left out."""
+        return () if self.no_start else self.space.start
 
     @property
     def lasting(self) -> dict[str, Any]:
@@ -76,6 +81,7 @@ class Experiment:
         self._study, self._checkpoints = study, checkpoints
         self._rungs = Rungs(rules.grace_epochs, rules.reduction_factor, rules.epochs)
         self._waiting: deque[TrialRecord] = deque()  # unfinished, and with no worker
+        self._baseline_number = _number_of_baseline(rules, history)
         self._add_rows_of_checkpoints()
         self._clock, self._began = clock, clock() - history.elapsed
         self._replay_history()
@@ -196,14 +202,16 @@ class Experiment:
 
     def _propose(self, number: int, ray_id: str) -> TrialRecord:
         """Choose trial `number` and start it in the study."""
-        space = self.rules.space
+        space, points = self.rules.space, self.rules.points
         seed = int(np.random.SeedSequence([self.rules.seed, number, 1]).generate_state(1)[0])
-        if self.rules.fixed_trials or number == 0:
+        if self.rules.fixed_trials or number == self._baseline_number:
             baseline = TrialRecord(number, space.baseline(), seed, "baseline")
-            record = replace((self.rules.fixed_trials or [baseline])[number], ray_id=ray_id)
+            record = self.rules.fixed_trials[number] if self.rules.fixed_trials else baseline
+            record = replace(record, ray_id=ray_id)
             self._study.add(_frozen_trial(record, space))
             return record
-        start = space.start[number - 1] if number <= len(space.start) else {}
+        place = number - (number > self._baseline_number)
+        start = space.params(points[place]) if place < len(points) else {}
         sampled = self._study.ask(number, space.sample, start, {"ray_trial_id": ray_id})
         config = TrainConfig.from_mapping(sampled)
         return TrialRecord(number, config, seed, "start" if start else "sampled", ray_id)
@@ -229,6 +237,17 @@ class Experiment:
                 else:
                     self._waiting.append(record)
         self._checkpoints.remove_others({record.number for record in self._waiting})
+
+
+def _number_of_baseline(rules: Rules, history: History) -> int:
+    """Return which trial is the baseline: the one after the start points, or the last.
+
+    A run that has one keeps it. Earlier versions began with it.
+    """
+    origins = [record.origin for record in history.trials.values()]
+    if "baseline" in origins:
+        return origins.index("baseline")
+    return max(min(len(rules.points), rules.trials - 1), len(origins))
 
 
 def _optuna_state(record: TrialRecord, metric: Metric) -> TrialState:

@@ -237,6 +237,8 @@ def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> T
             record, row = found
             where = f"trial {record.number} at epoch {row.epoch}"
             _line(text, label, f"{_accuracies(row, rules.metric)}  {where}")
+        elif tally.best.found:
+            _line(text, label, "no epoch yet")
     if tally.last_failure:
         reason = f"trial {tally.last_failure.number}: {tally.last_failure.reason}"
         _line(text, "failed", reason, "red")

@@ -121,7 +121,9 @@ class Plan:
         """Return what changed since the last session: versions, code, search.yaml, space file."""
         found = compare(read_search(folder).versions, versions())
         now = self.rules.lasting
-        found += [f"{folder.search}: {change}" for change in compare(history.asked or now, now)]
+        found += [
+            f"{folder.search}: {change}" for change in compare({**now, **history.asked}, now)
+        ]
         source = Path(self.rules.space.source)
         try:
             if source.is_file():

@@ -146,6 +146,9 @@ class SearchOptions(Options):
     startup_trials: Annotated[int, _HOW, AT_LEAST_0] = 10
     """Random configurations before Optuna's model proposes."""
 
+    no_start: Annotated[bool, _HOW, _ONLY_ON] = False
+    """Leave out the space's start points, so that the search has to find its winner itself."""
+
     seed: Annotated[int, _HOW, AT_LEAST_0] = 0
     """Fixes what is proposed and every trial's training."""
 
@@ -191,8 +194,9 @@ class SearchSettings(RunOn, SearchOptions, StartOptions):
     """Search for good hyperparameters of the MNIST net.
 
     Optuna proposes configurations, Ray Tune trains several at a time, ASHA stops the poor ones
-    early. The reference baseline is always the first trial. Ctrl-C ends a search in order;
-    --resume continues it, also after a crash.
+    early. The space's start points, known to be good, come first, then the reference baseline:
+    among --trials it is the last at the latest. Ctrl-C ends a search in order; --resume continues
+    it, also after a crash.
     """
 
     def __post_init__(self) -> None:
