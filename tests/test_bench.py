@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -13,6 +11,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
+from support.processes import python
 from support.recorded import RecordedSearch
 
 from tune_mnist.bench import PARTS
@@ -58,8 +57,7 @@ TWO_WORKERS = [
 
 @pytest.mark.parametrize("part", [[], ["cluster"]])
 def test_help_waits_for_neither_torch_nor_ray(part: list[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "tune_mnist.bench", *part, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = python("-X", "importtime", "-m", "tune_mnist.bench", *part, "--help", check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "tune_mnist.benchmarks.settings" in imported
     assert not imported & {"torch", "ray", "optuna", "pandas"}

@@ -1,13 +1,12 @@
 """A Ray of one's own, and searches on a cluster whose machines do not have this package."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import environment, python
 
 from tune_mnist.errors import ClusterError
 from tune_mnist.tuning import cluster
@@ -73,14 +72,7 @@ def test_a_ray_of_ones_own_serves_this_user_on_this_machine_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     """In a process of its own: Ray keeps what it has read. There is no web server to wait for."""
-    shown = subprocess.run(
-        [sys.executable, "-c", SHOW],
-        env=os.environ | {"HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        umask=0,
-    )
+    shown = python("-c", SHOW, env=environment(HOME=tmp_path), check=True, umask=0)
     found = json.loads(shown.stdout)
     assert found.pop("ports") > 5
     assert (found.pop("hosts"), found.pop("mode")) == (["127.0.0.1"], "token")
@@ -92,7 +84,7 @@ def test_a_machine_that_cannot_reach_itself_is_told_so_at_once() -> None:
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no namespaces here")
     code = "from tune_mnist.tuning.cluster import connected; connected(None).__enter__()"
-    done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code, prefix=alone)
     assert "ClusterError: Ray does not start on this machine: its loopback" in done.stderr
 
 
@@ -111,4 +103,4 @@ def test_a_process_can_start_one_ray_of_its_own_after_another() -> None:
     """As a search does that confirms its winners at its end."""
     code = "from tune_mnist.tuning.cluster import connected\n"
     code += "for _ in range(2):\n    with connected(None): pass\n"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    python("-c", code, check=True, timeout=120)

@@ -1,10 +1,9 @@
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.processes import python
 
 from tune_mnist.errors import ConfigError
 from tune_mnist.mnist.data import Mnist, choose_stratified, default_data_dir, load_mnist, split
@@ -42,8 +41,8 @@ from tune_mnist.mnist.data import load_mnist, split
 split(load_mnist(), holdout=True)
 sys.exit(" ".join({"torch", "torchvision", "rich", "pandas"} & set(sys.modules)) or None)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = python("-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_holdout_never_changes_and_has_the_classes_in_proportion(

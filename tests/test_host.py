@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import environment, python
 
 from tune_mnist import host
 from tune_mnist.errors import TuneMnistError
@@ -34,15 +34,8 @@ print(json.dumps(found | {"left": scratch.parent.exists(), "cache": str(host.cac
 def look(changes: Mapping[str, str | None], *prefix: str) -> dict[str, Any]:
     """What a process with these variables, None for one that is unset, makes of its machine."""
     path = Path(host.__file__).parents[1]
-    variables = {**os.environ, "PYTHONPATH": str(path), "MPLCONFIGDIR": None, **changes}
-    done = subprocess.run(
-        [*prefix, sys.executable, "-c", LOOK],
-        env={name: value for name, value in variables.items() if value is not None},
-        capture_output=True,
-        text=True,
-        check=False,
-        umask=0,
-    )
+    variables = environment(**{"PYTHONPATH": path, "MPLCONFIGDIR": None, **changes})
+    done = python("-c", LOOK, prefix=prefix, env=variables, umask=0)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -167,18 +160,11 @@ def test_a_stranger_without_a_home_searches_with_a_read_only_installation(
     for folder in (site, *site.rglob("*")):
         folder.chmod(0o500)
     places = {"PYTHONPATH": site, "TMPDIR": tmp_path, "TUNE_MNIST_DATA": default_data_dir()}
-    variables = os.environ | {name: str(place) for name, place in places.items()}
-    for name in ("HOME", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
-        variables.pop(name, None)
+    unset = dict.fromkeys(("HOME", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"))
+    variables = environment(**places, **unset)
     options = "--space sgd --trials 1 --epochs 1 --images 500 --results-dir . --run run"
-    done = subprocess.run(
-        [*stranger, sys.executable, "-m", "tune_mnist.search", *options.split()],
-        cwd=tmp_path,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "tune_mnist.search", *options.split())
+    done = python(*command, prefix=stranger, cwd=tmp_path, env=variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "report.html").exists()
     assert list(tmp_path.glob("tune_mnist-54321/.cache/numba/**/*.nbc"))

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from support.processes import python
 
 import tune_mnist
 
@@ -140,13 +140,8 @@ def test_a_room_does_without(place: str, packages: set[str], at_start_only: bool
 def test_a_search_starts_without_torch_and_what_else_takes_seconds_to_import() -> None:
     """Workers need torch, the driver does not; nor do Ray and Optuna bring any of these along."""
     code = "import sys, tune_mnist.search; print(sorted(sys.modules.keys() & {*sys.argv[1:]}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "torch", "torchvision", "sqlalchemy", "matplotlib", "plotly"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "[]\n"
+    heavy = ("torch", "torchvision", "sqlalchemy", "matplotlib", "plotly")
+    assert python("-c", code, *heavy, check=True).stdout == "[]\n"
 
 
 def test_what_is_imported_is_declared() -> None:

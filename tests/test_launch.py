@@ -25,6 +25,7 @@ from support.drivers import (
 from support.reported import rich
 from support.scripted import Script
 
+from tune_mnist.cli import exit_code
 from tune_mnist.errors import ConfigError, RunFolderError, SearchFailedError
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import History
@@ -260,41 +261,30 @@ def resume(folder: RunFolder, **settings: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    "storage", ["runs", "file://{}/runs", "link", "runs/run", "runs/run/x/y", "runs/../runs", "."]
+    "asked",
+    [
+        "--resume runs/run --storage {}/runs",
+        "--resume runs/run --storage link",
+        "--resume runs/run --storage runs/run/x",
+        "--resume run/run --storage .",  # the run lies in its copy
+        "--resume file://{}/runs/run --results-dir runs",
+        "--run new --results-dir runs --storage runs/new/x",
+        "--run new --results-dir copies/new --storage copies",
+    ],
 )
 def test_a_run_and_its_copy_are_never_one_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = finished_run(tmp_path / "runs" / "run")
-    (tmp_path / "link").symlink_to("runs")
-    if storage == ".":  # the run lies in its copy
-        folder = RunFolder((tmp_path / "runs").rename(tmp_path / "run") / "run")
-    before = everything_in(tmp_path)
-    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
-        resume(folder, storage=storage.format(tmp_path))
-    assert everything_in(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("results", "storage"), [("runs", "runs"), ("runs", "runs/new/x"), ("copies/new", "copies")]
-)
-def test_nor_are_those_of_a_new_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: str, storage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], asked: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "_runtime", None)  # it is refused before
-    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
-        search(SearchSettings(run="new", results_dir=Path(results), storage=storage))
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_copy_is_not_resumed_in_itself(tmp_path: Path) -> None:
-    folder = finished_run(tmp_path / "runs" / "run")
+    for path in ("runs", "run"):
+        finished_run(tmp_path / path / "run")
+    (tmp_path / "link").symlink_to("runs")
     before = everything_in(tmp_path)
-    with pytest.raises(RunFolderError, match="are one place, or one lies in the other"):
-        search(SearchSettings(resume=folder.path.as_uri(), results_dir=tmp_path / "runs"))
+    assert exit_code("search", SearchSettings, search, asked.format(tmp_path).split()) == 2
+    assert "are one place, or one lies in the other" in capfd.readouterr().err
     assert everything_in(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "run", "link"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import reduce
 from operator import getitem
@@ -13,6 +10,7 @@ import pytest
 import yaml
 from support.disks import as_nobody
 from support.epochs import epoch_row
+from support.processes import environment, python
 
 import tune_mnist
 from tune_mnist.errors import RunFolderError
@@ -238,14 +236,8 @@ def test_the_same_code_has_the_same_digest_wherever_it_is_installed(tmp_path: Pa
             "import tune_mnist; from tune_mnist.tuning.plan import versions;"
             "print(tune_mnist.__file__, versions()['code'])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(installed.parent)},
-        )
+        variables = environment(PYTHONPATH=installed.parent)
+        done = python("-c", code, check=True, cwd=tmp_path, env=variables)
         file, found = done.stdout.split()
         assert file == str(installed / "__init__.py")
         return found

@@ -1,5 +1,6 @@
 """A front door as a process: its child's deaths, its signals, its streams."""
 
+import itertools
 import os
 import pty
 import re
@@ -13,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from support.drivers import epochs_in
+from support.processes import TESTS, environment, python, shell
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
 BY_RAY = "Ray ended the search (exit code 1), as it does when one of its own processes was killed"
 BY_KERNEL = "the search was ended by SIGKILL, which is likely for want of memory"
 
@@ -28,7 +28,7 @@ def started(*arguments: object, module: str = "support.door") -> Iterator[subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=environment(),
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup ignores
     ) as process:
@@ -130,9 +130,8 @@ def test_a_bug_keeps_its_traceback_and_is_not_repeated(tmp_path: Path) -> None:
 
 def test_an_import_that_fails_keeps_its_traceback_too(tmp_path: Path) -> None:
     (tmp_path / "cyclopts.py").write_text("raise ImportError('broken')")
-    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
-    command = [sys.executable, "-m", "tune_mnist.search"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = python("-m", "tune_mnist.search", env=environment(PYTHONPATH=path))
     assert done.returncode == 1
     assert done.stderr.endswith("ImportError: broken\n")
 
@@ -146,24 +145,31 @@ def begun(process: subprocess.Popen[str]) -> int:
 
 
 STOPPING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+EVERYDAY = {(signal.SIGINT, True, "wait"), (signal.SIGTERM, False, "order")}
+EVERYDAY |= {(signal.SIGHUP, True, "order")}
 
 
-@pytest.mark.parametrize("number", STOPPING)
-@pytest.mark.parametrize("to_group", [True, False])
 @pytest.mark.parametrize(
-    ("way", "said"), [("order", ""), ("wait", "interrupted\n")], ids=["in-order", "at-once"]
+    ("number", "to_group", "way"),
+    [
+        pytest.param(*each, marks=() if each in EVERYDAY else pytest.mark.slow)
+        for each in itertools.product(STOPPING, (True, False), ("order", "wait"))
+    ],
 )
 def test_a_signal_ends_the_work_whether_the_parent_alone_or_both_get_it(
-    way: str, said: str, to_group: bool, number: signal.Signals, tmp_path: Path
+    number: signal.Signals, to_group: bool, way: str, tmp_path: Path
 ) -> None:
+    said = "interrupted\n" if way == "wait" else ""
     with started("--ways", f"{way},done", "--run", tmp_path) as process:
         begun(process)
         (os.killpg if to_group else os.kill)(process.pid, number)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (128 + number, "", said)
 
 
-@pytest.mark.parametrize("first", STOPPING)
+@pytest.mark.parametrize(
+    "first", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in STOPPING[::2])]
+)
 def test_a_second_signal_ends_at_once_what_does_not_end(
     first: signal.Signals, tmp_path: Path
 ) -> None:
@@ -172,9 +178,9 @@ def test_a_second_signal_ends_at_once_what_does_not_end(
         child = begun(process)
         os.killpg(process.pid, first)
         assert process.stdout.readline() == "stopping\n"
-        time.sleep(0.2)
+        time.sleep(0.2)  # those that come together are taken for one
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + first
     assert err == f"ended at once; continue with resume {tmp_path}\n"
     with pytest.raises(ProcessLookupError):
@@ -209,10 +215,7 @@ LOST = "warning: stdout is lost ({}); the work goes on without it\n"
     ],
 )
 def test_a_search_outlives_its_output(streams: str, said: str, tmp_path: Path) -> None:
-    line = f"{sys.executable} -m support.door --run {tmp_path} {streams}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", line], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = shell(f"python -m support.door --run {tmp_path} {streams}")
     assert (done.returncode, done.stderr) == (0, said)
     assert (tmp_path / "epochs.csv").read_text() == "an epoch\n"
 
@@ -221,7 +224,7 @@ def test_a_search_outlives_its_terminal(tmp_path: Path) -> None:
     master, terminal = pty.openpty()
     command = [sys.executable, "-m", "support.door", "--run", str(tmp_path)]
     with subprocess.Popen(
-        command, stdout=terminal, stderr=terminal, env=ENVIRONMENT, start_new_session=True
+        command, stdout=terminal, stderr=terminal, env=environment(), start_new_session=True
     ) as process:
         os.close(terminal)
         os.close(master)
@@ -239,11 +242,11 @@ def ready(process: subprocess.Popen[str]) -> bool:
 @pytest.mark.parametrize(
     ("name", "milliseconds"),
     [
-        *((name, 100) for name in ("search", "train", "report", "bench")),
+        *(("search", 100), ("bench", 100)),
         *(
             pytest.param(name, wait, marks=pytest.mark.slow)
             for name in ("search", "confirm", "train", "report", "predict", "bench")
-            for wait in (0, 30, 200, 300, 500, 800, 1500)
+            for wait in (0, 100, 300, 800, 1500)
         ),
     ],
 )
@@ -253,7 +256,7 @@ def test_a_signal_while_a_door_opens_is_one_line(name: str, milliseconds: int) -
             time.sleep(0.001)
         time.sleep(milliseconds / 1000)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     assert len(err.splitlines()) <= 1
     assert "Traceback" not in err
     if process.returncode == 130:

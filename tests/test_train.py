@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import python
 
 from tune_mnist.cli import exit_code
 from tune_mnist.mnist.config import TrainConfig
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("mnist")  # fetched once, and not by each c
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", LAUNCH, *arguments, "--threads", "1", "--device", "cpu"]
+    return ["-c", LAUNCH, *arguments, "--threads", "1", "--device", "cpu"]
 
 
 @pytest.mark.slow
@@ -45,9 +46,7 @@ def test_the_command_prints_the_layers_then_each_epoch_and_keeps_the_weights(
 ) -> None:
     path = tmp_path / "model.pt"
     arguments = ["--images", "300", "--epochs", "2", "--set", "lr=2e-2", "--save", str(path)]
-    done = subprocess.run(
-        command(*arguments, "--set", "batch_size=50"), capture_output=True, text=True, check=False
-    )
+    done = python(*command(*arguments, "--set", "batch_size=50"))
     assert (done.returncode, done.stderr) == (0, "")
     head, configuration, tail = re.split(r"^(Configuration: .*)\n", done.stdout, flags=re.M)
     assert "Linear-35" in head
@@ -84,7 +83,7 @@ def test_the_command_prints_the_layers_then_each_epoch_and_keeps_the_weights(
 def test_on_a_terminal_a_bar_moves_and_ctrl_c_ends_in_one_line() -> None:
     terminal, end = pty.openpty()
     with subprocess.Popen(
-        command("--images", "600", "--set", "batch_size=20"),
+        [sys.executable, *command("--images", "600", "--set", "batch_size=20")],
         stdout=end,
         stderr=subprocess.PIPE,
         env=os.environ | {"COLUMNS": "120"},

@@ -100,7 +100,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     bucket = S3()
-    threading.Thread(target=bucket.server.serve_forever, daemon=True).start()
+    threading.Thread(target=bucket.server.serve_forever, args=(0.02,), daemon=True).start()
     yield bucket
     bucket.answers.set()
     bucket.server.shutdown()
