@@ -96,9 +96,12 @@ def test_at_the_end_a_failed_round_is_repeated_until_it_succeeds_or_not_at_all(
 def test_one_that_hangs_or_fails_to_the_end_is_given_up_with_a_reason() -> None:
     release = threading.Event()
     hanging = Rounds(then=lambda: release.wait(PATIENCE), patience=0.05).thread
-    failing = Rounds(failures=10**9, patience=0.05).thread
+    rounds = Rounds(failures=10**9, patience=0.05)
+    failing = rounds.thread
     for thread in (hanging, failing):
         thread.start()
+    while len(rounds.closing) < 2:  # so it has said why the first one failed
+        time.sleep(0.001)
     assert hanging.close() == "no answer within 0.05 s"
     for _ in range(2):
         assert str(failing.close()).startswith("failure ")

@@ -288,7 +288,7 @@ def run(program: str, folder: Path, silence: float) -> list[str]:
 
 def test_what_is_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "SECONDS_PER_LINE", 0.2)
-    said = run(SLOW, tmp_path, silence=0.5)  # it takes 0.8 seconds
+    said = run(SLOW, tmp_path, silence=0.75)  # it takes 0.8 seconds
     assert len(said) >= 2
     assert all(line.startswith("MNIST: ") and line.endswith("% of 8 MB") for line in said)
 
@@ -304,7 +304,7 @@ def test_what_falls_silent_or_never_begins_is_stopped(
     started = time.monotonic()
     with pytest.raises(SourceError, match="nothing came for"):
         run(program, tmp_path, silence)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_bar_is_drawn_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

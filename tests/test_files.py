@@ -321,7 +321,7 @@ def test_appending_costs_the_same_however_long_the_log_is(tmp_path: Path) -> Non
     log = AppendLog(tmp_path / "log")
     log.path.write_bytes((b"x" * 99 + b"\n") * 500_000)  # 50 MB
     log.append("opened")
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(1000):
         log.append("y" * 100)
-    assert time.perf_counter() - start < 1.0  # reading it every time takes many seconds
+    assert time.process_time() - start < 1.0  # reading it every time takes many seconds

@@ -128,19 +128,12 @@ def test_a_damaged_event_is_named_by_file_and_line(
     [
         (2, "trial", 7, "trial 7 follows 0 trials"),
         (4, "trial", 0, "trial 0 follows 1 trials"),
-        (2, "trial", -1, "trial must be >= 0"),
-        (2, "config", 3, "config must be a mapping, but got 3"),
         (2, "config", {"lr": math.inf}, "lr: must be > 0 and <= 10"),
         (2, "config", {"x" * 10_000: 1}, "unknown hyperparameter"),
         (2, "origin", "nowhere", "origin cannot be 'nowhere'"),
-        (2, "seed", 10**30, "seed must be"),
-        (2, "time", 1e300, "time must be"),
         (3, "trial", 5, "no trial 5 has started"),
-        (3, "trial", [0], "trial cannot be [0]"),
         (3, "state", "running", "state cannot be 'running'"),
-        (3, "reason", None, "reason cannot be None"),
         (3, "elapsed", math.nan, "elapsed must be"),
-        (3, "elapsed", True, "elapsed cannot be True"),
     ],
 )
 def test_a_fact_that_cannot_be_is_named_by_file_and_line(

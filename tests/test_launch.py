@@ -73,7 +73,7 @@ def test_a_second_signal_ends_a_search_at_once(searches: Searches, held: Script)
     driver.wait_until(mark.exists)
     time.sleep(0.2)  # those that come together are taken for one
     driver.send(signal.SIGTERM)
-    assert driver.wait(10) == 128 + signal.SIGTERM
+    assert driver.wait(60) == 128 + signal.SIGTERM
     assert history_of(searches.folder("run")).closed_as is None
 
 

@@ -1,7 +1,6 @@
 """What users' paths and URIs mean, which of them are one place, and what is shown of them."""
 
 import os
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -274,29 +273,25 @@ def test_one_place_is_known_through_mounts(tmp_path: Path) -> None:
         assert overlap(tmp_path / "run", tmp_path / "there" / "x")
 
 
-def state_elsewhere(patch: pytest.MonkeyPatch, home: Path) -> None:
-    patch.setenv("XDG_STATE_HOME", str(home / "state"))
-
-
-def no_home(patch: pytest.MonkeyPatch, home: Path) -> None:
-    patch.setenv("HOME", "/proc/nowhere")
-
-
-def others_home(patch: pytest.MonkeyPatch, home: Path) -> None:
-    patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-
-
 @pytest.mark.parametrize(
-    ("where", "remembers"),
-    [(lambda *_: None, True), (state_elsewhere, True), (no_home, False), (others_home, False)],
+    ("variables", "user", "remembers"),
+    [
+        ({}, 0, True),
+        ({"XDG_STATE_HOME": "{}/state"}, 0, True),
+        ({"HOME": "/proc/nowhere"}, 0, False),
+        ({}, 1, False),  # it is another's home
+    ],
 )
 def test_a_storage_is_remembered_for_its_user(
     home: Path,
     monkeypatch: pytest.MonkeyPatch,
-    where: Callable[[pytest.MonkeyPatch, Path], None],
+    variables: dict[str, str],
+    user: int,
     remembers: bool,
 ) -> None:
-    where(monkeypatch, home)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(home))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + user)
     assert not is_remembered("s3://b/f")
     for _ in range(2):
         remember_storage("s3://b/f")

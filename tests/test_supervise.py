@@ -102,18 +102,16 @@ def test_a_search_whose_ray_is_killed_says_so_and_is_resumed(killed: str, tmp_pa
 
 # Seconds after the start, and the files by then: imports, Ray's start, the session, its end.
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT")])
-@pytest.mark.parametrize("seconds", [0.3, 1, 2, 4, 6, 8, 10, 12, 15, 20])
-def test_two_signals_end_a_search_at_once_at_any_moment(
-    seconds: float, pair: tuple[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("seconds", [0.3, 1, 2, 3, 4, 6, 8, 10, 13])
+def test_two_signals_end_a_search_at_once_at_any_moment(seconds: float, tmp_path: Path) -> None:
+    pair = ("SIGTERM", "SIGINT") if seconds % 2 else ("SIGINT", "SIGINT")
     small = ("--space", "sgd", "--images", "1000", "--trials", "4", "--results-dir", tmp_path)
     with started(*small, module="support.scripted_search") as process:
         time.sleep(seconds)
         for name in pair:
             os.killpg(process.pid, signal.Signals[name])
             time.sleep(0.2)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=30)
     if process.returncode:
         assert process.returncode == 128 + signal.Signals[pair[0]]
         assert re.fullmatch(r"(interrupted\n|ended at once; continue with .*\n)?", err)
@@ -246,7 +244,7 @@ def ready(process: subprocess.Popen[str]) -> bool:
         *(
             pytest.param(name, wait, marks=pytest.mark.slow)
             for name in ("search", "confirm", "train", "report", "predict", "bench")
-            for wait in (0, 100, 300, 800, 1500)
+            for wait in (0, 100, 400, 1200)
         ),
     ],
 )

@@ -377,6 +377,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a round of copying every few milliseconds."""
     monkeypatch.setattr(sync, "COPY_EVERY", 0.005)
     monkeypatch.setattr(sync, "COPY_LOAD", 1.0)
+    monkeypatch.setattr(sync, "CLOSING_PATIENCE", 60.0)
 
 
 def wait_for_copy(folder: RunFolder, there: RunFolder) -> None:

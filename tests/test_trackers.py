@@ -73,8 +73,10 @@ def search(tmp_path: Path) -> RecordedSearch:
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for name in ("FOLLOW_EVERY", "RETRY_AFTER", "PAUSE_AT_MOST"):
         monkeypatch.setattr(trackers, name, 0.01)
+    monkeypatch.setattr(trackers, "CLOSING_PATIENCE", PATIENCE)
 
 
 def show(history: History, start: Callable[[], Tracker]) -> None:
