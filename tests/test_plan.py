@@ -99,6 +99,14 @@ def test_the_plan_of_an_older_run_is_read_and_written_alike(run: Path, folder: R
 MISSING = object()
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The search.yaml of a new run."""
+    folder = RunFolder.create(tmp_path_factory.mktemp("sound") / "run")
+    Plan.of(SearchSettings()).save(folder)
+    return folder.search.read_text()
+
+
 @pytest.mark.parametrize(
     ("entry", "value", "reason"),
     [
@@ -126,9 +134,9 @@ MISSING = object()
     ],
 )
 def test_a_damaged_plan_is_one_line_that_names_the_file_and_what_is_wrong(
-    folder: RunFolder, entry: str, value: Any, reason: str
+    folder: RunFolder, sound: str, entry: str, value: Any, reason: str
 ) -> None:
-    Plan.of(SearchSettings()).save(folder)
+    folder.search.write_text(sound)
     data = folder.read_search()
     *parents, key = entry.split(".")
     mapping = reduce(getitem, parents, data)

@@ -50,7 +50,7 @@ def test_patches_hold_for_as_long_as_they_are_entered() -> None:
         storage._get_ray_train_session_dir()
 
 
-def test_a_local_ray_is_told_of_no_cluster_and_has_its_own_token(
+def test_all_local_rays_are_told_of_no_cluster_and_have_one_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_REDIS_ADDRESS", "127.0.0.1:1")
@@ -63,7 +63,7 @@ def test_a_local_ray_is_told_of_no_cluster_and_has_its_own_token(
             tokens.add(os.environ["RAY_AUTH_TOKEN"])
             assert options["_plasma_directory"] == options["_temp_dir"] == str(tmp_path)
         assert "RAY_AUTH_TOKEN" not in os.environ
-    assert len(tokens) == 2
+    assert len(tokens) == 1  # Ray's C++ part reads it once in a process
 
 
 def test_a_worker_that_ray_ended_for_its_memory_is_one_that_died() -> None:

@@ -69,8 +69,8 @@ def test_a_resumed_search_proposes_what_the_unbroken_one_does(
     course = conditional_search(tmp_path / "run")
     unbroken = course.experiment
     expected: dict[int, TrainConfig] = {}
-    for number in run_beside(unbroken, trials=70, at_once=at_once):
-        if number % 6 == 2 or number > 62:
+    for number in run_beside(unbroken, trials=50, at_once=at_once):
+        if number % 9 == 2 or number > 45:
             copied = Path(shutil.copytree(course.path, tmp_path / f"copy{number}"))
             resumed = conditional_search(copied).experiment
             for record in resumed.history.unfinished():

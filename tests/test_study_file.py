@@ -102,7 +102,7 @@ def spoil(path: Path, how: str) -> None:
             path.write_bytes(spoilt[how])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_the_file_says_what_the_study_in_memory_says_over_several_sessions(
     path: Path, seed: int
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_file_that_stays_locked_or_cannot_be_opened_ends_in_a_reason_within_bo
 
 @pytest.mark.parametrize("how", ["deleted", "random", "cut", "empty"])
 def test_a_file_spoilt_in_mid_search_is_written_anew(path: Path, how: str) -> None:
-    search = written(path, 60)
+    search = written(path, 30)
     spoil(path, how)
     search.steps(10)
     search.wait_until_written()
@@ -269,6 +269,6 @@ def test_killed_in_mid_write_the_file_is_brought_up_to_date(path: Path) -> None:
     writer.kill()
     writer.join()
     search = SmallStudy(path)  # the same steps, and more
-    while len(search.study.trials()) < 60:
+    while len(search.study.trials()) < 40:
         search.steps(1)
     close_and_compare(search)
