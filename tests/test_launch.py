@@ -87,21 +87,13 @@ def test_a_run_that_is_under_way_cannot_be_resumed(searches: Searches, held: Scr
     assert driver.wait() == 0, driver.output
 
 
-def run_side_by_side(searches: Searches) -> None:
-    drivers = [searches.start(name, *SMALL, *ONE) for name in ("one", "two")]
-    assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output
-    assert outcome_of(searches.folder("one")) == outcome_of(searches.folder("two"))
-
-
 @pytest.mark.slow
-def test_two_searches_run_side_by_side_on_one_ray(searches: Searches) -> None:
-    run_side_by_side(searches)
-
-
-@pytest.mark.slow
-def test_two_searches_run_side_by_side_each_with_a_ray_of_its_own(tmp_path: Path) -> None:
-    with searches_in(tmp_path, address=None) as searches:
-        run_side_by_side(searches)
+@pytest.mark.parametrize("on_one_ray", [True, False])
+def test_two_searches_run_side_by_side(cluster: Cluster, tmp_path: Path, on_one_ray: bool) -> None:
+    with searches_in(tmp_path, cluster.address if on_one_ray else None) as searches:
+        drivers = [searches.start(name, *SMALL, *ONE) for name in ("one", "two")]
+        assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output
+        assert outcome_of(searches.folder("one")) == outcome_of(searches.folder("two"))
 
 
 def test_a_finished_run_says_so_and_is_resumed_with_more_trials(finished: Searches) -> None:

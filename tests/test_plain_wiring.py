@@ -42,27 +42,23 @@ def ours(tmp_path: Path) -> Course:
     return course
 
 
-def test_a_trial_that_asha_stops_is_pruned_and_keeps_its_last_report(
-    plain: list[FrozenTrial], ours: Course
+@pytest.mark.slow
+def test_a_plain_search_completes_what_asha_stops_and_leaves_running_what_diverges(
+    plain: list[FrozenTrial],
 ) -> None:
     assert plain[1].state == TrialState.COMPLETE  # wrong: after one epoch of five
     assert plain[1].intermediate_values == {}  # wrong: it has reported
     assert plain[1].value == pytest.approx(0.11)
-
-    assert ours.history.trials[2].state == "stopped"
-    assert ours.optuna(2).state == TrialState.PRUNED
-    assert ours.optuna(2).intermediate_values == {1: 0.11}
-
-
-def test_a_trial_that_diverges_ends_there_and_does_not_stay_running(
-    plain: list[FrozenTrial], ours: Course
-) -> None:
     assert plain[2].state == TrialState.RUNNING  # wrong: and TPE steers around it for good
     assert max(plain[2].intermediate_values) >= EPOCHS - 1  # wrong: it was never stopped
 
-    record = ours.history.trials[3]
-    assert (record.state, record.epochs) == ("diverged", 2)
-    assert ours.optuna(3).state == TrialState.PRUNED
+
+def test_here_both_are_pruned_and_keep_their_last_report(ours: Course) -> None:
+    records = ours.history.trials
+    assert (records[2].state, records[2].epochs) == ("stopped", 1)
+    assert (records[3].state, records[3].epochs) == ("diverged", 2)
+    assert {ours.optuna(number).state for number in (2, 3)} == {TrialState.PRUNED}
+    assert ours.optuna(2).intermediate_values == {1: 0.11}
     assert ours.optuna(3).value == 0.81
 
 

@@ -54,7 +54,7 @@ def outcome(ways: str, run: Path) -> tuple[int, list[str], str]:
         ("exit,done", 0, 2, [f"{BY_RAY}; resuming RUN"]),
         ("kill,done", 0, 2, [f"{BY_KERNEL}; resuming RUN"]),
         ("crash,error", 1, 2, ["the search was ended by SIGABRT; resuming RUN", "error: no luck"]),
-        ("exit,exit,exit,exit,exit,done", 0, 6, [f"{BY_RAY}; resuming RUN"] * 5),
+        ("exit,exit,exit,exit,done", 0, 5, [f"{BY_RAY}; resuming RUN"] * 4),
         (
             "exit,idle,idle,idle,idle",
             *(1, 5),
