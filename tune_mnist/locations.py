@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tune_mnist.errors import ConfigError, did_you_mean
+from tune_mnist.host import xdg
 
 # Where storage may be, with those of Arrow's options for its URIs that hold no secret.
 SCHEMES: Mapping[str, tuple[str, ...]] = {
@@ -217,10 +218,8 @@ def is_remembered(uri: str) -> bool:
 
 
 def _record() -> Path | None:
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():  # unset, empty, or to be ignored as the XDG standard says
-        state = Path(os.path.expanduser("~/.local/state"))  # noqa: PTH111
-    return state / "tune_mnist" / "storages" if state.is_absolute() else None
+    state = xdg("STATE", ".local/state")
+    return state and state / "tune_mnist" / "storages"
 
 
 def _for_this_user(path: str, flags: int) -> int:

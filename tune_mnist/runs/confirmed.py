@@ -157,7 +157,7 @@ def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
 def confirmation_of(folder: RunFolder) -> AskedConfirmation | None:
     """Return what was asked of a run's confirmation, or None if it cannot be read."""
     try:
-        return read_asked(RunFolder(folder.confirmation))
+        return read_asked(folder.confirmation)
     except RunFolderError:
         return None
 

@@ -41,8 +41,12 @@ class RunFolder:
         self.study = path / "study.db"  # the Optuna study, SQLite
         self.checkpoints = path / "checkpoints"  # the last states of unfinished trials
         self.tensorboard = path / "tensorboard"  # curves, a folder per trial
-        self.confirmation = path / "confirm"  # the run that confirmed.csv comes from
         self._lock = path / ".lock"
+
+    @property
+    def confirmation(self) -> "RunFolder":
+        """The run that confirmed.csv comes from."""
+        return RunFolder(self.path / "confirm")
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from tune_mnist.errors import RunFolderError, shown
 from tune_mnist.mnist.config import TrainConfig
@@ -22,6 +22,7 @@ from tune_mnist.runs.folder import RunFolder, damaged
 
 End = Literal["complete", "stopped", "diverged", "failed"]
 State = Literal["running", End]
+ENDS: tuple[End, ...] = get_args(End)
 Origin = Literal["baseline", "start", "sampled"]
 COLUMNS = ("trial", *METRICS, "elapsed")
 _INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")

@@ -115,14 +115,15 @@ def _resume(
     folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
     with folder.only_writer():
         copy = copy or _copy_of(folder, settings)
-        begin_copying = copies.enter_context(copied(folder, copy)).begin if copy else _no_copying
+        sync = copies.enter_context(copied(folder, copy)) if copy else None
         # All is read and checked before anything is written, here or there.
         before, history = Plan.load(folder), History.load(folder)
         plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
         history.reopen_hopeless()
         Checkpoints(folder).check(history.unfinished())
         if over := _why_nothing_is_left(plan, history):
-            begin_copying()
+            if sync:
+                sync.begin()
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
         before.check_comparable(folder, history)
@@ -130,7 +131,8 @@ def _resume(
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         on = replace(settings, precision=plan.precision)
         with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
-            begin_copying()
+            if sync:
+                sync.begin()
             return _run(folder, plan, history, runtime)
 
 
@@ -155,10 +157,6 @@ def _copy_of(folder: RunFolder, settings: SearchSettings) -> RemoteRun | None:
             "'storage' there"
         )
     return copy
-
-
-def _no_copying() -> None:
-    pass
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
@@ -201,8 +199,9 @@ def _confirm(
     name = f"{run.folder.name} confirmed"
     with _runtime(confirmation.rules, settings, name, epochs_of) as runtime:
         confirmation = _continuing(run.folder, confirmation, at_end)
-        rules, inner = confirmation.rules, run.folder.confirmation
-        folder = RunFolder(inner) if inner.is_dir() else RunFolder.create(inner)
+        rules, folder = confirmation.rules, run.folder.confirmation
+        if not folder.path.is_dir():
+            RunFolder.create(folder.path)
         images = len(runtime.split.train_labels)
         ending = None
         with folder.only_writer():
@@ -225,7 +224,7 @@ def _continuing(run: RunFolder, confirmation: Confirmation, at_end: bool) -> Con
     An earlier one of other winners is kept aside: the search has gone on. One that was asked for
     otherwise raises RunFolderError, or is kept aside, too, at the end of a search.
     """
-    folder = RunFolder(run.confirmation)
+    folder = run.confirmation
     if not folder.search.exists():
         return confirmation
     with folder.only_writer():
