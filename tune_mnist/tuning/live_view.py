@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
+from tune_mnist.errors import named
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
@@ -383,8 +384,7 @@ class Progress(Callback):
             show()
         except (Exception, SystemExit) as error:  # rich exits when nobody reads its output
             self.close()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, SystemExit):
-                reason = "nobody reads its output"
+            ended = isinstance(error, SystemExit)
+            reason = "nobody reads its output" if ended else named(error)
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"the display failed ({reason}); the search continues\n")

@@ -378,7 +378,7 @@ def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
     Epochs that are newer than the events may be of trials that these do not have.
     """
     found: dict[str, bytes] = {}
-    for run in ("", "confirm/"):
+    for run in _RUNS:
         names = [f"{run}{log}" for log in _LOGS]
         events, epochs = (_finished(content) for content in map(read, names))
         started = sum(line.startswith(b'{"event": "start"') for line in events.splitlines())
