@@ -61,7 +61,7 @@ class RunFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(path.parent, error) from error
+            raise cannot_write(path.parent, error) from error
         try:
             if not _is_abandoned(path):
                 path.mkdir()
@@ -69,7 +69,7 @@ class RunFolder:
         except FileExistsError:
             raise _exists(path) from None
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return cls(path)
 
     @classmethod
@@ -143,7 +143,7 @@ class RunFolder:
         except Timeout:
             raise in_use(self.path) from None
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         try:
             self._make_ready()
             yield
@@ -157,7 +157,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(exist_ok=True)  # Git, zip and buckets drop it where empty
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         remove_leftovers(self.path)
         remove_leftovers(self.checkpoints)
 
@@ -195,7 +195,7 @@ def check_new_run(path: Path) -> None:
         # Only trying finds a read-only disk; the permissions do not show it.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise _cannot_write(path.parent, error) from error
+        raise cannot_write(path.parent, error) from error
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -220,7 +220,7 @@ def _exists(path: Path) -> RunFolderError:
     )
 
 
-def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+def cannot_write(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(
         f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"
     )
