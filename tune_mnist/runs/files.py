@@ -65,6 +65,26 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def in_use(folder: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{folder} is in use: another search is writing to it; wait for it or stop it"
+    )
+
+
+def hold_lock(file: int, run: Path) -> None:
+    """Lock an open file of a run until it is closed, or raise RunFolderError if another has it."""
+    until = time.monotonic() + _FOR_READERS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise in_use(run) from None
+            time.sleep(0.02)
+        except OSError:  # a file system without locks
+            return None
+
+
 def replace_file(
     path: Path, content: bytes | str, *, keep_as: Path | None = None, sync: bool = True
 ) -> None:
@@ -172,7 +192,7 @@ class AppendLog:
         """Open and lock the file for appending, and cut off an unfinished last line."""
         file = open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            self._lock(file)
+            hold_lock(file, self.path.parent)
             content = read_plain(self.path, _LONGEST_LOG)
             finished = content.rfind(b"\n") + 1
             if finished < len(content):
@@ -183,18 +203,6 @@ class AppendLog:
             os.close(file)
             raise
         return file
-
-    def _lock(self, file: int) -> None:
-        until = time.monotonic() + _FOR_READERS
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise in_use(self.path.parent) from None
-                time.sleep(0.02)
-            except OSError:  # a file system without locks
-                return None
 
     def _check_untouched(self, file: int) -> None:
         """Raise SearchFailedError if another process wrote to the log, replaced or moved it."""
@@ -208,12 +216,6 @@ class AppendLog:
                 f"{self.path} is not as this search left it: another process has written to it, "
                 "replaced it or moved it away; see that only one works there, then resume the run"
             )
-
-
-def in_use(folder: Path) -> RunFolderError:
-    return RunFolderError(
-        f"{folder} is in use: another search is writing to it; wait for it or stop it"
-    )
 
 
 def read_yaml(path: Path) -> Any:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from tune_mnist.errors import RunFolderError, did_you_mean, shown
 from tune_mnist.runs.files import (
+    hold_lock,
     in_use,
     is_locked,
+    open_plain,
     read_yaml,
     remove_leftovers,
     replace_file,
@@ -23,7 +24,6 @@ from tune_mnist.runs.files import (
 
 _STARTING = 10.0  # seconds; a search writes search.yaml sooner than this after making its folder
 _LONGEST_REASON = 1000  # characters
-_FOR_READERS = 1.0  # seconds; a reader that looks whether the lock is held has it for an instant
 
 
 class RunFolder:
@@ -137,18 +137,16 @@ class RunFolder:
         none.
         """
         self.check_plain()
-        lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=_FOR_READERS)
-        except Timeout:
-            raise in_use(self.path) from None
+            lock = open_plain(self._lock, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         try:
+            hold_lock(lock, self.path)
             self._make_ready()
             yield
         finally:
-            lock.release()
+            os.close(lock)
 
     def _make_ready(self) -> None:
         """See that no writer is left whose lock was deleted, and clear up after a killed one."""
