@@ -281,5 +281,5 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object
 ) -> None:
     """Print a warning of this package on one line, and none of others."""
-    if "tune_mnist" in filename:
+    if Path(filename).is_relative_to(Path(__file__).parent):
         _print_error(f"warning: {message}")
