@@ -194,16 +194,13 @@ def read_config(path: Path) -> TrainConfig:
     """Return the configuration in a YAML file, or raise ConfigError with what is wrong in it."""
     try:
         values = read_users_yaml(path)
+        if not isinstance(values, dict):
+            rule = "must hold hyperparameters, one `name: value` a line"
+            raise ConfigError(f"{rule}, but holds {shown(values)}")
+        return TrainConfig.from_mapping(values)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        rule = "must hold hyperparameters, one `name: value` a line"
-        raise ConfigError(f"{path}: {rule}, but holds {shown(values)}")
-    try:
-        return TrainConfig.from_mapping(values)
-    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
