@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -202,7 +203,7 @@ def remember_storage(uri: str) -> None:
         return
     with contextlib.suppress(OSError):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(record, "a", opener=_for_this_user) as file:
+        with open(record, "a", opener=partial(os.open, mode=0o600)) as file:
             file.write(f"{uri}\n")
 
 
@@ -220,7 +221,3 @@ def is_remembered(uri: str) -> bool:
 def _record() -> Path | None:
     state = xdg("STATE", ".local/state")
     return state and state / "tune_mnist" / "storages"
-
-
-def _for_this_user(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
