@@ -33,12 +33,6 @@ def test_rungs_lie_at_the_first_epoch_at_or_after_each_power_of_the_factor(
     assert Rungs(grace, factor, budget).epochs == rungs
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -3.0, float("nan")])
-def test_a_factor_that_makes_no_rungs_is_refused_and_not_looped_over(factor: float) -> None:
-    with pytest.raises(ValueError, match="no rungs"):
-        Rungs(1, factor, 20)
-
-
 @pytest.mark.parametrize(("grace", "factor"), ADVANCE)
 @pytest.mark.parametrize("levels", [5, 5000])
 def test_decisions_are_those_of_rays_asha_once_a_rung_has_seen_enough(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import pytest
 from support.processes import environment, python, shell
 
+from tune_mnist import cli
 from tune_mnist.bench import PARTS
 from tune_mnist.cli import AT_LEAST_1, Interrupted, Options, exit_code, flag
 from tune_mnist.errors import ConfigError, DataUnavailableError
@@ -182,3 +183,14 @@ def test_any_text_can_be_printed_in_any_encoding(encoding: str, tmp_path: Path) 
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [(cli.__file__, "warning: mind\n"), ("/home/me/tune_mnist/.venv/lib/torch/nn.py", "")],
+)
+def test_only_warnings_of_this_package_are_shown(
+    file: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._show_warning("mind", UserWarning, file)
+    assert capsys.readouterr().err == said

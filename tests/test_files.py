@@ -13,13 +13,12 @@ from support.disks import mounted
 from support.processes import running
 
 from tune_mnist.errors import RunFolderError, SearchFailedError
-from tune_mnist.mnist.config import TrainConfig
+from tune_mnist.mnist.config import TrainConfig, parse_yaml
 from tune_mnist.runs.files import (
     AppendLog,
     Count,
     Seconds,
     is_locked,
-    parse_yaml,
     read_plain,
     record_of,
     remove_leftovers,

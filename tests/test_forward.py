@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tune_mnist.errors import ConfigError
 from tune_mnist.mnist import cpu, forward
 from tune_mnist.mnist.forward import (
     TORCH,
@@ -196,14 +195,6 @@ def test_a_step_with_a_rate_that_is_a_tensor_equals_that_of_the_plain_modules(
     images, _ = draw_batch()
     found = training_forward(net, images, torch.tensor(rate), seeded(4), backend)
     torch.testing.assert_close(found, plain(images), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_impossible_dropout_is_refused(net: Net, dropout: float) -> None:
-    with pytest.raises(ConfigError, match="0 <= dropout < 1"):
-        training_forward(net, draw_batch()[0], dropout, None)
-    with pytest.raises(ConfigError, match="0 <= dropout < 1"):
-        Net(dropout=dropout)
 
 
 def test_training_does_not_look_at_the_modules_modes_and_rates(net: Net, backend: Backend) -> None:

@@ -24,8 +24,7 @@ from tune_mnist.tuning.trackers import (
     MlflowRuns,
     Tracker,
     Tracking,
-    check_mlflow,
-    mlflow_trackers,
+    mlflow_tracker,
 )
 
 pytest_plugins = ["support.ray_fixtures"]
@@ -190,7 +189,7 @@ def test_event_files_do_not_make_a_runs_folder_anew(search: RecordedSearch) -> N
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store of MLflow's own; making one takes it seconds."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    check_mlflow(uri)
+    mlflow_tracker(uri, "run")
     return uri
 
 
@@ -284,11 +283,10 @@ def test_trackers_have_every_epoch_of_a_killed_and_resumed_search_once(
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "nonsense://here"])
 def test_a_store_that_does_not_answer_is_refused_before_anything_starts(uri: str) -> None:
     with pytest.raises(ConfigError, match="no tracking server or store that answers"):
-        check_mlflow(uri)
+        mlflow_tracker(uri, "run")
 
 
 def test_mlflow_is_not_needed_until_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    assert mlflow_trackers(None, "run") == {}
     with pytest.raises(ConfigError, match="pip install mlflow-skinny"):
-        check_mlflow("sqlite:///mlflow.db")
+        mlflow_tracker("sqlite:///mlflow.db", "run")

@@ -25,16 +25,11 @@ if sys.argv[:1] == ["-m"]:  # of `python -m`, while Python looks for the front d
 def load(run: str | os.PathLike[str]) -> Net:
     """Return the net of a search's best trial, on the CPU and ready for inference.
 
-    It maps images float32 [B, 1, 28, 28], light on dark, to log-probabilities [B, 10]:
+    `run` is the search's folder, or the file of a model; without one, ConfigError is raised. The
+    net maps images float32 [B, 1, 28, 28], light on dark, to log-probabilities [B, 10]:
 
         from tune_mnist.mnist.images import normalised, scaled
         digits = net(normalised(scaled(images))).argmax(1)      # of images uint8 [B, 28, 28]
-
-    Args:
-        run: the search's folder, or the file of a model.
-
-    Raises:
-        ConfigError: no model is there, or none that can be read.
     """
     # Not above: whoever imports the package may not need torch, which takes seconds.
     from tune_mnist.locations import user_path

@@ -1,13 +1,7 @@
 """Measure what tune_mnist costs, part by part: a table, then one line of JSON.
 
-python -m tune_mnist.bench step             the training step on one core
-python -m tune_mnist.bench turnaround       from trial to trial, and what a report costs
-python -m tune_mnist.bench peers            one search against Ray's recipe, Optuna, Syne Tune
-python -m tune_mnist.bench pack             how many trials at once serve best
-python -m tune_mnist.bench cluster          how many reports a second one driver handles
-python -m tune_mnist.bench gpu              an epoch on a GPU, captured or not, by precision
-python -m tune_mnist.bench curves           record learning curves, an hour and more
-python -m tune_mnist.bench replay           searches on recorded curves, ours and others
+python -m tune_mnist.bench step --quick     the training step on one core
+python -m tune_mnist.bench --help           all parts
 """
 
 from importlib import import_module

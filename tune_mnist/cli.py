@@ -85,13 +85,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_by(read: Callable[[str], Path]) -> Parameter:
-    return Parameter(converter=lambda _, tokens: read(tokens[0].value), n_tokens=1)
+def read_by(read: Callable[[str], Any], **more: Any) -> Parameter:
+    """Return how an option's one word is read."""
+    return Parameter(converter=lambda _, tokens: read(tokens[0].value), n_tokens=1, **more)
 
 
 # What an option is that takes a path, and one whose file is written.
-UserPath = Annotated[Path, _read_by(user_path)]
-OutputPath = Annotated[Path, _read_by(output_path)]
+UserPath = Annotated[Path, read_by(user_path)]
+OutputPath = Annotated[Path, read_by(output_path)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -280,5 +281,5 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object
 ) -> None:
     """Print a warning of this package on one line, and none of others."""
-    if "tune_mnist" in filename:
+    if Path(filename).is_relative_to(Path(__file__).parent):
         _print_error(f"warning: {message}")

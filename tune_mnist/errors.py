@@ -109,3 +109,8 @@ def root_cause(error: BaseException) -> BaseException:
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line, or its type where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """Return an error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -34,7 +34,7 @@ def settle() -> None:
         if home() is None:
             os.environ["HOME"] = str(cache_dir())
         own = os.environ.get("MPLCONFIGDIR")
-        folders = [own] if own else [_xdg("CONFIG", ".config"), _xdg("CACHE", ".cache")]
+        folders = [own] if own else [xdg("CONFIG", ".config"), xdg("CACHE", ".cache")]
         if not all(each and _is_writable(Path(each, "matplotlib")) for each in folders):
             os.environ["MPLCONFIGDIR"] = str(cache_dir() / "matplotlib")
 
@@ -48,13 +48,22 @@ def home() -> Path | None:
     return found if found.is_absolute() and os.path.isdir(found) else None  # noqa: PTH112
 
 
+def xdg(kind: str, default: str) -> Path | None:
+    """Return XDG_<kind>_HOME or what stands for it in the home folder, None without a home."""
+    named = Path(os.environ.get(f"XDG_{kind}_HOME", ""))
+    if named.is_absolute():  # else it is to be ignored, says the standard
+        return named
+    found = home()
+    return found and found / default
+
+
 def cache_dir(holding: str = "") -> Path:
     """Return this user's folder for what can be made again.
 
     That is `tune_mnist` in the cache folder, if it can be written or has the entry `holding`
     already; else a folder among the temporary ones. Raise TuneMnistError if there is none.
     """
-    usual = _xdg("CACHE", ".cache")
+    usual = xdg("CACHE", ".cache")
     found = usual and usual / "tune_mnist"
     if found and (_is_writable(found) or (holding and os.path.exists(found / holding))):  # noqa: PTH110
         return found
@@ -155,15 +164,6 @@ def _remove(outer: Path, patience: float) -> None:
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
-
-
-def _xdg(kind: str, default: str) -> Path | None:
-    """Return XDG_<kind>_HOME or what stands for it in the home folder, None without a home."""
-    named = Path(os.environ.get(f"XDG_{kind}_HOME", ""))
-    if named.is_absolute():  # else it is to be ignored, says the standard
-        return named
-    found = home()
-    return found and found / default
 
 
 def _is_writable(folder: Path) -> bool:

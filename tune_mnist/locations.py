@@ -8,10 +8,12 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tune_mnist.errors import ConfigError, did_you_mean
+from tune_mnist.host import xdg
 
 # Where storage may be, with those of Arrow's options for its URIs that hold no secret.
 SCHEMES: Mapping[str, tuple[str, ...]] = {
@@ -201,7 +203,7 @@ def remember_storage(uri: str) -> None:
         return
     with contextlib.suppress(OSError):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(record, "a", opener=_for_this_user) as file:
+        with open(record, "a", opener=partial(os.open, mode=0o600)) as file:
             file.write(f"{uri}\n")
 
 
@@ -217,11 +219,5 @@ def is_remembered(uri: str) -> bool:
 
 
 def _record() -> Path | None:
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():  # unset, empty, or to be ignored as the XDG standard says
-        state = Path(os.path.expanduser("~/.local/state"))  # noqa: PTH111
-    return state / "tune_mnist" / "storages" if state.is_absolute() else None
-
-
-def _for_this_user(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    state = xdg("STATE", ".local/state")
+    return state and state / "tune_mnist" / "storages"

@@ -35,11 +35,7 @@ class PredictSettings:
 
 
 def predict(settings: PredictSettings) -> None:
-    """Read the digits.
-
-    Raises:
-        ConfigError: there is no model, or an image cannot be read; the other images are.
-    """
+    """Read the digits; an image that cannot be read raises ConfigError after the others."""
     if settings.run is None or not settings.images:
         raise ConfigError("name a run's folder and one or more image files")
 
@@ -72,10 +68,5 @@ def predict(settings: PredictSettings) -> None:
         raise ConfigError("; ".join(errors))
 
 
-def main() -> None:
-    """Run the command."""
-    run("predict", PredictSettings, predict)
-
-
 if __name__ == "__main__":
-    main()
+    run("predict", PredictSettings, predict)

@@ -76,9 +76,5 @@ def _write(runs: "list[RunView]", settings: ReportSettings) -> None:
         tell(str(each))
 
 
-def main() -> None:
-    run("report", ReportSettings, report)
-
-
 if __name__ == "__main__":
-    main()
+    run("report", ReportSettings, report)

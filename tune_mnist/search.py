@@ -5,7 +5,6 @@ python -m tune_mnist.search --space quick --images 6000 --time-budget 5m
 python -m tune_mnist.search --resume results/default-20261123-101500
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune_mnist import supervise
@@ -22,21 +21,17 @@ if TYPE_CHECKING:
 
 def search(settings: SearchSettings, epochs_of: "EpochSource | None" = None) -> int:
     if settings.list_runs:
-        list_runs(settings.results_dir)
+        from rich.console import Console
+
+        from tune_mnist.reporting.summary import Listing
+
+        Console().print(Listing(settings.results_dir), crop=False)
         return 0
     # Imported here: Ray takes two seconds, which --help and a mistyped option need not wait for.
     from tune_mnist.tuning import launch
 
     outlive_output()
     return launch.search(settings.resuming(supervise.run_to_resume), epochs_of)
-
-
-def list_runs(results: Path) -> None:
-    from rich.console import Console
-
-    from tune_mnist.reporting.summary import Listing
-
-    Console().print(Listing(results), crop=False)
 
 
 if __name__ == "__main__":

@@ -314,9 +314,5 @@ def save(
         raise TuneMnistError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
-def main() -> None:
-    run("train", TrainSettings, train_by)
-
-
 if __name__ == "__main__":
-    main()
+    run("train", TrainSettings, train_by)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_mnist.errors import ConfigError, StateError
+from tune_mnist.errors import ConfigError, StateError, named
 from tune_mnist.mnist.config import TrainConfig, Value
 from tune_mnist.mnist.net import Net
 from tune_mnist.mnist.step import Step, flat
@@ -120,6 +120,5 @@ def load_model(path: Path) -> SavedModel:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: no model was kept there") from None
     except Exception as error:  # as in `unpack`
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{path} holds no model of this net ({what})") from error
+        raise ConfigError(f"{path} holds no model of this net ({named(error)})") from error
     return SavedModel(net.eval(), config, content)

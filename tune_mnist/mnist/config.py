@@ -5,11 +5,12 @@ configuration as a YAML file, with `NAME=VALUE` texts over it.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
-from math import isfinite, nan
+from itertools import chain
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -34,12 +35,29 @@ def check_precision(precision: Precision, device: str) -> None:
         raise ConfigError(f"--precision {precision} is for GPUs: a CPU computes in float32")
 
 
+LARGEST_YAML = 1 << 20  # bytes
+_MOST_NODES = 100_000  # of a YAML file, once what it refers to is put in
 _HOLDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 
-def _number(default: float, *limits: str) -> Any:
-    """Declare a number, between limits such as `> 0` and `<= 10`."""
-    return field(default=default, metadata={"limits": limits})
+class Limits:
+    """Within what a number must lie that is typed or read: rules such as `> 0` and `<= 10`."""
+
+    def __init__(self, *rules: str, or_nan: bool = False) -> None:
+        """Allow NaN, which stands for a missing number, if `or_nan`."""
+        self._rules, self._or_nan = rules, or_nan
+        self._bounds = [(_HOLDS[sign], float(bound)) for sign, bound in map(str.split, rules)]
+
+    def hold(self, value: float) -> bool:
+        within = all(holds(value, bound) for holds, bound in self._bounds)
+        return within or (self._or_nan and isnan(value))
+
+    def __str__(self) -> str:
+        return " and ".join(self._rules)
+
+
+def _number(default: float, *rules: str) -> Any:
+    return field(default=default, metadata={"limits": Limits(*rules)})
 
 
 @dataclass(frozen=True)
@@ -115,12 +133,6 @@ def is_integer(name: str) -> bool:
     return _TYPES[name] is int
 
 
-@cache
-def _limits_of(name: str) -> list[tuple[Callable[[Any, Any], bool], float]]:
-    given = map(str.split, CONFIG_FIELDS[name].metadata["limits"])
-    return [(_HOLDS[sign], float(bound)) for sign, bound in given]
-
-
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` is a hyperparameter."""
     if name not in CONFIG_FIELDS:
@@ -148,10 +160,9 @@ def check_value(name: str, value: Any) -> Value:
         )
     if is_integer(name) and value % 1 != 0:  # true of NaN and infinities as well
         raise ConfigError(f"{name}: must be a whole number, but got {shown(value)}")
-    for holds, bound in _limits_of(name):  # before float(), which overflows on huge integers
-        if not holds(value, bound):  # nor does NaN
-            limits = CONFIG_FIELDS[name].metadata["limits"]
-            raise ConfigError(f"{name}: must be {' and '.join(limits)}, but got {shown(value)}")
+    limits: Limits = CONFIG_FIELDS[name].metadata["limits"]
+    if not limits.hold(value):  # before float(), which overflows on huge integers
+        raise ConfigError(f"{name}: must be {limits}, but got {shown(value)}")
     return int(value) if is_integer(name) else float(value)
 
 
@@ -182,17 +193,14 @@ def _hint_for_number(value: Any) -> str:
 def read_config(path: Path) -> TrainConfig:
     """Return the configuration in a YAML file, or raise ConfigError with what is wrong in it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_users_yaml(path)
+        if not isinstance(values, dict):
+            rule = "must hold hyperparameters, one `name: value` a line"
+            raise ConfigError(f"{rule}, but holds {shown(values)}")
+        return TrainConfig.from_mapping(values)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        rule = "must hold hyperparameters, one `name: value` a line"
-        raise ConfigError(f"{path}: {rule}, but holds {shown(values)}")
-    try:
-        return TrainConfig.from_mapping(values)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -213,6 +221,76 @@ def _parse_value(name: str, text: str) -> Any:
         with suppress(ValueError):  # before YAML, which takes 1e-4 for text
             return float(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text.encode())
+    except ValueError:
         return text  # the check of the value names the rule
+
+
+def parse_yaml(content: bytes) -> Any:
+    """Return what YAML holds, or raise ValueError with the place and what is wrong there."""
+    try:
+        return yaml.load(content, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{place}not usable YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
+        ) from error
+    # What PyYAML does not wrap: a date such as 2024-99-99, `!!bool maybe`, endless nesting.
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"not usable YAML: {type(error).__name__}: {error}") from error
+
+
+def read_users_yaml(path: Path) -> Any:
+    """Return what a user's YAML file holds, or raise OSError or ValueError.
+
+    It may be a link or come from a pipe.
+    """
+    with path.open("rb") as file:
+        content = file.read(LARGEST_YAML + 1)
+    if len(content) > LARGEST_YAML:
+        raise ValueError(f"has more than {LARGEST_YAML:,} bytes")
+    return parse_yaml(content)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, and references that make a small file a huge one.
+
+    PyYAML's safe loader keeps the last of two keys silently.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, before merge keys (`<<`) are resolved: what they bring may be overridden.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[Hashable] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        if _nodes(node, {}) > _MOST_NODES:
+            raise yaml.MarkedYAMLError(
+                problem="refers to itself, or too often to the same", problem_mark=node.start_mark
+            )
+        return super().construct_document(node)
+
+
+def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """Count the nodes in one, each as often as it is referred to."""
+    if id(node) not in known:
+        known[id(node)] = inf  # if it is met again before it is counted, it holds itself
+        children: Iterable[yaml.Node] = ()
+        if isinstance(node, yaml.MappingNode):
+            children = chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_nodes(child, known) for child in children)
+    return known[id(node)]

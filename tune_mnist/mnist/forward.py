@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tune_mnist.mnist.images import normalised, scaled
-from tune_mnist.mnist.net import IMAGE_SHAPE, Net, blocks, check_dropout
+from tune_mnist.mnist.net import IMAGE_SHAPE, Net, blocks
 
 LAST = torch.channels_last
 
@@ -80,8 +80,6 @@ def training_forward(
     statistics are updated as torch does. A `dropout` of a float 0 draws nothing; a scalar tensor
     is read by the device alone, so a captured graph reads it anew at each replay.
     """
-    if not isinstance(dropout, Tensor):
-        check_dropout(dropout)
     features = backend.features(net, images, dropout, generator)
     return F.log_softmax(net.classifier(features.flatten(1)), dim=1)
 

@@ -4,27 +4,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from tune_mnist.mnist.config import Limits
+
 Metric = Literal["val_accuracy", "test_accuracy"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Within what a number must lie that is read from a file."""
-
-    low: float
-    high: float
-    or_nan: bool = False  # which stands for a missing one
-
-    def hold(self, value: float) -> bool:
-        return self.low <= value <= self.high or (self.or_nan and math.isnan(value))
-
-    def __str__(self) -> str:
-        return f">= {self.low:g} and <= {self.high:g}"
-
-
-Loss = Annotated[float, Limits(-math.inf, math.inf, or_nan=True)]
-Fraction = Annotated[float, Limits(0, 1, or_nan=True)]
-Time = Annotated[float, Limits(0, 1e9, or_nan=True)]
+Loss = Annotated[float, Limits(or_nan=True)]
+Fraction = Annotated[float, Limits(">= 0", "<= 1", or_nan=True)]
+Time = Annotated[float, Limits(">= 0", "<= 1e9", or_nan=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +20,16 @@ class EpochMetrics:
     (1-based within the epoch), was not evaluated, and is the last.
     """
 
-    epoch: Annotated[int, Limits(1, 1e6)]  # 1-based, finished
+    epoch: Annotated[int, Limits(">= 1", "<= 1e6")]  # 1-based, finished
     train_loss: Loss  # as optimized, during the epoch
     val_loss: Loss
     val_accuracy: Fraction
     test_loss: Loss
     test_accuracy: Fraction
-    test_correct: Annotated[int, Limits(0, 1e9)]  # of 10,000
+    test_correct: Annotated[int, Limits(">= 0", "<= 1e9")]  # of 10,000
     seconds: Time  # training time, without the evaluation
     evaluation_seconds: Time
-    diverged_step: Annotated[int, Limits(1, 1e9)] | None = None
+    diverged_step: Annotated[int, Limits(">= 1", "<= 1e9")] | None = None
 
     @property
     def diverged(self) -> bool:

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tune_mnist.errors import ConfigError
-
 IMAGE_SHAPE = (1, 28, 28)
 CLASSES = 10
 NORMS = 8  # batch norms, each followed by dropout
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise ConfigError for a rate outside [0, 1): survivors are divided by 1 - rate."""
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigError(f"dropout: `0 <= dropout < 1` must hold, but got {dropout}")
 
 
 class Net(nn.Module):
@@ -34,7 +26,6 @@ class Net(nn.Module):
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
-        check_dropout(dropout)
         self.features = nn.Sequential(
             *_layers((1, 8, 16, 32, 8, 16, 32), kernels=(3, 3, 3, 1, 3, 3), dropout=dropout),
             nn.MaxPool2d(2),

@@ -22,12 +22,11 @@ from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.confirmed import CONFIDENCE
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, duration, percent, points, setting, short_path
-from tune_mnist.runs.history import History, Origin, State
+from tune_mnist.runs.history import ENDS, History, Origin
 from tune_mnist.runs.ranking import RankedTrial, baseline_of, gain, rank_by_best, ranked_trials
 from tune_mnist.runs.view import RunState, RunView, find_runs
 
 ROWS = 5
-ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _ORIGINS: dict[Origin, str] = {
     "baseline": "the baseline",
     "start": "a known good point of the space's start list",

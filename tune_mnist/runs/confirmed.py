@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import pandas as pd
 
 from tune_mnist.errors import RunFolderError, one_line
-from tune_mnist.mnist.config import MAX_EPOCHS, TrainConfig
-from tune_mnist.mnist.metrics import Limits, Metric
+from tune_mnist.mnist.config import MAX_EPOCHS, Limits, TrainConfig
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.files import Count, read_plain, record_of, replace_file
 from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.formatting import count, percent, points
@@ -46,9 +46,9 @@ class Candidate:
 class AskedConfirmation:
     """What a confirmation was asked, as its search.yaml says."""
 
-    epochs: Annotated[int, Limits(1, MAX_EPOCHS)]
+    epochs: Annotated[int, Limits(">= 1", f"<= {MAX_EPOCHS}")]
     images: Count | None  # None: all of them
-    seeds: tuple[Annotated[int, Limits(0, 2**64)], ...]
+    seeds: tuple[Annotated[int, Limits(">= 0", f"<= {2**64}")], ...]
     configurations: tuple[Candidate, ...]  # the baseline first
 
 
@@ -157,7 +157,7 @@ def read_confirmed(folder: RunFolder) -> pd.DataFrame | None:
 def confirmation_of(folder: RunFolder) -> AskedConfirmation | None:
     """Return what was asked of a run's confirmation, or None if it cannot be read."""
     try:
-        return read_asked(RunFolder(folder.confirmation))
+        return read_asked(folder.confirmation)
     except RunFolderError:
         return None
 

@@ -13,30 +13,24 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from tune_mnist.errors import RunFolderError, SearchFailedError, shown
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.metrics import Limits
+from tune_mnist.mnist.config import LARGEST_YAML, Limits, TrainConfig, parse_yaml
 
 Record = TypeVar("Record")
-Count = Annotated[int, Limits(0, 1e9)]
-Seconds = Annotated[float, Limits(0, 1e9)]
+Count = Annotated[int, Limits(">= 0", "<= 1e9")]
+Seconds = Annotated[float, Limits(">= 0", "<= 1e9")]
 
 _LARGEST = 1 << 26  # bytes of a file that is read whole
 _LONGEST_LOG = 1 << 30
-_LARGEST_YAML = 1 << 20
-_MOST_NODES = 100_000  # of a YAML file, once what it refers to is put in
 _LONGEST_TEXT = 10_000  # characters
-_FINITE = Limits(-1e300, 1e300)
+_FINITE = Limits(">= -1e300", "<= 1e300")
 _FOR_READERS = 1.0  # seconds; a reader that looks whether a file is locked has it for an instant
 
 
@@ -69,6 +63,26 @@ def is_locked(path: Path) -> bool:
     except OSError:
         pass
     return False
+
+
+def in_use(folder: Path) -> RunFolderError:
+    return RunFolderError(
+        f"{folder} is in use: another search is writing to it; wait for it or stop it"
+    )
+
+
+def hold_lock(file: int, run: Path) -> None:
+    """Lock an open file of a run until it is closed, or raise RunFolderError if another has it."""
+    until = time.monotonic() + _FOR_READERS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise in_use(run) from None
+            time.sleep(0.02)
+        except OSError:  # a file system without locks
+            return None
 
 
 def replace_file(
@@ -178,7 +192,7 @@ class AppendLog:
         """Open and lock the file for appending, and cut off an unfinished last line."""
         file = open_plain(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
-            self._lock(file)
+            hold_lock(file, self.path.parent)
             content = read_plain(self.path, _LONGEST_LOG)
             finished = content.rfind(b"\n") + 1
             if finished < len(content):
@@ -189,18 +203,6 @@ class AppendLog:
             os.close(file)
             raise
         return file
-
-    def _lock(self, file: int) -> None:
-        until = time.monotonic() + _FOR_READERS
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise in_use(self.path.parent) from None
-                time.sleep(0.02)
-            except OSError:  # a file system without locks
-                return None
 
     def _check_untouched(self, file: int) -> None:
         """Raise SearchFailedError if another process wrote to the log, replaced or moved it."""
@@ -216,73 +218,9 @@ class AppendLog:
             )
 
 
-def in_use(folder: Path) -> RunFolderError:
-    return RunFolderError(
-        f"{folder} is in use: another search is writing to it; wait for it or stop it"
-    )
-
-
-def parse_yaml(content: bytes) -> Any:
-    """Return what YAML holds, or raise ValueError with the place and what is wrong there."""
-    try:
-        return yaml.load(content, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ValueError(f"{place}not usable YAML: {error.problem or error.context}") from error
-    except yaml.reader.ReaderError as error:
-        raise ValueError(
-            f"not YAML: {error.reason} at position {error.position}; save it as UTF-8 text"
-        ) from error
-    # What PyYAML does not wrap: a date such as 2024-99-99, `!!bool maybe`, endless nesting.
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"not usable YAML: {type(error).__name__}: {error}") from error
-
-
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file in a run's folder holds, or raise OSError or ValueError."""
-    return parse_yaml(read_plain(path, _LARGEST_YAML))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and references that make a small file a huge one.
-
-    PyYAML's safe loader keeps the last of two keys silently.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, before merge keys (`<<`) are resolved: what they bring may be overridden.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-    def construct_document(self, node: yaml.Node) -> Any:
-        if _nodes(node, {}) > _MOST_NODES:
-            raise yaml.MarkedYAMLError(
-                problem="refers to itself, or too often to the same", problem_mark=node.start_mark
-            )
-        return super().construct_document(node)
-
-
-def _nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """Count the nodes in one, each as often as it is referred to."""
-    if id(node) not in known:
-        known[id(node)] = math.inf  # if it is met again before it is counted, it holds itself
-        children: Iterable[yaml.Node] = ()
-        if isinstance(node, yaml.MappingNode):
-            children = chain.from_iterable(node.value)
-        elif isinstance(node, yaml.SequenceNode):
-            children = node.value
-        known[id(node)] = 1 + sum(_nodes(child, known) for child in children)
-    return known[id(node)]
+    return parse_yaml(read_plain(path, LARGEST_YAML))
 
 
 def record_of(kind: type[Record], values: Any, name: str = "") -> Record:

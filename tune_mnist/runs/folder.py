@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from tune_mnist.errors import RunFolderError, did_you_mean, shown
 from tune_mnist.runs.files import (
+    hold_lock,
     in_use,
     is_locked,
+    open_plain,
     read_yaml,
     remove_leftovers,
     replace_file,
@@ -23,7 +24,6 @@ from tune_mnist.runs.files import (
 
 _STARTING = 10.0  # seconds; a search writes search.yaml sooner than this after making its folder
 _LONGEST_REASON = 1000  # characters
-_FOR_READERS = 1.0  # seconds; a reader that looks whether the lock is held has it for an instant
 
 
 class RunFolder:
@@ -41,8 +41,12 @@ class RunFolder:
         self.study = path / "study.db"  # the Optuna study, SQLite
         self.checkpoints = path / "checkpoints"  # the last states of unfinished trials
         self.tensorboard = path / "tensorboard"  # curves, a folder per trial
-        self.confirmation = path / "confirm"  # the run that confirmed.csv comes from
         self._lock = path / ".lock"
+
+    @property
+    def confirmation(self) -> "RunFolder":
+        """The run that confirmed.csv comes from."""
+        return RunFolder(self.path / "confirm")
 
     @property
     def name(self) -> str:
@@ -57,7 +61,7 @@ class RunFolder:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_write(path.parent, error) from error
+            raise cannot_write(path.parent, error) from error
         try:
             if not _is_abandoned(path):
                 path.mkdir()
@@ -65,7 +69,7 @@ class RunFolder:
         except FileExistsError:
             raise _exists(path) from None
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return cls(path)
 
     @classmethod
@@ -133,18 +137,16 @@ class RunFolder:
         none.
         """
         self.check_plain()
-        lock = FileLock(self._lock)
         try:
-            lock.acquire(timeout=_FOR_READERS)
-        except Timeout:
-            raise in_use(self.path) from None
+            lock = open_plain(self._lock, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         try:
+            hold_lock(lock, self.path)
             self._make_ready()
             yield
         finally:
-            lock.release()
+            os.close(lock)
 
     def _make_ready(self) -> None:
         """See that no writer is left whose lock was deleted, and clear up after a killed one."""
@@ -153,7 +155,7 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(exist_ok=True)  # Git, zip and buckets drop it where empty
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
         remove_leftovers(self.path)
         remove_leftovers(self.checkpoints)
 
@@ -191,7 +193,7 @@ def check_new_run(path: Path) -> None:
         # Only trying finds a read-only disk; the permissions do not show it.
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise _cannot_write(path.parent, error) from error
+        raise cannot_write(path.parent, error) from error
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -216,7 +218,7 @@ def _exists(path: Path) -> RunFolderError:
     )
 
 
-def _cannot_write(path: Path, error: OSError) -> RunFolderError:
+def cannot_write(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(
         f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"
     )

@@ -12,16 +12,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from tune_mnist.errors import RunFolderError, shown
-from tune_mnist.mnist.config import TrainConfig
-from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Limits, Metric
+from tune_mnist.mnist.config import Limits, TrainConfig
+from tune_mnist.mnist.metrics import METRICS, EpochMetrics, Metric
 from tune_mnist.runs.files import AppendLog, Count, Seconds, record_of
 from tune_mnist.runs.folder import RunFolder, damaged
 
 End = Literal["complete", "stopped", "diverged", "failed"]
 State = Literal["running", End]
+ENDS: tuple[End, ...] = get_args(End)
 Origin = Literal["baseline", "start", "sampled"]
 COLUMNS = ("trial", *METRICS, "elapsed")
 _INTEGERS = ("trial", "epoch", "test_correct", "diverged_step")
@@ -75,7 +76,7 @@ def _number(column: str, cell: str) -> float:
 class _Event:
     """A line of events.jsonl."""
 
-    time: Annotated[float, Limits(0, 1e11)]  # by the driver's clock, seconds since 1970
+    time: Annotated[float, Limits(">= 0", "<= 1e11")]  # by the driver's clock, seconds since 1970
     elapsed: Seconds = 0.0  # on the search's clock
 
 
@@ -94,7 +95,7 @@ class _Started(_Event):
     trial: Count
     ray_id: str
     origin: Origin
-    seed: Annotated[int, Limits(0, 2**64)]
+    seed: Annotated[int, Limits(">= 0", f"<= {2**64}")]
     config: TrainConfig
 
 

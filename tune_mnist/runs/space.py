@@ -18,8 +18,13 @@ from optuna.trial import BaseTrial
 
 from tune_mnist.errors import InvalidInputError, SearchSpaceError, did_you_mean, one_line, shown
 from tune_mnist.locations import user_path
-from tune_mnist.mnist.config import CONFIG_FIELDS, MAX_EPOCHS, TrainConfig, Value
-from tune_mnist.runs.files import parse_yaml
+from tune_mnist.mnist.config import (
+    CONFIG_FIELDS,
+    MAX_EPOCHS,
+    TrainConfig,
+    Value,
+    read_users_yaml,
+)
 from tune_mnist.runs.parameter import (
     Conditions,
     Parameter,
@@ -33,7 +38,6 @@ from tune_mnist.runs.parameter import (
     show,
 )
 
-_LARGEST_FILE = 1 << 20  # bytes
 _DEFAULTS = TrainConfig().as_dict()
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -288,11 +292,7 @@ def _find_space(name_or_path: str) -> Path:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        with path.open("rb") as file:  # a user's own: it may be a link, or come from a pipe
-            content = file.read(_LARGEST_FILE + 1)
-        if len(content) > _LARGEST_FILE:
-            raise ValueError(f"has more than {_LARGEST_FILE:,} bytes")
-        return parse_yaml(content)
+        return read_users_yaml(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     except ValueError as error:

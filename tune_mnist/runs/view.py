@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tune_mnist.errors import RunFolderError
-from tune_mnist.mnist.config import MAX_EPOCHS, Precision
-from tune_mnist.mnist.metrics import Limits, Metric
+from tune_mnist.mnist.config import MAX_EPOCHS, Limits, Precision
+from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.files import Count, Seconds, record_of
 from tune_mnist.runs.folder import RunFolder, damaged
 from tune_mnist.runs.history import History
@@ -37,14 +37,14 @@ class Asked:
 
     metric: Metric  # what the search selects by
     trials: Count | None = None
-    epochs: Annotated[int, Limits(1, MAX_EPOCHS)]  # the budget of a trial
+    epochs: Annotated[int, Limits(">= 1", f"<= {MAX_EPOCHS}")]  # the budget of a trial
     time_budget: Seconds | None = None
     images: Count | None = None  # None: all of them
     grace_epochs: Count | None = None
     reduction_factor: float | None = None
     startup_trials: Count | None = None
     no_start: bool = False
-    seed: Annotated[int, Limits(0, 2**128)] | None = None
+    seed: Annotated[int, Limits(">= 0", f"<= {2**128}")] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

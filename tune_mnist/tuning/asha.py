@@ -20,8 +20,6 @@ class Rungs:
 
         No rung lies at or beyond `epochs`, a trial's budget.
         """
-        if grace_epochs < 1 or not reduction_factor > 1:
-            raise ValueError(f"no rungs from epoch {grace_epochs} by a factor {reduction_factor}")
         self._factor = reduction_factor
         self._seen: dict[int, set[int]] = {}  # by epoch: trials
         self._values: dict[int, list[float]] = {}  # by epoch: theirs, ascending

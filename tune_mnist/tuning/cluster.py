@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import threading
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -35,6 +34,7 @@ def connected(address: str | None) -> Iterator[Path]:
     that cluster cannot be joined.
     """
     ray_patches.silence_dying_workers()
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is said in one line
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(scratch())
         with ray_patches.signals_left_to_us():
@@ -75,20 +75,19 @@ def _check_loopback() -> None:
 
 def _join(address: str) -> None:
     """Connect this process to a cluster, or raise ClusterError."""
-    with _quiet():
-        try:
-            if address == "auto":
-                address = ray_patches.address_of_this_node()
-            _check_port(address)
-            if address.startswith(CLIENT):
-                ray_patches.use_token()
-            else:
-                _check_this_is_a_node(address)
-            _join_with_package(address)
-        except ClusterError:
-            raise
-        except Exception as error:
-            raise ClusterError(_why_not(address, error)) from error
+    try:
+        if address == "auto":
+            address = ray_patches.address_of_this_node()
+        _check_port(address)
+        if address.startswith(CLIENT):
+            ray_patches.use_token()
+        else:
+            _check_this_is_a_node(address)
+        _join_with_package(address)
+    except ClusterError:
+        raise
+    except Exception as error:
+        raise ClusterError(_why_not(address, error)) from error
 
 
 def _join_with_package(address: str) -> None:
@@ -104,24 +103,7 @@ def _join_with_package(address: str) -> None:
 
 
 def _init(**options: Any) -> None:
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ray's warnings off the terminal; the error that follows says it in one line."""
-    stderr = os.dup(2)  # some come from C++
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 2)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        os.dup2(stderr, 2)
-        os.close(stderr)
+    ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **options)
 
 
 def _check_port(address: str) -> None:

@@ -169,8 +169,8 @@ class Confirmation:
 def keep_aside(run: RunFolder) -> Path:
     """Move a run's confirmation and its table to a folder beside it, and return that folder."""
     with contextlib.suppress(FileNotFoundError):
-        run.confirmed.replace(run.confirmation / run.confirmed.name)
-    return run.confirmation.rename(run.path / time.strftime("confirm-replaced-%Y%m%d-%H%M%S"))
+        run.confirmed.replace(run.confirmation.confirmed)
+    return run.confirmation.path.rename(run.path / time.strftime("confirm-replaced-%Y%m%d-%H%M%S"))
 
 
 def _fresh_seeds(run: RunView, wanted: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ hold the right to write to the run's folder, run a session on it, report how it 
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tune_mnist.cli import tell
-from tune_mnist.errors import ConfigError, RunFolderError
+from tune_mnist.errors import ConfigError, RunFolderError, named
 from tune_mnist.locations import check_run_name, is_remembered, storage_uri, tracking_uri
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import summary
@@ -38,7 +38,7 @@ from tune_mnist.tuning.resources import living_nodes
 from tune_mnist.tuning.runner import Ending, Runtime, run_session, writing
 from tune_mnist.tuning.settings import ConfirmOptions, ConfirmSettings, RunOn, SearchSettings
 from tune_mnist.tuning.sync import check_new_copy, copied, folder_for
-from tune_mnist.tuning.trackers import check_mlflow, mlflow_trackers
+from tune_mnist.tuning.trackers import Tracker, mlflow_tracker
 from tune_mnist.tuning.worker import EpochSource, train_assignment
 
 
@@ -69,10 +69,7 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
 
 
 def confirm(settings: ConfirmSettings, epochs_of: EpochSource | None = None) -> int:
-    """Run or resume the confirmation of a search and return the exit code.
-
-    Args and Raises: as for `search`.
-    """
+    """Run or resume the confirmation of a search and return the exit code, as `search` does."""
     if settings.run is None:
         raise ConfigError("name the search's folder, such as results/default")
     code = _confirm(settings.run, settings, settings, epochs_of)
@@ -115,14 +112,15 @@ def _resume(
     folder = folder_for(copy, settings.results_dir) if copy else RunFolder.open(Path(resume))
     with folder.only_writer():
         copy = copy or _copy_of(folder, settings)
-        begin_copying = copies.enter_context(copied(folder, copy)).begin if copy else _no_copying
+        sync = copies.enter_context(copied(folder, copy)) if copy else None
         # All is read and checked before anything is written, here or there.
         before, history = Plan.load(folder), History.load(folder)
         plan = replace(before.changed_by(settings), storage=copy.storage if copy else None)
         history.reopen_hopeless()
         Checkpoints(folder).check(history.unfinished())
         if over := _why_nothing_is_left(plan, history):
-            begin_copying()
+            if sync:
+                sync.begin()
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
         before.check_comparable(folder, history)
@@ -130,7 +128,8 @@ def _resume(
             tell(f"warning: since {folder.path} was last worked on, {difference}")
         on = replace(settings, precision=plan.precision)
         with _runtime(plan.rules, on, folder.name, epochs_of) as runtime:
-            begin_copying()
+            if sync:
+                sync.begin()
             return _run(folder, plan, history, runtime)
 
 
@@ -155,10 +154,6 @@ def _copy_of(folder: RunFolder, settings: SearchSettings) -> RemoteRun | None:
             "'storage' there"
         )
     return copy
-
-
-def _no_copying() -> None:
-    pass
 
 
 def _why_nothing_is_left(plan: Plan, history: History) -> str | None:
@@ -201,8 +196,9 @@ def _confirm(
     name = f"{run.folder.name} confirmed"
     with _runtime(confirmation.rules, settings, name, epochs_of) as runtime:
         confirmation = _continuing(run.folder, confirmation, at_end)
-        rules, inner = confirmation.rules, run.folder.confirmation
-        folder = RunFolder(inner) if inner.is_dir() else RunFolder.create(inner)
+        rules, folder = confirmation.rules, run.folder.confirmation
+        if not folder.path.is_dir():
+            RunFolder.create(folder.path)
         images = len(runtime.split.train_labels)
         ending = None
         with folder.only_writer():
@@ -225,7 +221,7 @@ def _continuing(run: RunFolder, confirmation: Confirmation, at_end: bool) -> Con
     An earlier one of other winners is kept aside: the search has gone on. One that was asked for
     otherwise raises RunFolderError, or is kept aside, too, at the end of a search.
     """
-    folder = RunFolder(run.confirmation)
+    folder = run.confirmation
     if not folder.search.exists():
         return confirmation
     with folder.only_writer():
@@ -264,9 +260,9 @@ def _runtime(
     rules: Rules, settings: RunOn, name: str, epochs_of: EpochSource | None
 ) -> Iterator[Runtime]:
     """Load the data, connect to Ray and settle what a trial takes."""
-    mlflow = settings.mlflow and tracking_uri(settings.mlflow)
-    if mlflow:
-        check_mlflow(mlflow)
+    trackers: dict[str, Callable[[], Tracker]] = {}
+    if settings.mlflow:
+        trackers["MLflow"] = mlflow_tracker(tracking_uri(settings.mlflow), name)
     precision = settings.precision or "float32"
     holdout = rules.metric == "val_accuracy"
     data = split(load_mnist(settings.data_dir), holdout=holdout, images=rules.images)
@@ -278,7 +274,7 @@ def _runtime(
             nodes=living_nodes(),
             split=data,
             epochs_of=epochs_of or partial(train_assignment, precision=precision),
-            trackers=mlflow_trackers(mlflow, name),
+            trackers=trackers,
         )
 
 
@@ -301,8 +297,7 @@ def draw_report(path: Path, data_dir: Path | None) -> None:
         written = write_report([RunView.read(path)], data_dir=data_dir)
         tell(f"report: {short_path(written[0])}")
     except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
         tell(
-            f"warning: the report could not be drawn ({what}); nothing else is missing, and "
-            f"python -m tune_mnist.report {path} tries again"
+            f"warning: the report could not be drawn ({named(error)}); nothing else is missing, "
+            f"and python -m tune_mnist.report {path} tries again"
         )

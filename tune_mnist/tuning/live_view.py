@@ -15,18 +15,18 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
+from tune_mnist.errors import named
 from tune_mnist.mnist.data import Split
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.formatting import count, differences, duration, percent, short_path
-from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
+from tune_mnist.runs.history import ENDS, EpochRow, History, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar, RankedTrial
 from tune_mnist.runs.tables import write_tables
 from tune_mnist.tuning.experiment import Experiment, Rules
 from tune_mnist.tuning.resources import Node, TrialResources, in_words
 from tune_mnist.tuning.tune_adapters import number_of
 
-_ENDS: tuple[State, ...] = ("complete", "stopped", "diverged", "failed")
 _NODES_NAMED = 6  # in a larger cluster, nodes of a kind are counted
 
 SECONDS_BETWEEN_VIEWS = 0.25
@@ -220,7 +220,7 @@ def finished_line(tally: Tally, record: TrialRecord, elapsed: float) -> str:
 def live_view(tally: Tally, folder: RunFolder, elapsed: float, height: int) -> Text:
     """Return the view of a running search, no higher than `height` lines."""
     rules = tally.rules
-    ends = ", ".join(f"{tally.states[s]:,} {s}" for s in _ENDS if tally.states[s])
+    ends = ", ".join(f"{tally.states[s]:,} {s}" for s in ENDS if tally.states[s])
     left = tally.time_left(elapsed)
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(short_path(folder.path), "bold")
@@ -384,8 +384,7 @@ class Progress(Callback):
             show()
         except (Exception, SystemExit) as error:  # rich exits when nobody reads its output
             self.close()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, SystemExit):
-                reason = "nobody reads its output"
+            ended = isinstance(error, SystemExit)
+            reason = "nobody reads its output" if ended else named(error)
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"the display failed ({reason}); the search continues\n")

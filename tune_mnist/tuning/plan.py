@@ -142,12 +142,8 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += compare(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {_cut(old)}, is now {_cut(new)}")
+            found.append(f"{prefix}{key} was {str(old)[:100]}, is now {str(new)[:100]}")
     return found
-
-
-def _cut(value: Any) -> str:
-    return str(value)[:100]
 
 
 def versions() -> dict[str, str]:

@@ -1,10 +1,8 @@
 """One session on Ray: wires Tune, Optuna and a run's folder together, and runs to an end."""
 
 import contextlib
-import logging
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -102,6 +100,7 @@ def run_session(
 def _fit(
     experiment: Experiment, supervisor: Supervisor, runtime: Runtime, progress: Progress
 ) -> None:
+    os.environ.update(DRIVER_ENVIRONMENT)
     resources = runtime.resources
     room = Room(resources, runtime.settings.max_concurrent)
     trainable = tune.with_resources(
@@ -109,7 +108,6 @@ def _fit(
         {"cpu": resources.cpus, "gpu": resources.gpus},
     )
     with (
-        _quiet(),
         staging_in(str(runtime.scratch)),
         memory_kills_survived(),
         contextlib.suppress(SearchOverError),
@@ -187,18 +185,3 @@ def _explaining_ray(folder: RunFolder) -> Iterator[None]:
             f"Ray Tune cannot continue ({cause.strip()[:300]}): see to its cause, then continue "
             f"with --resume {folder.path}; what was finished is safe"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Tune's log and its warnings off the terminal; the search has its own display."""
-    os.environ.update(DRIVER_ENVIRONMENT)
-    logger = logging.getLogger("ray")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(before)

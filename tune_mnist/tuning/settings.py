@@ -7,11 +7,11 @@ import math
 import re
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from tune_mnist.cli import AT_LEAST_0, AT_LEAST_1, Limit, Options, UserPath, flag
+from tune_mnist.cli import AT_LEAST_0, AT_LEAST_1, Limit, Options, UserPath, flag, read_by
 from tune_mnist.errors import ConfigError
 from tune_mnist.locations import check_run_name, is_uri, storage_uri, tracking_uri, user_path
 from tune_mnist.mnist.config import MAX_EPOCHS, Precision
@@ -41,19 +41,12 @@ def parse_duration(text: str) -> float:
         ) from None
 
 
-def _duration(type_: Any, tokens: Any) -> float:
-    return parse_duration(tokens[0].value)
-
-
-def _folder_or_uri(type_: Any, tokens: Any) -> Path | str:
-    text = str(tokens[0].value)
+def _folder_or_uri(text: str) -> Path | str:
     return text if is_uri(text) else user_path(text)
 
 
-_TIME = Parameter(converter=_duration, n_tokens=1, show_default=False, metavar="TIME")
-_FOLDER_OR_URI = Parameter(converter=_folder_or_uri, n_tokens=1, metavar="RUN")
-
-
+_TIME = read_by(parse_duration, show_default=False, metavar="TIME")
+_FOLDER_OR_URI = read_by(_folder_or_uri, metavar="RUN")
 _MOST_EPOCHS = Limit.at_most(MAX_EPOCHS)
 _ABOVE_0_SECONDS = Limit("above 0 seconds", lambda value: value > 0)
 _ABOVE_1 = Limit("above 1", lambda value: 1 < value < math.inf)

@@ -27,7 +27,7 @@ from tune_mnist.errors import RunFolderError, TuneMnistError, one_line
 from tune_mnist.locations import check_run_name, identity, remember_storage
 from tune_mnist.runs.checkpoints import is_whole
 from tune_mnist.runs.files import replace_file
-from tune_mnist.runs.folder import RunFolder
+from tune_mnist.runs.folder import RunFolder, cannot_write
 from tune_mnist.runs.formatting import short_path
 from tune_mnist.runs.history import History
 from tune_mnist.tuning.background import BackgroundThread, Pace
@@ -300,9 +300,7 @@ def folder_for(remote: RemoteRun, results: Path) -> RunFolder:
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write to {path} ({error.strerror}): choose a folder with --results-dir"
-        ) from error
+        raise cannot_write(path, error) from error
     return RunFolder(path)
 
 
@@ -378,7 +376,7 @@ def _logs(read: Callable[[str], bytes]) -> dict[str, bytes]:
     Epochs that are newer than the events may be of trials that these do not have.
     """
     found: dict[str, bytes] = {}
-    for run in ("", "confirm/"):
+    for run in _RUNS:
         names = [f"{run}{log}" for log in _LOGS]
         events, epochs = (_finished(content) for content in map(read, names))
         started = sum(line.startswith(b'{"event": "start"') for line in events.splitlines())

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from tune_mnist.errors import ConfigError
+from tune_mnist.errors import ConfigError, named
 from tune_mnist.locations import masked
 from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning.background import BackgroundThread, Pace
@@ -85,11 +85,7 @@ class Tracking:
         if tracker is not None:
             with contextlib.suppress(Exception):
                 tracker.close()
-        return _described(error, 300)
-
-
-def _described(error: Exception, length: int) -> str:
-    return masked(" ".join(f"{type(error).__name__}: {error}".split()))[:length]
+        return masked(named(error))
 
 
 _SCALARS = (
@@ -235,15 +231,8 @@ def _hyperparameters(record: TrialRecord) -> dict[str, Any]:
     return {**record.config.as_dict(), "seed": record.seed}
 
 
-def mlflow_trackers(tracking_uri: str | None, experiment: str) -> dict[str, Callable[[], Tracker]]:
-    """Return how to start MLflow's tracker, by its name; nothing without a tracking URI."""
-    if tracking_uri is None:
-        return {}
-    return {"MLflow": partial(MlflowRuns, tracking_uri, experiment)}
-
-
-def check_mlflow(tracking_uri: str) -> None:
-    """Raise ConfigError, before anything starts, if MLflow is not installed or does not answer."""
+def mlflow_tracker(tracking_uri: str, experiment: str) -> Callable[[], Tracker]:
+    """Return what starts MLflow's tracker, or raise ConfigError if it cannot be used."""
     if find_spec("mlflow") is None:
         raise ConfigError(
             "--mlflow needs MLflow's client, which is not installed: pip install mlflow-skinny"
@@ -256,8 +245,9 @@ def check_mlflow(tracking_uri: str) -> None:
     except Exception as error:  # its stores have many ways to say no
         raise ConfigError(
             f"--mlflow: {masked(tracking_uri)} is no tracking server or store that answers "
-            f"({_described(error, 200)})"
+            f"({masked(named(error))})"
         ) from error
+    return partial(MlflowRuns, tracking_uri, experiment)
 
 
 def _quieten() -> None:

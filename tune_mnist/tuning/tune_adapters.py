@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tune_mnist.errors import SearchFailedError, StateError
+from tune_mnist.errors import SearchFailedError, StateError, named, one_line
 from tune_mnist.tuning.experiment import Experiment
 from tune_mnist.tuning.ray_patches import OUT_OF_MEMORY, actor_of
 
@@ -217,11 +217,10 @@ def _refuse_unusable_state(number: int, error: BaseException) -> None:
 def describe(error: BaseException) -> str:
     """Return on one line why a worker failed."""
     if isinstance(error, RayTaskError):
-        cause = error.cause
-        return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
-    text = " ".join(str(error).split())
+        return named(error.cause)
     if not isinstance(error, RayActorError):
-        return text[:300]
+        return one_line(error)
+    text = " ".join(str(error).split())
     if OUT_OF_MEMORY in text:
         return OUT_OF_MEMORY
     if "its node has died" in text or isinstance(error, ActorUnavailableError):
