@@ -35,6 +35,7 @@ sys.stdin.read()
 def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_file, "WRITE_EVERY", 0.02)
     monkeypatch.setattr(study_file, "RETRY_AFTER", 0.1)
+    monkeypatch.setattr(study_file, "_AT_ONCE", 30)
 
 
 @pytest.fixture
