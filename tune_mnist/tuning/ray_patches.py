@@ -168,7 +168,7 @@ def memory_kills_survived() -> contextlib.AbstractContextManager[Any]:
 def callbacks_not_counted() -> contextlib.AbstractContextManager[Any]:
     """Have Tune not count its own callbacks among ours.
 
-    To know them it imports all of MLflow, where that is installed: 1.5 s of CPU time a start.
+    To know them it imports all of MLflow, where that is installed: a second of CPU time a start.
     """
     return mock.patch("ray.air._internal.usage.tag_callbacks")
 
