@@ -50,6 +50,11 @@ def test_arguments_become_settings() -> None:
         ("--eggs x", 'error: Invalid value for --eggs: unable to convert "x" into int (--help'),
         ("--eggs", "error: Parameter --eggs requires an argument (--help"),
         ("3 4", "error: unexpected argument: 3 4 (--help"),
+        (f"--eggs {'9' * 5000}", "error: an argument has 5,000 bytes, where 4,096 are the most"),
+        (f"--eggs {'9' * 4000}", "error: --eggs must be at most 1e30, but got a number of 4000"),
+        (f"--eggs {'x' * 4000}", 'error: Invalid value for --eggs: unable to convert "xxx'),
+        (f"--{'x' * 4000} 3", "error: Unknown option: --xxx"),
+        ("x " * 4000, "error: unexpected argument: x x"),
     ],
 )
 def test_arguments_that_make_no_settings_are_one_line_and_exit_code_2(
@@ -61,6 +66,7 @@ def test_arguments_that_make_no_settings_are_one_line_and_exit_code_2(
     assert out == ""
     assert err.startswith(message)
     assert err.count("\n") == 1
+    assert len(err) < 400
     assert not ran
 
 

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from support.course import Course
 from support.drivers import replace
 from support.epochs import epoch_metrics
+from support.scripted import unpacked
 
 from tune_mnist.mnist.metrics import Metric
 from tune_mnist.runs.history import History
@@ -32,11 +33,11 @@ DIVERGED = "the loss was not finite at step 5 of epoch "
 @pytest.mark.parametrize(
     ("accuracies", "state", "optuna_state", "reason", "best"),
     [
-        ([*good()[:-1], 0.5], "complete", TrialState.COMPLETE, "", b"2 8"),
-        ([0.95, 0.96, 0.97, 0.7], "stopped", TrialState.PRUNED, "among the poorer ones", b"2 3"),
-        ([0.95, math.nan], "diverged", TrialState.PRUNED, f"{DIVERGED}2", b"2 1"),
-        ([math.nan], "diverged", TrialState.FAIL, f"{DIVERGED}1", b"0 9"),
-        ([0.95], "failed", TrialState.FAIL, "the worker died", b"2 1"),
+        ([*good()[:-1], 0.5], "complete", TrialState.COMPLETE, "", "2 8"),
+        ([0.95, 0.96, 0.97, 0.7], "stopped", TrialState.PRUNED, "among the poorer ones", "2 3"),
+        ([0.95, math.nan], "diverged", TrialState.PRUNED, f"{DIVERGED}2", "2 1"),
+        ([math.nan], "diverged", TrialState.FAIL, f"{DIVERGED}1", "0 9"),
+        ([0.95], "failed", TrialState.FAIL, "the worker died", "2 1"),
     ],
     ids=["complete", "stopped", "diverged", "diverged at once", "failed"],
 )
@@ -46,7 +47,7 @@ def test_a_trial_ends_with_every_finite_report_and_the_last_as_its_value(
     state: str,
     optuna_state: TrialState,
     reason: str,
-    best: bytes,
+    best: str,
 ) -> None:
     for _ in range(2):  # the baseline, and one that stands in the rungs
         course.trial(*(value - 0.1 for value in good()))
@@ -66,7 +67,7 @@ def test_a_trial_ends_with_every_finite_report_and_the_last_as_its_value(
     assert trial.intermediate_values == finite
     assert trial.value == (finite[max(finite)] if finite and state != "failed" else None)
     assert trial.user_attrs == {"ray_trial_id": "ray", "state": state, "reason": record.reason}
-    assert course.folder.best_model.read_bytes() == best
+    assert unpacked(course.folder.best_model) == best
     assert course.checkpoints.load(course.history.trials[number]) is None
 
 
@@ -107,7 +108,7 @@ def test_everything_goes_by_the_chosen_metric(tmp_path: Path, metric: Metric) ->
             assert stop == (epoch == EPOCHS - 1)
         course.experiment.finish(number)
     assert course.optuna(1).value == course.history.trials[1].rows[-1].accuracy(metric)
-    assert course.folder.best_model.read_bytes() == f"1 {EPOCHS}".encode()
+    assert unpacked(course.folder.best_model) == f"1 {EPOCHS}"
 
 
 def test_without_start_points_the_baseline_is_first_and_never_stopped(

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -326,6 +327,31 @@ def test_a_place_that_only_a_run_names_is_sent_nothing(
     (there / "run").mkdir()
     assert resume(folder) == 0
     assert (there / "run" / "epochs.csv").exists()
+
+
+def test_what_a_resume_with_nothing_to_train_was_given_is_kept(tmp_path: Path) -> None:
+    folder, copies = finished_run(tmp_path / "run"), tmp_path / "copies"
+    assert resume(folder, storage=str(copies)) == 0
+    assert Plan.load(folder).storage == copies.as_uri()
+    copied = RunFolder(copies / "run")
+    assert copied.read_search() == folder.read_search()
+    copied.trials.unlink(missing_ok=True)
+    folder.trials.write_text("new")
+    assert resume(folder) == 0
+    assert copied.trials.read_text() == "new"
+
+
+def test_a_search_that_cannot_confirm_has_its_report_and_the_code_of_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, drawn = finished_run(tmp_path / "run"), list[Path]()
+    inner = RunFolder.create(folder.confirmation.path)
+    inner.write_search({})
+    monkeypatch.setattr(launch, "_runtime", lambda *_: nullcontext())
+    monkeypatch.setattr(launch, "draw_report", lambda path, _: drawn.append(path))
+    with inner.only_writer(), pytest.raises(RunFolderError, match="confirm is in use"):
+        search(SearchSettings(resume=folder.path, confirm=True))
+    assert drawn == [folder.path]
 
 
 def test_a_space_whose_name_makes_none_for_a_run_is_refused(tmp_path: Path) -> None:

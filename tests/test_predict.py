@@ -1,4 +1,5 @@
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,20 @@ def test_a_run_gives_its_net_ready_for_inference(run: Path) -> None:
     for net in (tune_mnist.load(run), tune_mnist.load(str(run / "best.pt"))):
         assert not net.training
         assert torch.equal(net(images), _net().eval()(images))
-    model = load_model(run / "best.pt")
+    model = load_model(run / "best.pt", Path.read_bytes)
     assert model.config == TrainConfig(lr=0.02)
     assert model.facts == {"trial": 3, "test_accuracy": 0.1}
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no model", b"PK\x03\x04 nor this", print])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no model", b"PK\x03\x04 nor this", print, os.mkfifo, "a link"]
+)
 def test_what_is_no_model_or_would_run_code_is_refused_in_a_line(run: Path, content: Any) -> None:
     if content is None:
         (run / "best.pt").unlink()
+    elif content in (os.mkfifo, "a link"):
+        kept = (run / "best.pt").rename(run / "kept.pt")
+        os.mkfifo(run / "best.pt") if content is os.mkfifo else (run / "best.pt").symlink_to(kept)
     elif content is print:
         torch.save({"weights": print, "config": {}}, run / "best.pt")
     else:

@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
 from ray._private import utils
+from ray.air._internal import usage
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError
 from ray.train._internal import storage as untyped_storage
+from ray.tune import Callback
 
 import tune_mnist
 from tune_mnist.tuning import ray_patches
@@ -46,6 +49,12 @@ def test_patches_hold_for_as_long_as_they_are_entered() -> None:
     with ray_patches.without_dashboard(), ray_patches.staging_in("/here"):
         assert isinstance(utils.get_dashboard_dependency_error(), ImportError)
         assert storage._get_ray_train_session_dir() == "/here"
+    with (
+        ray_patches.callbacks_not_counted(),
+        mock.patch.object(usage, "_count_callbacks") as count,
+    ):
+        usage.tag_callbacks([Callback()])
+    assert not count.called
     with pytest.raises(AssertionError, match="Ray must be initialized"):
         storage._get_ray_train_session_dir()
 

@@ -8,9 +8,11 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from support.disks import mounted
 from support.drivers import fork
@@ -35,6 +37,7 @@ def haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study_file, "WRITE_EVERY", 0.02)
     monkeypatch.setattr(study_file, "RETRY_AFTER", 0.1)
     monkeypatch.setattr(study_file, "CLOSING_PATIENCE", 60.0)
+    monkeypatch.setattr(study_file, "_AT_ONCE", 30)
 
 
 @pytest.fixture
@@ -253,6 +256,23 @@ def test_a_full_disk_ends_in_a_reason_and_room_makes_it_good(
             assert search.study.close() is not None
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
         close_and_compare(SmallStudy(disk / "study.db", earlier=search.recorded()))
+
+
+def test_a_file_that_takes_long_to_read_is_not_given_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = closed(path, 150).recorded()
+    read = RDBStorage._get_trials
+
+    def slowly(*arguments: Any) -> list[FrozenTrial]:
+        trials = read(*arguments)
+        time.sleep(4 * len(trials) / len(earlier))
+        return trials
+
+    monkeypatch.setattr(RDBStorage, "_get_trials", slowly)
+    monkeypatch.setattr(study_file, "_AT_ONCE", len(earlier) // 8)
+    monkeypatch.setattr(study_file, "CLOSING_PATIENCE", 2.0)
+    assert SmallStudy(path, earlier=earlier).study.close() is None
 
 
 def search_without_end(path: Path) -> None:

@@ -27,7 +27,7 @@ from support.drivers import (
 )
 from support.epochs import epoch_metrics
 from support.s3_server import S3
-from support.scripted import Script
+from support.scripted import Script, packed, unpacked
 
 from tune_mnist.errors import RunFolderError
 from tune_mnist.mnist.config import TrainConfig
@@ -204,7 +204,7 @@ def search_alone(folder: RunFolder) -> None:
     for epoch in range(1, 7):
         for number in range(3):
             row = EpochRow(**epoch_metrics(epoch, 0.5).as_dict(), trial=number, elapsed=0.5)
-            checkpoints.save_best(f"{len(history.rows) + 1}".encode())
+            checkpoints.save_best(packed(f"{len(history.rows) + 1}"))
             checkpoints.save(history.trials[number], row, bytes(100_000))
             history.add_epoch(row)
             time.sleep(0.02)
@@ -241,7 +241,7 @@ def test_a_copy_can_be_resumed_at_every_instant(
         sync.fetch_newer(fetched, remote)
         history = History.load(fetched)
         seen[len(history.rows)] += 1
-        best = int(fetched.best_model.read_bytes()) if fetched.best_model.exists() else 0
+        best = int(unpacked(fetched.best_model)) if fetched.best_model.exists() else 0
         assert best >= min(len(history.rows), 18)
         for record in history.unfinished():
             state = Checkpoints(fetched).load(record)
@@ -307,7 +307,7 @@ def test_a_folder_that_is_behind_its_copy_is_caught_up(tmp_path: Path) -> None:
 def test_what_only_the_copy_has_is_fetched(tmp_path: Path) -> None:
     there = make_run(tmp_path / "there" / "run", ONE, ROWS[0] + ROWS[1])
     (there.checkpoints / "00000.state").write_bytes(b"of an unfinished trial")
-    there.best_model.write_bytes(b"of epoch 2")
+    there.best_model.write_bytes(packed("of epoch 2"))
     folder = make_run(tmp_path / "run", ONE, ROWS[0] + ROWS[1])
     folder.checkpoints.rmdir()  # as Git and zip do
     with kept_in_line(folder, there, begins=False):
@@ -433,6 +433,8 @@ def save_state(folder: RunFolder, number: int, state: bytes) -> None:
         (cut("search.yaml", 99), ""),
         (removed("best.pt"), ""),
         (cut("best.pt", 0), ""),
+        (cut("best.pt", 100), ""),
+        (rewritten("best.pt", bytes(1000)), ""),
         (removed("trials.csv"), ""),
         (removed("checkpoints/00001.state"), ""),
         (cut("checkpoints/00001.state", 100), ""),
@@ -451,8 +453,8 @@ def test_whatever_happens_to_the_folder_the_copy_keeps_what_it_has(
     folder, there = copied_run(tmp_path, TWO, ALL)
     make_run(folder.path / "confirm", ONE, ROWS[0] + ROWS[1])
     save_state(folder, 1, bytes(1000))
-    for path in (folder.best_model, folder.trials):
-        path.write_bytes(b"whole")
+    folder.best_model.write_bytes(packed("whole"))
+    folder.trials.write_bytes(b"whole")
     with kept_in_line(folder, there):
         wait_for_copy(folder, there)
         before = contents_of(there.path)
@@ -538,7 +540,7 @@ def test_a_copy_never_has_an_epoch_without_the_model_that_was_best_at_it(
         """List them, and have another epoch come to its end before any is read."""
         yield from list(listed(of))
         epoch = folder.epochs.read_bytes().count(b"\n")
-        folder.best_model.write_bytes(f"{epoch}".encode())
+        folder.best_model.write_bytes(packed(f"{epoch}"))
         with folder.epochs.open("ab") as epochs:
             epochs.write(row(0, epoch))
 
@@ -546,7 +548,7 @@ def test_a_copy_never_has_an_epoch_without_the_model_that_was_best_at_it(
         written(copy, name, content)
         if name == "epochs.csv":
             epochs = content.count(b"\n") - 1
-            assert epochs == 0 or int(there.best_model.read_bytes()) >= epochs
+            assert epochs == 0 or int(unpacked(there.best_model)) >= epochs
 
     monkeypatch.setattr(sync, "_files", list_files)
     monkeypatch.setattr(RemoteRun, "write", write)

@@ -1,6 +1,7 @@
 """Trackers are told what the history says: by the thread, in TensorBoard's files, in MLflow."""
 
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -170,6 +171,20 @@ def test_written_again_an_event_file_only_grows(tmp_path: Path) -> None:
     show(History.load(search.folder), lambda: EventFiles(search.folder.tensorboard))
     assert file.read_bytes().startswith(before)
     assert steps(search.folder.tensorboard / "0") == [1, 2]
+    search.end(number, "complete")
+    damages: list[Callable[[bytes], bytes]] = [
+        bytes,  # none: it is whole
+        lambda content: content + b"more",
+        lambda content: content[:-20],
+        lambda content: content[:-100] + bytes(100),
+    ]
+    for damage in damages:
+        content = file.read_bytes()
+        file.write_bytes(damage(content))
+        os.utime(file, (1, 1))
+        show(History.load(search.folder), lambda: EventFiles(search.folder.tensorboard))
+        assert (file.stat().st_mtime == 1) == (damage is bytes)
+        assert file.read_bytes() == content
     shutil.rmtree(search.folder.tensorboard)
     search.folder.tensorboard.write_text("in the way")
     why = Tracking("X", search.history, lambda: EventFiles(search.folder.tensorboard)).close()

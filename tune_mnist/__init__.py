@@ -5,12 +5,12 @@ net = tune_mnist.load("results/default")    # the best trial's, ready for infere
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import os
-
     from tune_mnist.mnist.net import Net
 
 __all__ = ["load"]
@@ -34,6 +34,9 @@ def load(run: str | os.PathLike[str]) -> Net:
     # Not above: whoever imports the package may not need torch, which takes seconds.
     from tune_mnist.locations import user_path
     from tune_mnist.mnist.checkpoint import load_model
+    from tune_mnist.runs.files import read_plain
 
     path = user_path(str(run))
-    return load_model(path / "best.pt" if path.is_dir() else path).net
+    # In a run's folder no link is followed, but a user may name one.
+    model = path / "best.pt" if path.is_dir() else Path(os.path.realpath(path))
+    return load_model(model, read_plain).net

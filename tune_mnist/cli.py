@@ -24,7 +24,7 @@ from typing import Annotated, Any, Generic, NoReturn, TextIO, TypeVar
 from cyclopts import App, CycloptsError, Group, Parameter, UnusedCliTokensError
 
 from tune_mnist import __version__, supervise
-from tune_mnist.errors import ConfigError, OutputError, TuneMnistError
+from tune_mnist.errors import ConfigError, OutputError, TuneMnistError, shown
 from tune_mnist.host import settle
 from tune_mnist.locations import masked, output_path, user_path
 from tune_mnist.supervise import stops
@@ -32,6 +32,8 @@ from tune_mnist.supervise import stops
 Settings = TypeVar("Settings")
 
 _OPTIONS = Group("Options")
+_LONGEST = 4096  # bytes of an argument: a path's
+_LONGEST_ECHO = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def _entry(command: Command[Any]) -> Callable[..., int]:
 def _exit_code(app: App, arguments: Sequence[str]) -> int:
     settle()
     try:
+        _check_lengths(arguments)
         command, bound, _ = app.parse_args(list(arguments))
         # --help and --version are commands of the library's own; they return None.
         code: int | None = command(*bound.args, **bound.kwargs)
@@ -194,6 +197,8 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
         what = str(error).rstrip(".")
         if isinstance(error, UnusedCliTokensError):
             what = f"unexpected argument: {' '.join(error.unused_tokens or [])}"
+        if len(what) > _LONGEST_ECHO:
+            what = f"{what[:_LONGEST_ECHO]}..."
         _print_error(f"error: {what} (--help lists the options)")
         return 2
     except TuneMnistError as error:
@@ -202,6 +207,16 @@ def _exit_code(app: App, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as interrupt:
         _print_error(str(interrupt) or "interrupted")
         return 128 + (stops.first or signal.SIGINT)  # as in shells
+
+
+def _check_lengths(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that no message could show."""
+    for argument in arguments:
+        if (length := len(os.fsencode(argument))) > _LONGEST:
+            raise ConfigError(
+                f"an argument has {length:,} bytes, where {_LONGEST:,} are the most: "
+                f"{shown(argument)}"
+            )
 
 
 def _print_error(message: str) -> None:

@@ -4,7 +4,7 @@ A state is the same whatever computes it: `net`, a state_dict; `optimizer`, its 
 names and then by those of the weights; `average`, the averaged net and its age, or None.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -110,10 +110,10 @@ def pack_model(config: TrainConfig, weights: bytes, **facts: Value | None) -> by
     return pack({"config": config.as_dict(), "weights": state, **facts})
 
 
-def load_model(path: Path) -> SavedModel:
+def load_model(path: Path, read: Callable[[Path], bytes]) -> SavedModel:
     """Read a file that `pack_model` made, executing nothing, or raise ConfigError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(BytesIO(read(path)), map_location="cpu", weights_only=True)
         net = Net()
         net.load_state_dict(content.pop("weights"))
         config = TrainConfig.from_mapping(content.pop("config"))

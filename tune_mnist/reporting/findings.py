@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from tune_mnist.mnist.data import read_test_set
 from tune_mnist.mnist.metrics import Metric
+from tune_mnist.runs.files import read_plain
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow, History, State, TrialRecord
 from tune_mnist.runs.ranking import BestSoFar
@@ -121,7 +122,7 @@ def find_mistakes(folder: RunFolder, data_dir: Path | None = None) -> Mistakes:
     from tune_mnist.mnist.forward import evaluation_forward
     from tune_mnist.mnist.images import normalised, scaled
 
-    model = load_model(folder.best_model)
+    model = load_model(folder.best_model, read_plain)
     pixels = normalised(scaled(torch.from_numpy(images.copy())))
     probabilities = np.asarray(evaluation_forward(model.net, pixels).exp())
     guesses = probabilities.argmax(axis=1)

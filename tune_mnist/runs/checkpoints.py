@@ -8,9 +8,11 @@ short. Nothing here is unpickled; the worker reads the state with torch's weight
 
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,14 @@ def is_whole(content: bytes) -> bool:
     except _DAMAGE:
         return False
     return True
+
+
+def is_whole_model(content: bytes) -> bool:
+    """Return True if a file is a model as torch writes it, to its end: a zip file."""
+    try:
+        return zipfile.ZipFile(BytesIO(content)).testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def _identity(record: TrialRecord) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tune_mnist.cli import tell
-from tune_mnist.errors import ConfigError, RunFolderError, named
+from tune_mnist.errors import ConfigError, RunFolderError, TuneMnistError, named
 from tune_mnist.locations import check_run_name, is_remembered, storage_uri, tracking_uri
 from tune_mnist.mnist.data import load_mnist, split
 from tune_mnist.reporting.summary import summary
@@ -55,6 +55,7 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
         else:
             ended = _resume(settings, settings.resume, epochs_of, copies)
         code, plan, path = ended.exit_code, ended.plan, ended.folder.path
+        unconfirmed: TuneMnistError | None = None
         if code == 0 and plan.confirm:
             left = max(plan.rules.time_limit - ended.history.elapsed, 1.0)
             options = ConfirmOptions(images=plan.rules.images, time_budget=left)
@@ -63,8 +64,12 @@ def search(settings: SearchSettings, epochs_of: EpochSource | None = None) -> in
                 code = _confirm(path, options, on, epochs_of, at_end=True)
             except NothingToConfirmError as error:
                 tell(str(error))
+            except TuneMnistError as error:
+                unconfirmed = error
         if code == 0 and settings.report:
             draw_report(path, settings.data_dir)
+        if unconfirmed is not None:  # said last: the search itself went well
+            raise unconfirmed
         return code
 
 
@@ -121,6 +126,8 @@ def _resume(
         if over := _why_nothing_is_left(plan, history):
             if sync:
                 sync.begin()
+            with writing(folder):
+                plan.save_around_rules(folder)
             tell(f"{folder.path}: {over}")
             return _Search(folder, plan, history)
         before.check_comparable(folder, history)

@@ -106,6 +106,13 @@ class Plan:
             }
         )
 
+    def save_around_rules(self, folder: RunFolder) -> None:
+        """Save the storage and the like of a run in which nothing is trained."""
+        before = folder.read_search()
+        now = before | {name: getattr(self, name) for name in _BESIDE_RULES}
+        if now != before:
+            folder.write_search(now)
+
     def check_comparable(self, folder: RunFolder, history: History) -> None:
         """Raise RunFolderError if its search.yaml was changed in what epochs are compared by."""
         then, now = history.asked, self.rules.lasting

@@ -165,6 +165,14 @@ def memory_kills_survived() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(RayActorManager, "_actor_task_failed", failed)
 
 
+def callbacks_not_counted() -> contextlib.AbstractContextManager[Any]:
+    """Have Tune not count its own callbacks among ours.
+
+    To know them it imports all of MLflow, where that is installed: a second of CPU time a start.
+    """
+    return mock.patch("ray.air._internal.usage.tag_callbacks")
+
+
 def actor_of(trial: Trial) -> Any:
     """Return the handle of a trial's worker, to end one that hangs; None if it has none."""
     return trial.temporary_state.ray_actor

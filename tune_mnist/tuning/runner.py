@@ -25,6 +25,7 @@ from tune_mnist.tuning.live_view import Progress, announce
 from tune_mnist.tuning.ray_patches import (
     DRIVER_ENVIRONMENT,
     IN_THIS_PROCESS,
+    callbacks_not_counted,
     memory_kills_survived,
     staging_in,
 )
@@ -110,6 +111,7 @@ def _fit(
     with (
         staging_in(str(runtime.scratch)),
         memory_kills_survived(),
+        callbacks_not_counted(),
         contextlib.suppress(SearchOverError),
     ):
         # Not tune.Tuner: that pickles searcher and callbacks for its own way to restore.

@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,23 @@ class StudyFile:
         if study.metric_names != [self._metric]:
             study.set_metric_names([self._metric])
         self._study_id = storage.get_study_id_from_name(STUDY_NAME)
-        self._written = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+        self._written = {trial.number: trial for trial in self._read(storage)}
         self._inode = _inode(self._path)
         self._storage = storage
         with self._lock:
             self._changed = set(self._latest)
         return storage
+
+    def _read(self, storage: RDBStorage) -> Iterator[FrozenTrial]:
+        """Yield the file's trials, read some at a time: all of a long search take seconds."""
+        with storage.engine.connect() as connection:
+            query = "SELECT trial_id FROM trials WHERE study_id = ? ORDER BY trial_id"
+            keys = [key for (key,) in connection.exec_driver_sql(query, (self._study_id,))]
+        for first in range(0, len(keys), _AT_ONCE):
+            yield from storage._get_trials(
+                self._study_id, None, set(keys[first : first + _AT_ONCE]), keys[-1]
+            )
+            self._thread.made_progress()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT)

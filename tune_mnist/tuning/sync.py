@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from tune_mnist.cli import tell
 from tune_mnist.errors import RunFolderError, TuneMnistError, one_line
 from tune_mnist.locations import check_run_name, identity, remember_storage
-from tune_mnist.runs.checkpoints import is_whole
+from tune_mnist.runs.checkpoints import is_whole, is_whole_model
 from tune_mnist.runs.files import replace_file
 from tune_mnist.runs.folder import RunFolder, cannot_write
 from tune_mnist.runs.formatting import short_path
@@ -243,6 +243,8 @@ def _is_sound(folder: RunFolder, name: str, content: bytes) -> bool:
         return False
     if name.endswith(".state"):
         return is_whole(content)
+    if name.endswith("best.pt"):
+        return is_whole_model(content)
     return bool(content) or name.endswith(_LOGS)
 
 

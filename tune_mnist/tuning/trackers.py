@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tune_mnist.errors import ConfigError, named
 from tune_mnist.locations import masked
+from tune_mnist.runs.files import read_plain
 from tune_mnist.runs.history import EpochRow, History, TrialRecord
 from tune_mnist.tuning.background import BackgroundThread, Pace
 
@@ -92,24 +93,27 @@ _SCALARS = (
     *("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy"),
     *("seconds", "evaluation_seconds"),
 )
+_BYTES_AROUND = 16  # an event: its length and two checksums
 
 
 class EventFiles:
     """Curves and hyperparameters for TensorBoard: `tensorboard --logdir results/<run>`.
 
-    Each trial has a file in a folder named after its number. Every session writes all files anew:
-    no kill leaves a gap or an epoch twice. What an earlier session wrote comes out the same, byte
-    by byte, so that a TensorBoard which is half through a file reads on.
+    Each trial has a file in a folder named after its number. Every session writes the files anew
+    that are not whole: no kill leaves a gap or an epoch twice. What an earlier session wrote comes
+    out the same, byte by byte, so that a TensorBoard which is half through a file reads on.
     """
 
     def __init__(self, folder: Path) -> None:
         # Imported in the thread, where the second that it takes delays nothing.
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary, self._hparams = Event, Summary, hparams_pb
+        self._inner = HParamsPluginData
         self._writer, self._writers = RecordWriter, dict[int, RecordWriter]()
         self._folder = folder
         # A trial's name among the runs that TensorBoard may look at together.
@@ -117,17 +121,40 @@ class EventFiles:
 
     def begin(self, record: TrialRecord) -> int:
         path = self._folder / f"{record.number}/events.out.tfevents.0"  # by its name it is known
+        head = self._head(record)
+        epochs = (self._of_epoch(record, row) for row in record.rows)
+        if record.state != "running" and _has_all(path, [*head, *epochs]):
+            return record.epochs
         with contextlib.suppress(FileExistsError):
             self._folder.mkdir()  # and not the run's, which may have been moved away
         path.parent.mkdir(exist_ok=True)
         self._writers[record.number] = self._writer(path.open("wb"))
-        began = record.started_at
-        self._write(record, self._event(wall_time=began, file_version="brain.Event:2"))
-        hparams = self._hparams(_hyperparameters(record), f"{self._run}/{record.number}", began)
-        self._write(record, self._event(wall_time=began, summary=hparams))
+        for event in head:
+            self._write(record, event)
         return 0
 
     def add_epoch(self, record: TrialRecord, row: EpochRow) -> None:
+        self._write(record, self._of_epoch(record, row))
+
+    def end(self, record: TrialRecord) -> None:
+        if writer := self._writers.pop(record.number, None):
+            writer.close()
+
+    def close(self) -> None:
+        while self._writers:
+            self._writers.popitem()[1].close()
+
+    def _head(self, record: TrialRecord) -> list[bytes]:
+        began = record.started_at
+        hparams = self._hparams(_hyperparameters(record), f"{self._run}/{record.number}", began)
+        inner = hparams.value[0].metadata.plugin_data
+        inner.content = _packed(self._inner.FromString(inner.content))  # else in any order
+        return [
+            _packed(self._event(wall_time=began, file_version="brain.Event:2")),
+            _packed(self._event(wall_time=began, summary=hparams)),
+        ]
+
+    def _of_epoch(self, record: TrialRecord, row: EpochRow) -> bytes:
         scalars = [
             self._summary.Value(tag=name, simple_value=getattr(row, name))
             for name in _SCALARS
@@ -135,19 +162,30 @@ class EventFiles:
         ]
         when = record.time_of(row)
         summary = self._summary(value=scalars)
-        self._write(record, self._event(wall_time=when, step=row.epoch, summary=summary))
+        return _packed(self._event(wall_time=when, step=row.epoch, summary=summary))
 
-    def end(self, record: TrialRecord) -> None:
-        self._writers.pop(record.number).close()
-
-    def close(self) -> None:
-        while self._writers:
-            self._writers.popitem()[1].close()
-
-    def _write(self, record: TrialRecord, event: Any) -> None:
+    def _write(self, record: TrialRecord, event: bytes) -> None:
         writer = self._writers[record.number]
-        writer.write(event.SerializeToString(deterministic=True))
+        writer.write(event)
         writer.flush()
+
+
+def _packed(event: Any) -> bytes:
+    packed: bytes = event.SerializeToString(deterministic=True)
+    return packed
+
+
+def _has_all(path: Path, events: Sequence[bytes]) -> bool:
+    """Return True if a file has these events and no others.
+
+    To write it anew would take longer: the library computes checksums in Python.
+    """
+    try:
+        content = read_plain(path)
+    except OSError:
+        return False
+    size = sum(_BYTES_AROUND + len(event) for event in events)
+    return len(content) == size and all(event in content for event in events)
 
 
 _RETRIES = "2"  # of a request; MLflow's default takes minutes, and this module retries anyway
