@@ -153,8 +153,8 @@ def _outcome(door: Door, run: Path) -> int:
 
 @pytest.mark.parametrize(
     ("door", "damages", "writes"),
-    [(_list, 400, ""), (_report, 150, "|/run/report.html"), (_resume, 250, "|/run.*"),
-     (_confirm_again, 200, "|/run.*")],
+    [(_list, 1000, ""), (_report, 300, "|/run/report.html"), (_resume, 500, "|/run.*"),
+     (_confirm_again, 300, "|/run.*")],
 )  # fmt: skip
 def test_a_damaged_run_ends_in_a_line_and_changes_nothing_else(
     sound: Path,
@@ -171,7 +171,7 @@ def test_a_damaged_run_ends_in_a_line_and_changes_nothing_else(
     ends = [0, 0, 0]
     for seed in range(damages):
         shutil.copytree(sound, work)
-        what = f"{seed}: {damage(work / 'run', outside, random.Random(f'{door} {seed}'))}"
+        what = f"{seed}: {damage(work / 'run', outside, random.Random(f'{door.__name__} {seed}'))}"
         before = _state(tmp_path)
         try:
             ends[_outcome(door, work / "run")] += 1
