@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import time
 import zlib
 from dataclasses import replace
@@ -139,6 +140,18 @@ def test_states_ahead_of_the_rows_or_not_sound_are_passed_over(
     for name in names(folder):
         (folder.checkpoints / name).write_bytes(b"")
     assert saved.load(TRIAL) is None
+
+
+def test_what_is_no_plain_file_is_passed_over_at_once(
+    folder: RunFolder, saved: Checkpoints, tmp_path: Path
+) -> None:
+    newest = folder.checkpoints / "00007.state"
+    newest.rename(tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert saved.load(TRIAL) == checkpoint(2)
+    newest.unlink()
+    os.mkfifo(newest)  # opened as a file, it would be waited for
+    assert saved.load(TRIAL) == checkpoint(2)
 
 
 def test_a_diverged_epochs_row_is_read_as_it_was_written(folder: RunFolder) -> None:

@@ -411,6 +411,13 @@ def rewritten(name: str, content: bytes) -> Callable[[Path], None]:
     return rewrite
 
 
+def linked_to_a_file_of_ones_own(path: Path) -> None:
+    private = path.parent / "private"
+    private.write_bytes(packed("mine"))
+    (path / "best.pt").unlink()
+    (path / "best.pt").symlink_to(private)
+
+
 def save_state(folder: RunFolder, number: int, state: bytes) -> None:
     record = TrialRecord(number, TrainConfig(), 0, "sampled")
     Checkpoints(folder).save(record, EpochRow.parse(row(number, 1).decode()), state)
@@ -435,6 +442,7 @@ def save_state(folder: RunFolder, number: int, state: bytes) -> None:
         (cut("best.pt", 0), ""),
         (cut("best.pt", 100), ""),
         (rewritten("best.pt", bytes(1000)), ""),
+        (linked_to_a_file_of_ones_own, ""),
         (removed("trials.csv"), ""),
         (removed("checkpoints/00001.state"), ""),
         (cut("checkpoints/00001.state", 100), ""),

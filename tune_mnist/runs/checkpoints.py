@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tune_mnist.errors import RunFolderError
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.files import read_plain, replace_file
 from tune_mnist.runs.folder import RunFolder
 from tune_mnist.runs.history import EpochRow, TrialRecord
 
@@ -91,7 +91,7 @@ class Checkpoints:
     def _read(self, path: Path, record: TrialRecord) -> Checkpoint | None:
         """Return what a file holds of a trial; None if it is missing, damaged or another's."""
         try:
-            header, state = _opened(path.read_bytes())
+            header, state = _opened(read_plain(path))
             if header["form"] == FORM:
                 return _checkpoint(header, record, state)
         except _DAMAGE:

@@ -26,7 +26,7 @@ from tune_mnist.cli import tell
 from tune_mnist.errors import RunFolderError, TuneMnistError, one_line
 from tune_mnist.locations import check_run_name, identity, remember_storage
 from tune_mnist.runs.checkpoints import is_whole, is_whole_model
-from tune_mnist.runs.files import replace_file
+from tune_mnist.runs.files import open_plain, replace_file
 from tune_mnist.runs.folder import RunFolder, cannot_write
 from tune_mnist.runs.formatting import short_path
 from tune_mnist.runs.history import History
@@ -166,13 +166,13 @@ class RunSync:
         for name in sorted(names, key=lambda name: _place(name, _READ_FIRST)):
             path = self._folder.path / name
             # study.db is whole only once nobody writes to it; a resume rewrites it.
-            if path.match("study.db*") and not at_end:
+            if (path.match("study.db*") and not at_end) or not _is_plain(path):
                 continue
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 version = _version(path)
                 if version == self._copied.get(name):
                     continue
-                content = path.read_bytes()
+                content = _content(path)
                 if path.name in _LOGS:
                     content = _finished(content)
                 if _is_sound(self._folder, name, content):
@@ -226,13 +226,22 @@ def _files(folder: RunFolder) -> Iterator[Path]:
     for inner, folders, names in os.walk(folder.path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(inner, name) for name in names if not name.startswith(".")):
-            if path.is_file() and not path.is_symlink() and not path.match("*.before.state"):
+            if _is_plain(path) and not path.match("*.before.state"):
                 yield path
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _version(path: Path) -> Version:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _content(path: Path) -> bytes:
+    with os.fdopen(open_plain(path), "rb") as file:
+        return file.read()
 
 
 def _is_sound(folder: RunFolder, name: str, content: bytes) -> bool:
@@ -267,7 +276,7 @@ def _is_aside(folder: RunFolder, name: str, log: bytes) -> bool:
     """Return True if a confirmation's log lies in the folder under another name."""
     run, _, file = name.rpartition("/")
     others = folder.path.glob(f"*/{file}") if run and log else ()
-    return any(path.parent.name != run and path.read_bytes().startswith(log) for path in others)
+    return any(path.parent.name != run and _content(path).startswith(log) for path in others)
 
 
 def _place(name: str, order: Sequence[str]) -> int:
